@@ -1,0 +1,255 @@
+//! MLX's affine INT4: the format, and its conversion to f32.
+//!
+//! A matrix `P` of `rows` x `columns` is three arrays, row-major, little-endian:
+//!
+//! ```text
+//! P.weight  u32  (rows, columns / 8)     eight 4-bit codes per word
+//! P.scales  f16 | bf16 | f32  (rows, columns / group)
+//! P.biases  the type of scales           (rows, columns / group)
+//! ```
+//!
+//! One word holds the codes of columns 8w to 8w + 7, lowest nibble first, so on disk the low nibble of the first byte
+//! is the first column:
+//!
+//! ```text
+//! byte          0        1        2        3
+//! bits       7..4 3..0 7..4 3..0 7..4 3..0 7..4 3..0
+//! column        1   0    3   2    5   4    7   6      (+ 8w)
+//! ```
+//!
+//! Codes are unsigned, 0 to 15, with no zero point and no offset. All columns of one group share a scale and a bias:
+//!
+//! ```text
+//! value(row, column) = scales[row, column / group] * code + biases[row, column / group]
+//! ```
+//!
+//! The group is 64 by default (32 and 128 exist) and is always a multiple of 8, so a word never straddles two groups.
+//! Scales may be negative. `P.biases` (plural) is part of the format; `P.bias` (singular) is the layer's own.
+//! Source: `mx.quantize` / `mx.dequantize`, ml-explore/mlx v0.32 `mlx/ops.cpp`, mode `affine`.
+
+use crate::matrix::ShapeError;
+use crate::widen;
+
+/// How scales and biases are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScaleType {
+    /// IEEE binary16: converters of 2024.
+    F16,
+    /// bfloat16: current converters.
+    Bf16,
+    /// f32.
+    F32,
+}
+
+impl ScaleType {
+    /// Bytes of one value.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => 4,
+        }
+    }
+
+    /// The value at `index`.
+    #[inline]
+    fn get(self, bytes: &[u8], index: usize) -> f32 {
+        match self {
+            Self::F16 => widen::f16(bytes[2 * index], bytes[2 * index + 1]),
+            Self::Bf16 => widen::bf16(bytes[2 * index], bytes[2 * index + 1]),
+            Self::F32 => {
+                let at = 4 * index;
+                f32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+            }
+        }
+    }
+}
+
+/// The rows of one INT4 matrix, borrowed from its file.
+#[derive(Debug, Clone, Copy)]
+pub struct Int4Rows<'a> {
+    weight: &'a [u8],
+    scales: &'a [u8],
+    biases: &'a [u8],
+    group: usize,
+    columns: usize,
+    scale_type: ScaleType,
+}
+
+impl<'a> Int4Rows<'a> {
+    /// Views `[weight, scales, biases]` as rows of `columns` values in groups of `group`.
+    ///
+    /// # Errors
+    /// [`ShapeError`] when `group` is not a positive multiple of 8, does not divide `columns`, or the three arrays do
+    /// not hold the same whole number of rows.
+    pub fn new(
+        [weight, scales, biases]: [&'a [u8]; 3],
+        columns: usize,
+        group: usize,
+        scale_type: ScaleType,
+    ) -> Result<Self, ShapeError> {
+        if group == 0 || !group.is_multiple_of(8) || columns == 0 || !columns.is_multiple_of(group)
+        {
+            return Err(ShapeError(format!(
+                "INT4 groups of {group} do not divide rows of {columns} columns into whole words"
+            )));
+        }
+        let rows = weight.len() / (columns / 2);
+        let scale_bytes = (columns / group)
+            .checked_mul(scale_type.bytes())
+            .and_then(|row| row.checked_mul(rows));
+        if weight.len() % (columns / 2) != 0
+            || scale_bytes != Some(scales.len())
+            || scales.len() != biases.len()
+        {
+            return Err(ShapeError(format!(
+                "INT4 arrays of {}, {} and {} bytes are not rows of {columns} columns in groups of {group}",
+                weight.len(),
+                scales.len(),
+                biases.len()
+            )));
+        }
+        Ok(Self {
+            weight,
+            scales,
+            biases,
+            group,
+            columns,
+            scale_type,
+        })
+    }
+
+    /// Rows held.
+    pub fn rows(&self) -> usize {
+        self.weight.len() / (self.columns / 2)
+    }
+
+    /// Values per row.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Converts one row to f32. A multiplication and an addition per value, in f32, not fused.
+    ///
+    /// # Panics
+    /// When `row` is out of range or `out` is not `columns` long.
+    pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.columns, "one value per column");
+        let groups = self.columns / self.group;
+        let words = &self.weight[row * self.columns / 2..(row + 1) * self.columns / 2];
+        for (index, (values, codes)) in out
+            .chunks_exact_mut(self.group)
+            .zip(words.chunks_exact(self.group / 2))
+            .enumerate()
+        {
+            let scale = self.scale_type.get(self.scales, row * groups + index);
+            let bias = self.scale_type.get(self.biases, row * groups + index);
+            for (pair, &byte) in values.chunks_exact_mut(2).zip(codes) {
+                pair[0] = scale * f32::from(byte & 0xF) + bias;
+                pair[1] = scale * f32::from(byte >> 4) + bias;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The formula of the module comment, read literally: words, shifts, division.
+    fn by_the_formula(words: &[u32], scales: &[f32], biases: &[f32], group: usize) -> Vec<f32> {
+        (0..words.len() * 8)
+            .map(|column| {
+                let code = words[column / 8] >> (4 * (column % 8)) & 0xF;
+                scales[column / group] * code as f32 + biases[column / group]
+            })
+            .collect()
+    }
+
+    fn encode(values: &[f32], scale_type: ScaleType) -> Vec<u8> {
+        values
+            .iter()
+            .flat_map(|&value| match scale_type {
+                ScaleType::F16 => half::f16::from_f32(value).to_le_bytes().to_vec(),
+                ScaleType::Bf16 => half::bf16::from_f32(value).to_le_bytes().to_vec(),
+                ScaleType::F32 => value.to_le_bytes().to_vec(),
+            })
+            .collect()
+    }
+
+    /// Every byte value once per group size and scale type, with positive, negative and zero scales.
+    #[test]
+    fn all_byte_values_follow_the_formula() {
+        let bytes: Vec<u8> = (0..=255).collect();
+        let words: Vec<u32> = bytes
+            .chunks_exact(4)
+            .map(|four| u32::from_le_bytes(four.try_into().unwrap()))
+            .collect();
+        for group in [8, 32, 64, 128] {
+            let groups = 512 / group;
+            let scales: Vec<f32> = (0..groups)
+                .map(|index| [0.5, -0.25, 0.0, 2.0][index % 4])
+                .collect();
+            let biases: Vec<f32> = (0..groups).map(|index| index as f32 * 0.5 - 3.0).collect();
+            for scale_type in [ScaleType::F16, ScaleType::Bf16, ScaleType::F32] {
+                let (scale_bytes, bias_bytes) =
+                    (encode(&scales, scale_type), encode(&biases, scale_type));
+                let rows =
+                    Int4Rows::new([&bytes, &scale_bytes, &bias_bytes], 512, group, scale_type)
+                        .unwrap();
+                let mut out = vec![f32::NAN; 512];
+                rows.dequantize_row(0, &mut out);
+                assert_eq!(
+                    out,
+                    by_the_formula(&words, &scales, &biases, group),
+                    "{group} {scale_type:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_low_nibble_of_the_first_byte_is_the_first_column() {
+        let scales = encode(&[1.0], ScaleType::F32);
+        let biases = encode(&[-8.0], ScaleType::F32);
+        let rows = Int4Rows::new(
+            [&[0x21, 0x43, 0x65, 0xF7], &scales, &biases],
+            8,
+            8,
+            ScaleType::F32,
+        )
+        .unwrap();
+        let mut out = [0.0; 8];
+        rows.dequantize_row(0, &mut out);
+        assert_eq!(out, [-7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 7.0]);
+    }
+
+    #[test]
+    fn rows_and_groups_keep_their_own_scale() {
+        let weight = [0x11; 2 * 16 / 2];
+        let scales = encode(&[1.0, 10.0, 100.0, 1000.0], ScaleType::Bf16);
+        let biases = encode(&[0.0, 0.5, 0.0, -1.0], ScaleType::Bf16);
+        let rows = Int4Rows::new([&weight, &scales, &biases], 16, 8, ScaleType::Bf16).unwrap();
+        let mut out = [f32::NAN; 16];
+        rows.dequantize_row(1, &mut out);
+        assert_eq!(rows.rows(), 2);
+        assert_eq!(out[..8], [100.0; 8]);
+        assert_eq!(out[8..], [999.0; 8]);
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_refused() {
+        let check = |weight: usize, scales: usize, biases: usize, columns: usize, group: usize| {
+            let (weight, scales, biases) = (vec![0; weight], vec![0; scales], vec![0; biases]);
+            Int4Rows::new([&weight, &scales, &biases], columns, group, ScaleType::F16).is_ok()
+        };
+        assert!(check(64, 4, 4, 64, 64));
+        assert!(check(0, 0, 0, 64, 64), "no rows is a shape");
+        assert!(!check(64, 4, 4, 64, 0), "group 0");
+        assert!(!check(64, 4, 4, 64, 12), "group not a multiple of 8");
+        assert!(!check(64, 4, 4, 0, 8), "no columns");
+        assert!(!check(64, 4, 4, 96, 64), "a tail shorter than a group");
+        assert!(!check(65, 4, 4, 64, 64), "half a row");
+        assert!(!check(64, 2, 4, 64, 64), "scales of one row for two");
+        assert!(!check(64, 4, 2, 64, 64), "biases unlike scales");
+    }
+}

@@ -1,0 +1,210 @@
+//! The image tower: crops in, patch features out.
+//!
+//! CLIP ViT-L/14-336 up to the hidden state the projector was trained on: `hidden_states[-2]`, so the last layer and
+//! `post_layernorm` never run.
+//! Source: transformers `modeling_clip.py`, `CLIPVisionTransformer`; HF Phi-3.5 `get_img_features`.
+
+use candle_core::{DType, Tensor};
+use candle_nn::ops::{layer_norm, sigmoid, softmax_last_dim};
+
+use crate::config::{CROP_SIDE_PATCHES, CROP_SIDE_PX, LAYER_NORM_EPS, ModelConfig, PATCH_SIDE_PX};
+use crate::error::ModelError;
+use crate::linear::{Linear, Loader};
+use crate::table::TOWER;
+
+/// Crops that run together: enough to fill the cores, few enough that activations stay around 100 MiB.
+const CROPS_AT_ONCE: usize = 4;
+const PATCHES: usize = CROP_SIDE_PATCHES * CROP_SIDE_PATCHES;
+
+/// The tower up to the layer that is used.
+pub(crate) struct Tower {
+    class: Tensor, // (1, 1, width)
+    patches: Linear,
+    patches_channels_last: bool,
+    positions: Tensor, // (577, width); row 0 is the class token's
+    pre_norm: LayerNorm,
+    layers: Vec<Layer>,
+    heads: usize,
+    width: usize,
+    dtype: DType,
+    device: candle_core::Device,
+}
+
+struct Layer {
+    norm1: LayerNorm,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+}
+
+struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl LayerNorm {
+    fn load(loader: &Loader<'_>, module: &str, width: usize) -> Result<Self, ModelError> {
+        Ok(Self {
+            weight: loader.floats(&format!("{module}.weight"), &[width])?,
+            bias: loader.floats(&format!("{module}.bias"), &[width])?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        layer_norm(x, &self.weight, &self.bias, LAYER_NORM_EPS)
+    }
+}
+
+impl Tower {
+    pub(crate) fn load(loader: &Loader<'_>, config: &ModelConfig) -> Result<Self, ModelError> {
+        let (width, inner) = (config.vision.hidden_size, config.vision.intermediate_size);
+        let (patches, patches_channels_last) =
+            loader.patches(&format!("{TOWER}.embeddings.patch_embedding"), width)?;
+        let mut layers = Vec::with_capacity(config.vision.layers_run);
+        for index in 0..config.vision.layers_run {
+            let name = format!("{TOWER}.encoder.layers.{index}");
+            let square = |part: &str| {
+                loader.linear_with_bias(&format!("{name}.self_attn.{part}"), width, width)
+            };
+            layers.push(Layer {
+                norm1: LayerNorm::load(loader, &format!("{name}.layer_norm1"), width)?,
+                query: square("q_proj")?,
+                key: square("k_proj")?,
+                value: square("v_proj")?,
+                output: square("out_proj")?,
+                norm2: LayerNorm::load(loader, &format!("{name}.layer_norm2"), width)?,
+                fc1: loader.linear_with_bias(&format!("{name}.mlp.fc1"), inner, width)?,
+                fc2: loader.linear_with_bias(&format!("{name}.mlp.fc2"), width, inner)?,
+            });
+        }
+        Ok(Self {
+            class: loader.floats(
+                &format!("{TOWER}.embeddings.class_embedding"),
+                &[1, 1, width],
+            )?,
+            patches,
+            patches_channels_last,
+            positions: loader.matrix_tensor(
+                &format!("{TOWER}.embeddings.position_embedding"),
+                1 + PATCHES,
+                width,
+            )?,
+            pre_norm: LayerNorm::load(loader, &format!("{TOWER}.pre_layrnorm"), width)?,
+            layers,
+            heads: config.vision.heads,
+            width,
+            dtype: loader.dtype,
+            device: loader.device.clone(),
+        })
+    }
+
+    /// Patch features of `crops` normalized (3, 336, 336) crops, one after the other: (crops, 576, width), patches in
+    /// row-major order, the class token dropped. `keep_going` is asked before every layer.
+    pub(crate) fn forward(
+        &self,
+        crops: &[f32],
+        keep_going: &dyn Fn() -> bool,
+    ) -> Result<Tensor, ModelError> {
+        const CROP_VALUES: usize = 3 * CROP_SIDE_PX * CROP_SIDE_PX;
+        if crops.is_empty() || !crops.len().is_multiple_of(CROP_VALUES) {
+            return Err(ModelError::Pixels(format!(
+                "{} values are not crops of 3 x 336 x 336",
+                crops.len()
+            )));
+        }
+        let mut parts = Vec::new();
+        for batch in crops.chunks(CROPS_AT_ONCE * CROP_VALUES) {
+            let count = batch.len() / CROP_VALUES;
+            let mut hidden = self.embed(batch, count)?; // (crops * 577, width)
+            for layer in &self.layers {
+                if !keep_going() {
+                    return Err(ModelError::Cancelled);
+                }
+                hidden = self.run_layer(layer, hidden, count)?;
+            }
+            let hidden = hidden.reshape((count, 1 + PATCHES, self.width))?;
+            parts.push(hidden.narrow(1, 1, PATCHES)?.contiguous()?);
+        }
+        Ok(if parts.len() == 1 {
+            parts.remove(0)
+        } else {
+            Tensor::cat(&parts, 0)?
+        })
+    }
+
+    /// Patches, class token and positions, normalized: `hidden_states[0]`, (crops * 577, width).
+    fn embed(&self, crops: &[f32], count: usize) -> candle_core::Result<Tensor> {
+        let (side, patch) = (CROP_SIDE_PATCHES, PATCH_SIDE_PX);
+        let pixels = Tensor::from_slice(
+            crops,
+            (count, 3, side, patch, side, patch),
+            &candle_core::Device::Cpu,
+        )?;
+        // The convolution's stride is its size, so it is a linear layer on unfolded patches.
+        let order = if self.patches_channels_last {
+            [0, 2, 4, 3, 5, 1]
+        } else {
+            [0, 2, 4, 1, 3, 5]
+        };
+        let unfolded = pixels
+            .permute(order)?
+            .reshape((count * PATCHES, 3 * patch * patch))?;
+        let unfolded = unfolded.to_dtype(self.dtype)?.to_device(&self.device)?;
+        let patches = self
+            .patches
+            .forward(&unfolded)?
+            .reshape((count, PATCHES, self.width))?;
+        let class = self
+            .class
+            .broadcast_as((count, 1, self.width))?
+            .contiguous()?;
+        let tokens = Tensor::cat(&[&class, &patches], 1)?.broadcast_add(&self.positions)?;
+        self.pre_norm
+            .forward(&tokens.reshape((count * (1 + PATCHES), self.width))?)
+    }
+
+    fn run_layer(
+        &self,
+        layer: &Layer,
+        hidden: Tensor,
+        count: usize,
+    ) -> candle_core::Result<Tensor> {
+        let normed = layer.norm1.forward(&hidden)?;
+        let mixed = self.attend(layer, &normed, count)?;
+        let hidden = (hidden + layer.output.forward(&mixed)?)?;
+        let inner = layer.fc1.forward(&layer.norm2.forward(&hidden)?)?;
+        hidden + layer.fc2.forward(&quick_gelu(&inner)?)?
+    }
+
+    /// Full attention within each crop: (crops * 577, width) in and out.
+    fn attend(&self, layer: &Layer, x: &Tensor, count: usize) -> candle_core::Result<Tensor> {
+        let (tokens, head_dim) = (1 + PATCHES, self.width / self.heads);
+        let by_head = |x: Tensor| {
+            x.reshape((count, tokens, self.heads, head_dim))?
+                .transpose(1, 2)?
+                .contiguous()?
+                .reshape((count * self.heads, tokens, head_dim))
+        };
+        let query = by_head(layer.query.forward(x)?)?;
+        let key = by_head(layer.key.forward(x)?)?;
+        let value = by_head(layer.value.forward(x)?)?;
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        let scores = (query.matmul(&key.t()?)?.to_dtype(DType::F32)? * scale)?;
+        let mixed = softmax_last_dim(&scores)?
+            .to_dtype(self.dtype)?
+            .matmul(&value)?;
+        mixed
+            .reshape((count, self.heads, tokens, head_dim))?
+            .transpose(1, 2)?
+            .reshape((count * tokens, self.width))
+    }
+}
+
+/// `x * sigmoid(1.702 x)`: CLIP's activation, not GELU.
+fn quick_gelu(x: &Tensor) -> candle_core::Result<Tensor> {
+    x * sigmoid(&(x * 1.702)?)?
+}

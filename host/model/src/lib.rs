@@ -1,0 +1,30 @@
+//! Phi-3.5-vision as functions of tensors.
+//!
+//! Pixels become crops ([`image`]), crops patch features (`clip`), patch features embeddings (`projector`), and
+//! embeddings with token ids hidden states, KV cache and logits (`decoder`). [`Checkpoint`] reads files, [`Phi3V`]
+//! computes, [`verify`] compares with the reference. Nothing here knows of requests, HTTP or plugins.
+
+pub mod checkpoint;
+mod clip;
+pub mod config;
+mod decoder;
+pub mod device;
+pub mod error;
+pub mod golden;
+pub mod image;
+mod kv_cache;
+mod linear;
+pub mod model;
+mod projector;
+mod rope;
+mod table;
+pub mod tokenizer;
+mod weights;
+
+pub use checkpoint::{Checkpoint, CheckpointFacts};
+pub use config::ModelConfig;
+pub use device::{DeviceChoice, DeviceKind};
+pub use error::ModelError;
+pub use golden::{Outcome, StageResult, Totals, VerifyOptions, verify, verify_some};
+pub use model::{ImageFeatures, LoadProgress, Phi3V, SequenceState};
+pub use tokenizer::{Prompt, PromptPart, TokenKind, Tokenizer};

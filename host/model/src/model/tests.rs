@@ -1,0 +1,72 @@
+//! The accelerators' path, weights as tensors of the compute type, run on the CPU: no other device is needed to see it
+//! agree with stored weights.
+
+use super::*;
+use crate::image::{RgbBuffer, hd_plan, render_view};
+
+fn load(stored: bool, dtype: DType) -> Phi3V {
+    let placement = Placement {
+        device: Device::Cpu,
+        dtype,
+        stored,
+    };
+    let checkpoint = Checkpoint::embedded().unwrap();
+    Phi3V::load_at(&checkpoint, DeviceKind::Cpu, placement, &|_| ()).unwrap()
+}
+
+/// Logits of a prompt with an image, and of one more token behind it.
+fn logits(model: &Phi3V, pixels: &PixelValues) -> Vec<f32> {
+    let features = Arc::new(model.encode_image(pixels, &|| true).unwrap());
+    let mut ids = vec![1, 32010, 29871, 13];
+    ids.extend([-1; 313]);
+    ids.extend([1, 1724, 338, 445, 29973, 32007, 29871, 13, 32001]);
+    let prompt = Prompt {
+        ids,
+        image_tokens: 313,
+    };
+    let mut state = model.begin(&prompt, &[features]).unwrap();
+    let mut all = model.advance(&mut state, usize::MAX).unwrap().unwrap();
+    model.push(&mut state, 450).unwrap();
+    all.extend(model.advance(&mut state, 1).unwrap().unwrap());
+    all
+}
+
+fn pixels() -> PixelValues {
+    let samples = (0..336 * 336 * 3)
+        .map(|index| (index * 31 % 251) as u8)
+        .collect();
+    let png = png(&RgbBuffer::new(336, 336, samples).unwrap());
+    let image = crate::image::decode(&png, &crate::image::ImageLimits::default(), false).unwrap();
+    render_view(&image, &hd_plan(336, 336, 1).unwrap()).unwrap()
+}
+
+fn png(image: &RgbBuffer) -> Vec<u8> {
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    let buffer = image::RgbImage::from_raw(
+        image.width_px(),
+        image.height_px(),
+        image.samples().to_vec(),
+    );
+    buffer
+        .unwrap()
+        .write_to(&mut bytes, image::ImageFormat::Png)
+        .unwrap();
+    bytes.into_inner()
+}
+
+#[test]
+fn weights_as_device_tensors_give_the_same_logits() {
+    let pixels = pixels();
+    let want = logits(&load(true, DType::F32), &pixels);
+    for (dtype, tolerance) in [(DType::F32, 2e-4), (DType::F16, 0.05)] {
+        let have = logits(&load(false, dtype), &pixels);
+        let difference = have
+            .iter()
+            .zip(&want)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
+        assert_eq!(have.len(), want.len());
+        assert!(difference < tolerance, "{dtype:?}: {difference}");
+        assert!(have.iter().all(|logit| logit.is_finite()));
+    }
+}
