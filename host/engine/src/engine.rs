@@ -1,0 +1,233 @@
+//! The engine's handle: checks a request, counts it in, and hands it to the thread.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
+
+use visor_model::{DeviceKind, Prompt, Tokenizer};
+
+use crate::cache::Caches;
+use crate::error::EngineError;
+use crate::features::FeatureStore;
+use crate::job::Job;
+use crate::model::{Model, ModelLoader};
+use crate::request::{EventReceiver, GenerateRequest, Sampling};
+use crate::scheduler::{Scheduler, Wake};
+use crate::shared::{EngineState, Shared};
+use crate::slot::ModelSlot;
+use crate::stats::EngineStats;
+
+/// Sequences computed at once.
+const RUNNING_MAX: usize = 1;
+
+/// How long [`Engine::stop`] waits beyond the drain for the step under way.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// The engine's limits, all of them the operator's.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// Devices in order of preference. When one breaks in the middle of a request, the CPU takes
+    /// over if it is among them.
+    pub devices: Vec<DeviceKind>,
+    /// Requests that may wait while others run.
+    pub queue_requests_max: usize,
+    /// Longest prompt and answer together, tokens.
+    pub context_tokens_max: u32,
+    /// Positions computed between two looks at cancel tokens.
+    pub prefill_chunk_tokens: usize,
+    /// Stop strings of one request.
+    pub stop_strings_max: usize,
+    /// Digest of the checkpoint: part of every feature's key.
+    pub model_digest: String,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            devices: vec![DeviceKind::Cpu],
+            queue_requests_max: 64,
+            context_tokens_max: 4096,
+            prefill_chunk_tokens: 512,
+            stop_strings_max: 16,
+            model_digest: String::new(),
+        }
+    }
+}
+
+/// A handle to the engine thread: cheap to clone, usable from any thread. When the last one is
+/// gone, the thread finishes what it has and ends.
+#[derive(Clone)]
+pub struct Engine {
+    wakes: Sender<Wake>,
+    shared: Arc<Shared>,
+    limits: Arc<Limits>,
+}
+
+struct Limits {
+    queue_requests_max: usize,
+    context_tokens_max: u32,
+    stop_strings_max: usize,
+}
+
+impl Engine {
+    /// Starts the thread, which loads the model; returns at once.
+    pub fn start<L: ModelLoader, R>(
+        loader: L,
+        tokenizer: Arc<Tokenizer>,
+        caches: &Caches<<L::Model as Model>::Features, R>,
+        options: EngineOptions,
+    ) -> Self {
+        let shared = Arc::new(Shared::new());
+        let limits = Limits {
+            queue_requests_max: options.queue_requests_max,
+            context_tokens_max: options.context_tokens_max,
+            stop_strings_max: options.stop_strings_max,
+        };
+        let (wakes, inbox) = channel();
+        let scheduler = Scheduler::new(
+            ModelSlot::new(loader, options.devices, Arc::clone(&shared)),
+            FeatureStore::new(Arc::clone(&caches.features), &options.model_digest),
+            tokenizer,
+            inbox,
+            options.prefill_chunk_tokens.max(1),
+        );
+        let thread = std::thread::Builder::new().name("engine".into());
+        if let Err(error) = thread.spawn(move || scheduler.run()) {
+            shared.set_state(EngineState::Failed(format!(
+                "the engine thread does not start: {error}"
+            )));
+        }
+        Self {
+            wakes,
+            shared,
+            limits: Arc::new(limits),
+        }
+    }
+
+    /// Whether it can serve.
+    pub fn state(&self) -> EngineState {
+        self.shared.state()
+    }
+
+    /// Waits until loading has ended one way or the other, at most `timeout`; the state then.
+    pub fn wait_ready(&self, timeout: Duration) -> EngineState {
+        let loading = |state: &EngineState| *state == EngineState::Loading;
+        self.shared.wait_while(timeout, loading)
+    }
+
+    /// Takes a request in, or refuses it at once.
+    ///
+    /// # Errors
+    /// [`EngineError`] `Invalid` and `PromptTooLong` for the request's own faults, `QueueFull`,
+    /// `NotReady`, `NoModel` and `Stopped` for the engine's state.
+    pub fn submit(&self, request: GenerateRequest) -> Result<EventReceiver, EngineError> {
+        self.limits.check(&request)?;
+        let (job, events) = Job::new(request, self.limits.context_tokens_max);
+        if let Some(refusal) = self.shared.refusal() {
+            return Err(refusal);
+        }
+        self.count_in()?;
+        if self.wakes.send(Wake::Submit(Box::new(job))).is_err() {
+            return Err(EngineError::Stopped);
+        }
+        Ok(events)
+    }
+
+    fn count_in(&self) -> Result<(), EngineError> {
+        let queue_requests_max = self.limits.queue_requests_max;
+        let mut stats = self.shared.stats();
+        let present = stats.waiting + stats.running;
+        if present >= queue_requests_max.saturating_add(RUNNING_MAX) as u64 {
+            stats.rejected += 1;
+            return Err(EngineError::QueueFull { queue_requests_max });
+        }
+        stats.submitted += 1;
+        stats.waiting += 1;
+        Ok(())
+    }
+
+    /// Figures of this moment.
+    pub fn stats(&self) -> EngineStats {
+        EngineStats {
+            running_tokens_max: u64::from(self.limits.context_tokens_max) * RUNNING_MAX as u64,
+            ..*self.shared.stats()
+        }
+    }
+
+    /// Refuses new requests, gives those in flight `drain` to finish, cancels the rest, and waits
+    /// for the thread's end, a few seconds beyond the drain at most. Called again with a shorter
+    /// time, it brings the end forward.
+    pub fn stop(&self, drain: Duration) {
+        let far = Duration::from_secs(u64::from(u32::MAX));
+        self.shared.stop_at(Instant::now() + drain.min(far));
+        // A thread that is gone needs no waking.
+        let _gone = self.wakes.send(Wake::Stop);
+        let running =
+            |state: &EngineState| matches!(state, EngineState::Loading | EngineState::Ready { .. });
+        self.shared
+            .wait_while(drain.saturating_add(STOP_GRACE), running);
+    }
+}
+
+impl Limits {
+    /// What can be seen to be wrong without the model.
+    fn check(&self, request: &GenerateRequest) -> Result<(), EngineError> {
+        let prompt_tokens = u32::try_from(request.prompt.ids.len()).unwrap_or(u32::MAX);
+        if prompt_tokens >= self.context_tokens_max {
+            return Err(EngineError::PromptTooLong {
+                prompt_tokens,
+                context_tokens_max: self.context_tokens_max,
+            });
+        }
+        let checks = [
+            (prompt_tokens == 0).then(|| "the prompt is empty".to_string()),
+            bad_sampling(&request.sampling),
+            bad_slots(request),
+            (request.stop_strings.len() > self.stop_strings_max)
+                .then(|| format!("more than {} stop strings", self.stop_strings_max)),
+        ];
+        match checks.into_iter().flatten().next() {
+            Some(message) => Err(EngineError::Invalid(message)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn bad_sampling(sampling: &Sampling) -> Option<String> {
+    let Sampling {
+        temperature, top_p, ..
+    } = *sampling;
+    if !(temperature.is_finite() && temperature >= 0.0) {
+        return Some(format!("temperature {temperature} is not a number from 0"));
+    }
+    if !(top_p > 0.0 && top_p <= 1.0) {
+        return Some(format!("top_p {top_p} is not above 0 and at most 1"));
+    }
+    None
+}
+
+/// Every picture has exactly the slots it needs, and every slot a picture.
+fn bad_slots(request: &GenerateRequest) -> Option<String> {
+    let Prompt { ids, image_tokens } = &request.prompt;
+    let mut slots = vec![0_u32; request.images.len()];
+    for id in ids.iter().filter(|id| **id < 0) {
+        let index = usize::try_from(-(id + 1)).unwrap_or(usize::MAX);
+        match slots.get_mut(index) {
+            Some(count) => *count += 1,
+            None => return Some(format!("a slot of picture {index}, of {}", slots.len())),
+        }
+    }
+    let total: u32 = slots.iter().sum();
+    if total != *image_tokens {
+        return Some(format!("{total} image slots, {image_tokens} announced"));
+    }
+    for (index, (slots, pixels)) in slots.iter().zip(&request.images).enumerate() {
+        let tokens = pixels.image_tokens();
+        if *slots != tokens {
+            return Some(format!(
+                "picture {index} has {slots} slots and {tokens} image tokens"
+            ));
+        }
+    }
+    None
+}

@@ -1,0 +1,64 @@
+//! Every call of the model goes through here: a panic ends a request, never the engine thread.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use visor_model::ModelError;
+
+/// Why a step of a sequence did not succeed.
+#[derive(Debug)]
+pub(crate) enum Trouble {
+    /// The model stopped because it was asked to.
+    Cancelled,
+    /// This request cannot be run, on any device.
+    Refused(ModelError),
+    /// The forward pass or the device is broken; another device may do.
+    Broken(Box<dyn std::error::Error + Send + Sync>),
+    /// The model panicked; otherwise as `Broken`.
+    Panicked(String),
+}
+
+/// The model panicked; the message went to the panic hook, too.
+#[derive(Debug, thiserror::Error)]
+#[error("the model panicked: {0}")]
+pub(crate) struct Panicked(pub(crate) String);
+
+impl From<ModelError> for Trouble {
+    fn from(error: ModelError) -> Self {
+        match error {
+            ModelError::Cancelled => Self::Cancelled,
+            ModelError::Prompt(_) | ModelError::TooLong { .. } | ModelError::Pixels(_) => {
+                Self::Refused(error)
+            }
+            _ => Self::Broken(Box::new(error)),
+        }
+    }
+}
+
+impl Trouble {
+    /// The error behind it.
+    pub(crate) fn into_error(self) -> Box<dyn std::error::Error + Send + Sync> {
+        match self {
+            Self::Cancelled => Box::new(ModelError::Cancelled),
+            Self::Refused(error) => Box::new(error),
+            Self::Broken(error) => error,
+            Self::Panicked(message) => Box::new(Panicked(message)),
+        }
+    }
+}
+
+/// Runs one call of the model. What the call may have left half done (a sequence's state, a model
+/// on a broken device) is not used again by whoever sees the trouble.
+pub(crate) fn guarded<T>(call: impl FnOnce() -> Result<T, ModelError>) -> Result<T, Trouble> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(Trouble::from),
+        Err(panic) => Err(Trouble::Panicked(message(panic.as_ref()))),
+    }
+}
+
+/// What a panic said.
+pub(crate) fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("no message").to_string()
+}

@@ -1,0 +1,40 @@
+//! Prefill, decode, sampling and caches on one thread that owns the model.
+//!
+//! [`Engine`] is the handle: [`Engine::submit`] takes a [`GenerateRequest`] and answers with an
+//! [`EventReceiver`]. Behind it, `scheduler` is the loop and the only file that decides what runs
+//! next; `sequence` is one request as a state machine; `slot` holds the model and moves to the CPU
+//! when an accelerator breaks; `sampler`, `detokenizer` and `stop` turn logits into text. [`cache`]
+//! keeps what was dear to make. Nothing here knows of HTTP, plugins or async.
+
+pub mod cache;
+mod detokenizer;
+mod engine;
+mod error;
+mod features;
+mod guard;
+mod job;
+mod model;
+mod output;
+mod request;
+mod sampler;
+mod scheduler;
+mod sequence;
+mod shared;
+mod slot;
+mod stats;
+mod stop;
+
+pub use cache::{
+    Access, Algorithm, Cache, CacheBytes, CacheEntry, CacheEvent, CacheKey, CacheStats,
+    CacheStrategy, Caches, Extensions, Interests, Lookup, Native, NewEntry, Plan, RemovalCause,
+    Scope, Scoping, Tier,
+};
+pub use engine::{Engine, EngineOptions};
+pub use error::EngineError;
+pub use model::{CheckpointLoader, Model, ModelLoader};
+pub use request::{
+    Answer, CacheAccess, CancelToken, Event, EventReceiver, Finish, GenerateRequest, RecvError,
+    Sampling, Timings, Usage,
+};
+pub use shared::EngineState;
+pub use stats::{EngineStats, StageStats};

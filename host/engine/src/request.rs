@@ -1,0 +1,308 @@
+//! What goes into the engine and what comes out: plain data and the two ends of a request.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use visor_model::Prompt;
+use visor_model::image::PixelValues;
+
+use crate::cache::{Access, Scope, Scoping};
+use crate::error::EngineError;
+
+/// How a token is drawn from logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// 0 takes the likeliest token, the lowest id of equals; finite, at least 0.
+    pub temperature: f64,
+    /// Share of probability kept, above 0, at most 1.
+    pub top_p: f64,
+    /// Likeliest tokens kept; 0 keeps all.
+    pub top_k: u32,
+    /// Equal seeds draw equal tokens from equal logits; `None` draws a seed.
+    pub seed: Option<u64>,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            seed: None,
+        }
+    }
+}
+
+/// What a request may read from and store in the engine's own caches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheAccess {
+    /// Who shares with this request.
+    pub scope: Scope,
+    /// Image features.
+    pub features: Access,
+    /// How long what it stores lives; `None` leaves that to the cache.
+    pub ttl: Option<Duration>,
+    /// Weight of what it stores in percent; 100 is neutral.
+    pub weight: u32,
+}
+
+impl Default for CacheAccess {
+    fn default() -> Self {
+        Self::from(&Scoping::default())
+    }
+}
+
+impl From<&Scoping> for CacheAccess {
+    fn from(scoping: &Scoping) -> Self {
+        Self {
+            scope: Scope::named(&scoping.scope),
+            features: scoping.embedding,
+            ttl: scoping.ttl_s.map(|s| Duration::from_secs(u64::from(s))),
+            weight: scoping.weight,
+        }
+    }
+}
+
+/// A flag that ends a request at its next step, prefill chunk or vision crop.
+#[derive(Debug, Clone, Default)]
+pub struct CancelToken(Arc<AtomicBool>);
+
+impl CancelToken {
+    /// A token nobody has set.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Ends the requests that carry this token; cannot be taken back.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Whether somebody has set it.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// One answer to be generated.
+#[derive(Debug, Clone)]
+pub struct GenerateRequest {
+    /// Token ids and image slots.
+    pub prompt: Prompt,
+    /// The pictures, by slot index.
+    pub images: Vec<Arc<PixelValues>>,
+    /// How tokens are drawn.
+    pub sampling: Sampling,
+    /// Most tokens of the answer; cut to what the context leaves.
+    pub tokens_max: u32,
+    /// Tokens that end the answer; not part of its text.
+    pub stop_ids: Vec<u32>,
+    /// Strings that end the answer; neither they nor what follows is part of its text. Empty ones
+    /// are ignored.
+    pub stop_strings: Vec<String>,
+    /// Ends the request early.
+    pub cancel: CancelToken,
+    /// When the request fails if it has not finished.
+    pub deadline: Option<Instant>,
+    /// Use of the caches.
+    pub cache: CacheAccess,
+}
+
+impl GenerateRequest {
+    /// A greedy request without pictures, stops or deadline.
+    pub fn new(prompt: Prompt, tokens_max: u32) -> Self {
+        Self {
+            prompt,
+            images: Vec::new(),
+            sampling: Sampling::default(),
+            tokens_max,
+            stop_ids: Vec::new(),
+            stop_strings: Vec::new(),
+            cancel: CancelToken::new(),
+            deadline: None,
+            cache: CacheAccess::default(),
+        }
+    }
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Finish {
+    /// A stop token or a stop string.
+    Stop,
+    /// As many tokens as were asked for, or as the context holds.
+    Length,
+    /// The cancel token, a dropped receiver, or the engine's end.
+    Cancelled,
+}
+
+/// Tokens of one answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Positions of the prompt, image tokens included.
+    pub prompt_tokens: u32,
+    /// Positions that are slots of pictures.
+    pub image_tokens: u32,
+    /// Prompt positions whose KV values were there already.
+    pub cached_tokens: u32,
+    /// Generated tokens, the stop token included.
+    pub completion_tokens: u32,
+}
+
+/// Where the time of one answer went, in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Timings {
+    /// From submission to admission.
+    pub queue_us: u64,
+    /// Vision tower; 0 when all features were cached.
+    pub vision_us: u64,
+    /// Prompt positions, up to the first token.
+    pub prefill_us: u64,
+    /// Everything after the first token.
+    pub decode_us: u64,
+}
+
+/// What happens to a request: `Started`, deltas, and exactly one of the other two at the end. A
+/// request that ends while it waits skips `Started`.
+#[derive(Debug)]
+pub enum Event {
+    /// Admitted: the request is no longer waiting.
+    Started {
+        /// Positions of the prompt, image tokens included.
+        prompt_tokens: u32,
+        /// Positions that are slots of pictures.
+        image_tokens: u32,
+        /// Prompt positions whose KV values were there already.
+        cached_tokens: u32,
+    },
+    /// More text: whole characters, never empty.
+    Delta {
+        /// The text.
+        text: String,
+        /// Tokens since the last delta; 0 where an earlier token's text was held back until the end.
+        tokens: u32,
+    },
+    /// The answer is complete.
+    Finished {
+        /// Why.
+        reason: Finish,
+        /// The stop string that was met.
+        matched_stop: Option<String>,
+        /// Tokens.
+        usage: Usage,
+        /// Times.
+        timings: Timings,
+    },
+    /// The answer cannot be completed.
+    Failed(EngineError),
+}
+
+impl Event {
+    /// Whether nothing comes after this event.
+    pub fn is_terminal(&self) -> bool {
+        matches!(self, Self::Finished { .. } | Self::Failed(_))
+    }
+}
+
+/// A whole answer, as a response cache keeps it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// All of the text.
+    pub text: String,
+    /// Why it ended.
+    pub reason: Finish,
+    /// The stop string that was met.
+    pub matched_stop: Option<String>,
+    /// Tokens.
+    pub usage: Usage,
+}
+
+impl Answer {
+    /// Memory it takes, in bytes.
+    pub fn bytes(&self) -> u64 {
+        let stop = self.matched_stop.as_ref().map_or(0, String::len);
+        (size_of::<Self>() + self.text.len() + stop) as u64
+    }
+}
+
+/// Why [`EventReceiver::recv_timeout`] has no event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RecvError {
+    /// Nothing happened in that time.
+    #[error("no event in time")]
+    Timeout,
+    /// The terminal event has been taken.
+    #[error("the request has ended")]
+    Ended,
+}
+
+/// The events of one request. Dropping it ends the request as a cancel token would.
+///
+/// The channel behind it is unbounded, so that a slow reader never stalls the engine thread and
+/// with it everybody else; it holds at most one event per token of `tokens_max`, and three more.
+#[derive(Debug)]
+pub struct EventReceiver {
+    events: Receiver<Event>,
+    abandoned: Arc<AtomicBool>,
+    ended: Cell<bool>,
+}
+
+impl EventReceiver {
+    pub(crate) fn new(events: Receiver<Event>, abandoned: Arc<AtomicBool>) -> Self {
+        Self {
+            events,
+            abandoned,
+            ended: Cell::new(false),
+        }
+    }
+
+    /// The next event; `None` once the terminal one has been taken.
+    pub fn recv(&self) -> Option<Event> {
+        if self.ended.get() {
+            return None;
+        }
+        Some(self.note(self.events.recv().unwrap_or_else(|_| engine_gone())))
+    }
+
+    /// The next event, if there is one within `timeout`.
+    ///
+    /// # Errors
+    /// [`RecvError`] says whether there may be one later.
+    pub fn recv_timeout(&self, timeout: Duration) -> Result<Event, RecvError> {
+        if self.ended.get() {
+            return Err(RecvError::Ended);
+        }
+        match self.events.recv_timeout(timeout) {
+            Ok(event) => Ok(self.note(event)),
+            Err(RecvTimeoutError::Timeout) => Err(RecvError::Timeout),
+            Err(RecvTimeoutError::Disconnected) => Ok(self.note(engine_gone())),
+        }
+    }
+
+    fn note(&self, event: Event) -> Event {
+        self.ended.set(event.is_terminal());
+        event
+    }
+}
+
+/// The terminal event of a request whose engine thread is no more.
+fn engine_gone() -> Event {
+    Event::Failed(EngineError::Stopped)
+}
+
+impl Iterator for EventReceiver {
+    type Item = Event;
+
+    fn next(&mut self) -> Option<Event> {
+        self.recv()
+    }
+}
+
+impl Drop for EventReceiver {
+    fn drop(&mut self) {
+        self.abandoned.store(true, Ordering::Release);
+    }
+}

@@ -1,0 +1,76 @@
+//! What the engine counts, for `/stats` and `/metrics`.
+
+use crate::request::Timings;
+
+/// How often a stage ran and how long it took in all.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StageStats {
+    /// Requests that went through the stage.
+    pub count: u64,
+    /// Microseconds, summed over them.
+    pub sum_us: u64,
+}
+
+impl StageStats {
+    fn add(&mut self, us: u64) {
+        self.count += 1;
+        self.sum_us = self.sum_us.saturating_add(us);
+    }
+}
+
+/// Figures since the start, and three of this moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EngineStats {
+    /// Requests waiting now.
+    pub waiting: u64,
+    /// Sequences being computed now.
+    pub running: u64,
+    /// Positions of the running sequences now: prompts and what was generated.
+    pub running_tokens: u64,
+    /// Positions that running sequences can have together.
+    pub running_tokens_max: u64,
+    /// Requests taken in.
+    pub submitted: u64,
+    /// Requests refused because the queue was full.
+    pub rejected: u64,
+    /// Answers that ended by a stop or by their length.
+    pub finished: u64,
+    /// Requests ended by their cancel token, a dropped receiver or the engine's end.
+    pub aborted: u64,
+    /// Requests that failed, passed deadlines included.
+    pub failed: u64,
+    /// Prompt positions of admitted requests.
+    pub prompt_tokens: u64,
+    /// Image tokens among them.
+    pub image_tokens: u64,
+    /// Generated tokens.
+    pub completion_tokens: u64,
+    /// Devices given up: at load, or in the middle of a request.
+    pub device_fallbacks: u64,
+    /// Panics of the model that were survived.
+    pub model_panics: u64,
+    /// Waiting, per admitted request.
+    pub queue: StageStats,
+    /// Vision tower, per request that ran it.
+    pub vision: StageStats,
+    /// Prefill, per request that began it.
+    pub prefill: StageStats,
+    /// Decode, per request that got a first token.
+    pub decode: StageStats,
+}
+
+impl EngineStats {
+    /// Adds the times of an admitted request that has ended.
+    pub(crate) fn add_timings(&mut self, timings: &Timings) {
+        self.queue.add(timings.queue_us);
+        for (stage, us) in [
+            (&mut self.vision, timings.vision_us),
+            (&mut self.prefill, timings.prefill_us),
+            (&mut self.decode, timings.decode_us),
+        ] {
+            if us > 0 {
+                stage.add(us);
+            }
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! The engine with a scripted model: what clients see, whatever goes wrong.
+
+#![expect(clippy::unwrap_used, reason = "every function here is part of a test")]
+
+mod cancel;
+mod events;
+mod fallback;
+mod features;
+mod limits;
+mod random;
+mod real;
+mod scripted;
+mod stops;

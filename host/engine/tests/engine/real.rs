@@ -1,0 +1,94 @@
+//! The engine around the real forward pass: nothing it does changes the tokens.
+
+use std::sync::Arc;
+
+use visor_engine::{
+    CacheBytes, Caches, CheckpointLoader, Engine, EngineOptions, EngineState, GenerateRequest,
+};
+use visor_model::image::PixelValues;
+use visor_model::{Checkpoint, DeviceKind, ImageFeatures, Phi3V, Prompt};
+
+use crate::scripted::{PATIENCE, ask};
+
+const ANSWER_TOKENS: u32 = 12;
+
+fn picture() -> Arc<PixelValues> {
+    let samples = 2_u64 * 3 * 336 * 336;
+    Arc::new(PixelValues {
+        crops: (0..samples)
+            .map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0)
+            .collect(),
+        crop_count: 2,
+        columns: 1,
+        rows: 1,
+        key: [7; 32],
+    })
+}
+
+fn request(checkpoint: &Checkpoint, with_picture: bool) -> GenerateRequest {
+    let tokenizer = checkpoint.tokenizer().unwrap();
+    let mut ids = vec![1];
+    let mut images = Vec::new();
+    if with_picture {
+        images.push(picture());
+        ids.extend(std::iter::repeat_n(-1, images[0].image_tokens() as usize));
+    }
+    let image_tokens = ids.len() as u32 - 1;
+    let text = tokenizer.encode_text("What is shown in this picture?");
+    ids.extend(text.into_iter().map(i64::from));
+    let mut request = GenerateRequest::new(Prompt { ids, image_tokens }, ANSWER_TOKENS);
+    request.images = images;
+    request
+}
+
+/// The answer as the model alone gives it, the prompt in one piece.
+fn greedy(model: &Phi3V, request: &GenerateRequest) -> Vec<u32> {
+    let encode =
+        |pixels: &Arc<PixelValues>| Arc::new(model.encode_image(pixels, &|| true).unwrap());
+    let features: Vec<_> = request.images.iter().map(encode).collect();
+    let mut state = model.begin(&request.prompt, &features).unwrap();
+    let mut tokens = Vec::new();
+    while tokens.len() < ANSWER_TOKENS as usize {
+        let logits = model.advance(&mut state, usize::MAX).unwrap().unwrap();
+        let best = logits.iter().copied().fold(f32::MIN, f32::max);
+        let token = logits.iter().position(|logit| *logit == best).unwrap() as u32;
+        model.push(&mut state, token).unwrap();
+        tokens.push(token);
+    }
+    tokens
+}
+
+#[test]
+fn the_engine_says_what_the_model_says() {
+    let checkpoint = Arc::new(Checkpoint::embedded().unwrap());
+    let tokenizer = Arc::new(checkpoint.tokenizer().unwrap());
+    let model = Phi3V::load(&checkpoint, DeviceKind::Cpu, &|_| ()).unwrap();
+    let megabytes = 64 << 20;
+    let caches: Caches<ImageFeatures> = Caches::new(CacheBytes {
+        features: megabytes,
+        ..CacheBytes::default()
+    });
+    let options = EngineOptions {
+        prefill_chunk_tokens: 100,
+        model_digest: checkpoint.facts().digest,
+        ..EngineOptions::default()
+    };
+    let loader = CheckpointLoader::new(Arc::clone(&checkpoint), |_| ());
+    let engine = Engine::start(loader, Arc::clone(&tokenizer), &caches, options);
+    let device = DeviceKind::Cpu;
+    assert_eq!(engine.wait_ready(PATIENCE), EngineState::Ready { device });
+    for with_picture in [false, true, true] {
+        let request = request(&checkpoint, with_picture);
+        let want = greedy(&model, &request);
+        let heard = ask(&engine, request);
+        assert_eq!(
+            heard.text,
+            tokenizer.decode(&want, true),
+            "picture: {with_picture}"
+        );
+        assert_eq!(heard.usage().completion_tokens, ANSWER_TOKENS);
+    }
+    let stats = caches.features.stats();
+    assert_eq!((stats.hits, stats.misses), (1, 1));
+    assert!(stats.saved_us > 0 && stats.used_bytes > 0);
+}

@@ -1,0 +1,429 @@
+//! A model that says what it is told to, writes down what it is asked, and breaks on demand.
+
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use visor_engine::{
+    CacheBytes, Caches, Engine, EngineError, EngineOptions, EngineState, Event, EventReceiver,
+    Finish, GenerateRequest, Model, ModelLoader, Usage,
+};
+use visor_model::image::PixelValues;
+use visor_model::{DeviceKind, ModelError, Prompt, Tokenizer};
+
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const VOCAB: usize = 32064;
+/// A token that every test request stops at, `<|end|>`.
+pub(crate) const END: u32 = 32007;
+
+/// One thing the model was asked, outside the warm-up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Call {
+    Load,
+    WarmUp,
+    /// One crop of a picture.
+    Crop {
+        picture: u8,
+        crop: u32,
+    },
+    Begin {
+        positions: usize,
+    },
+    Push(u32),
+    /// `from` positions were computed before.
+    Advance {
+        from: usize,
+        positions: usize,
+    },
+}
+
+/// How the model takes a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reply {
+    Go,
+    Fail,
+    Panic,
+    /// Logits that are not numbers.
+    Nan,
+}
+
+type Hook = dyn Fn(DeviceKind, &Call) -> Reply + Send + Sync;
+
+/// What the model says.
+#[derive(Clone)]
+pub(crate) enum Answer {
+    /// These tokens, then `END` for ever.
+    Tokens(Vec<u32>),
+    /// A distribution over so many tokens that depends on every id so far.
+    Hashed(u32),
+}
+
+#[derive(Clone)]
+pub(crate) struct Script {
+    pub(crate) answer: Answer,
+    pub(crate) calls: Arc<Mutex<Vec<(DeviceKind, Call)>>>,
+    pub(crate) hook: Arc<Hook>,
+    pub(crate) loads: Arc<AtomicU64>,
+}
+
+impl Script {
+    pub(crate) fn new(answer: Answer) -> Self {
+        Self {
+            answer,
+            calls: Arc::default(),
+            hook: Arc::new(|_, _| Reply::Go),
+            loads: Arc::default(),
+        }
+    }
+
+    pub(crate) fn saying(text: &str) -> Self {
+        Self::new(Answer::Tokens(tokenizer().encode_text(text)))
+    }
+
+    pub(crate) fn on(
+        mut self,
+        hook: impl Fn(DeviceKind, &Call) -> Reply + Send + Sync + 'static,
+    ) -> Self {
+        self.hook = Arc::new(hook);
+        self
+    }
+
+    fn call(&self, device: DeviceKind, call: Call) -> Result<Reply, ModelError> {
+        self.calls.lock().unwrap().push((device, call.clone()));
+        match (self.hook)(device, &call) {
+            Reply::Fail => Err(ModelError::Forward(candle_core::Error::Msg(
+                "scripted".into(),
+            ))),
+            Reply::Panic => panic!("scripted panic at {call:?}"),
+            reply => Ok(reply),
+        }
+    }
+
+    pub(crate) fn crops_encoded(&self) -> usize {
+        let calls = self.calls.lock().unwrap();
+        calls
+            .iter()
+            .filter(|(_, call)| matches!(call, Call::Crop { .. }))
+            .count()
+    }
+
+    fn logits(&self, ids: &[i64], pushed: usize) -> Vec<f32> {
+        match &self.answer {
+            Answer::Tokens(tokens) => {
+                let mut logits = vec![0.0; VOCAB];
+                let token = tokens.get(pushed).copied().unwrap_or(END);
+                logits[token as usize] = 10.0;
+                logits
+            }
+            Answer::Hashed(count) => {
+                let logit = |id: u32| {
+                    let mut hasher = DefaultHasher::new();
+                    (ids, id).hash(&mut hasher);
+                    (hasher.finish() % 1000) as f32 / 200.0
+                };
+                (0..*count).map(logit).collect()
+            }
+        }
+    }
+}
+
+pub(crate) struct ScriptedModel {
+    script: Script,
+    device: DeviceKind,
+}
+
+pub(crate) struct State {
+    ids: Vec<i64>,
+    done: usize,
+    pushed: usize,
+    is_warm_up: bool,
+}
+
+/// Which picture it is of, and where it lives.
+pub(crate) struct ScriptedFeatures {
+    picture: u8,
+    device: DeviceKind,
+}
+
+impl Model for ScriptedModel {
+    type State = State;
+    type Features = ScriptedFeatures;
+
+    fn device(&self) -> DeviceKind {
+        self.device
+    }
+
+    fn encode_image(
+        &self,
+        pixels: &PixelValues,
+        keep_going: &dyn Fn() -> bool,
+    ) -> Result<ScriptedFeatures, ModelError> {
+        let picture = pixels.key[0];
+        for crop in 0..pixels.crop_count {
+            if !keep_going() {
+                return Err(ModelError::Cancelled);
+            }
+            self.script
+                .call(self.device, Call::Crop { picture, crop })?;
+        }
+        let device = self.device;
+        Ok(ScriptedFeatures { picture, device })
+    }
+
+    fn features_bytes(_: &ScriptedFeatures) -> u64 {
+        1000
+    }
+
+    fn begin(
+        &self,
+        prompt: &Prompt,
+        features: &[Arc<ScriptedFeatures>],
+    ) -> Result<State, ModelError> {
+        // Test prompts begin with BOS, the warm-up does not.
+        let is_warm_up = prompt.ids[0] != 1;
+        let positions = prompt.ids.len();
+        let call = if is_warm_up {
+            Call::WarmUp
+        } else {
+            Call::Begin { positions }
+        };
+        self.script.call(self.device, call)?;
+        let here = |features: &Arc<ScriptedFeatures>| features.device == self.device;
+        assert!(features.iter().all(here), "features of another device");
+        // Features become part of the ids, so that wrong ones change the answer.
+        let embed = |id: &i64| match usize::try_from(-(id + 1)) {
+            Ok(index) => -1000 - i64::from(features[index].picture),
+            Err(_) => *id,
+        };
+        Ok(State {
+            ids: prompt.ids.iter().map(embed).collect(),
+            done: 0,
+            pushed: 0,
+            is_warm_up,
+        })
+    }
+
+    fn push(&self, state: &mut State, token: u32) -> Result<(), ModelError> {
+        self.script.call(self.device, Call::Push(token))?;
+        state.ids.push(i64::from(token));
+        state.pushed += 1;
+        Ok(())
+    }
+
+    fn advance(
+        &self,
+        state: &mut State,
+        positions_max: usize,
+    ) -> Result<Option<Vec<f32>>, ModelError> {
+        let (from, pending) = (state.done, state.ids.len() - state.done);
+        assert!(pending > 0, "nothing is pending");
+        let positions = pending.min(positions_max);
+        let mut reply = Reply::Go;
+        if !state.is_warm_up {
+            reply = self
+                .script
+                .call(self.device, Call::Advance { from, positions })?;
+        }
+        state.done += positions;
+        if state.done < state.ids.len() {
+            return Ok(None);
+        }
+        let mut logits = self.script.logits(&state.ids, state.pushed);
+        if reply == Reply::Nan {
+            logits[3] = f32::NAN;
+        }
+        Ok(Some(logits))
+    }
+}
+
+pub(crate) struct ScriptedLoader(pub(crate) Script);
+
+impl ModelLoader for ScriptedLoader {
+    type Model = ScriptedModel;
+
+    fn load(&mut self, device: DeviceKind) -> Result<ScriptedModel, ModelError> {
+        self.0.loads.fetch_add(1, Ordering::Relaxed);
+        self.0.call(device, Call::Load)?;
+        let script = self.0.clone();
+        Ok(ScriptedModel { script, device })
+    }
+}
+
+pub(crate) fn tokenizer() -> Arc<Tokenizer> {
+    static TOKENIZER: OnceLock<Arc<Tokenizer>> = OnceLock::new();
+    let load = || {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../model/demo/tokenizer.json");
+        Arc::new(Tokenizer::from_file(path.as_ref()).unwrap())
+    };
+    Arc::clone(TOKENIZER.get_or_init(load))
+}
+
+pub(crate) fn caches() -> Caches<ScriptedFeatures> {
+    let megabyte = 1 << 20;
+    Caches::new(CacheBytes {
+        pixels: megabyte,
+        features: megabyte,
+        responses: megabyte,
+    })
+}
+
+/// Two positions a chunk, so that every prompt takes several.
+pub(crate) fn options() -> EngineOptions {
+    EngineOptions {
+        context_tokens_max: 400,
+        prefill_chunk_tokens: 2,
+        queue_requests_max: 4,
+        ..EngineOptions::default()
+    }
+}
+
+/// An engine that is still loading.
+pub(crate) fn start_with(script: &Script, options: EngineOptions) -> Engine {
+    let loader = ScriptedLoader(script.clone());
+    Engine::start(loader, tokenizer(), &caches(), options)
+}
+
+/// An engine that is ready.
+pub(crate) fn start(script: &Script) -> Engine {
+    let engine = start_with(script, options());
+    let state = engine.wait_ready(PATIENCE);
+    assert!(matches!(state, EngineState::Ready { .. }), "{state:?}");
+    engine
+}
+
+/// Five positions: three chunks.
+pub(crate) fn request(tokens_max: u32) -> GenerateRequest {
+    let prompt = Prompt {
+        ids: vec![1, 100, 200, 300, 400],
+        image_tokens: 0,
+    };
+    let mut request = GenerateRequest::new(prompt, tokens_max);
+    request.stop_ids = vec![END];
+    request
+}
+
+/// One picture of two crops.
+pub(crate) fn pixels(picture: u8) -> Arc<PixelValues> {
+    Arc::new(PixelValues {
+        crops: Vec::new(),
+        crop_count: 2,
+        columns: 1,
+        rows: 1,
+        key: [picture; 32],
+    })
+}
+
+/// BOS, then every picture's slots, then one token.
+pub(crate) fn request_with(pictures: &[u8]) -> GenerateRequest {
+    let mut request = request(8);
+    request.images = pictures.iter().map(|picture| pixels(*picture)).collect();
+    request.prompt.ids = vec![1];
+    for (index, pixels) in (1_i64..).zip(&request.images) {
+        let slots = pixels.image_tokens();
+        request.prompt.image_tokens += slots;
+        let slots = std::iter::repeat_n(-index, slots as usize);
+        request.prompt.ids.extend(slots);
+    }
+    request.prompt.ids.push(100);
+    request
+}
+
+/// Everything a client got.
+#[derive(Debug)]
+pub(crate) struct Heard {
+    pub(crate) started: bool,
+    pub(crate) text: String,
+    pub(crate) deltas: Vec<String>,
+    pub(crate) end: End,
+}
+
+#[derive(Debug)]
+pub(crate) enum End {
+    Finished {
+        reason: Finish,
+        matched_stop: Option<String>,
+        usage: Usage,
+    },
+    Failed(EngineError),
+}
+
+impl Heard {
+    pub(crate) fn reason(&self) -> Option<Finish> {
+        match &self.end {
+            End::Finished { reason, .. } => Some(*reason),
+            End::Failed(_) => None,
+        }
+    }
+
+    pub(crate) fn matched_stop(&self) -> Option<&str> {
+        match &self.end {
+            End::Finished { matched_stop, .. } => matched_stop.as_deref(),
+            End::Failed(_) => None,
+        }
+    }
+
+    pub(crate) fn usage(&self) -> Usage {
+        match &self.end {
+            End::Finished { usage, .. } => *usage,
+            End::Failed(error) => panic!("failed: {error}"),
+        }
+    }
+
+    pub(crate) fn error(&self) -> &EngineError {
+        match &self.end {
+            End::Failed(error) => error,
+            end => panic!("not failed: {end:?}"),
+        }
+    }
+}
+
+/// Reads a request to its end and checks the order of its events.
+pub(crate) fn hear(events: &EventReceiver) -> Heard {
+    let (mut started, mut deltas, mut delta_tokens) = (false, Vec::new(), 0);
+    let end = loop {
+        match events.recv_timeout(PATIENCE).expect("an event") {
+            Event::Started { .. } => {
+                assert!(
+                    !started && deltas.is_empty(),
+                    "Started comes once and first"
+                );
+                started = true;
+            }
+            Event::Delta { text, tokens } => {
+                assert!(started, "a delta before Started");
+                assert!(!text.is_empty(), "an empty delta");
+                delta_tokens += tokens;
+                deltas.push(text);
+            }
+            Event::Finished {
+                reason,
+                matched_stop,
+                usage,
+                ..
+            } => {
+                assert!(delta_tokens <= usage.completion_tokens);
+                break End::Finished {
+                    reason,
+                    matched_stop,
+                    usage,
+                };
+            }
+            Event::Failed(error) => break End::Failed(error),
+        }
+    };
+    assert!(
+        events.recv().is_none(),
+        "something behind the terminal event"
+    );
+    Heard {
+        started,
+        text: deltas.concat(),
+        deltas,
+        end,
+    }
+}
+
+pub(crate) fn ask(engine: &Engine, request: GenerateRequest) -> Heard {
+    hear(&engine.submit(request).expect("admitted"))
+}
