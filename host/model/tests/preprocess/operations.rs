@@ -213,43 +213,32 @@ fn arguments_that_do_not_fit_are_refused_with_their_numbers() {
     let check = |op: Op, message: &str| {
         assert_eq!(run_ops(&image, &[op]).unwrap_err().to_string(), message);
     };
-    check(
+    let crop = |x, width, height| {
+        let y = 0;
         Op::Crop {
-            x: 1,
-            y: 0,
-            width: 40,
-            height: 30,
-        },
-        "crop: 40x30 at (1, 0) is not inside 40x30",
-    );
+            x,
+            y,
+            width,
+            height,
+        }
+    };
+    let pad = |width, height, x| {
+        let (y, fill) = (0, [0; 3]);
+        Op::Pad {
+            width,
+            height,
+            x,
+            y,
+            fill,
+        }
+    };
+    check(crop(1, 40, 30), "crop: 40x30 at (1, 0) is not inside 40x30");
     check(
-        Op::Crop {
-            x: u32::MAX,
-            y: 0,
-            width: 2,
-            height: 1,
-        },
+        crop(u32::MAX, 2, 1),
         "crop: 2x1 at (4294967295, 0) is not inside 40x30",
     );
-    check(
-        Op::Crop {
-            x: 0,
-            y: 0,
-            width: 0,
-            height: 1,
-        },
-        "crop: 0x1 at (0, 0) is not inside 40x30",
-    );
-    check(
-        Op::Pad {
-            width: 50,
-            height: 30,
-            x: 11,
-            y: 0,
-            fill: [0; 3],
-        },
-        "pad: 40x30 at (11, 0) is not inside 50x30",
-    );
+    check(crop(0, 0, 1), "crop: 0x1 at (0, 0) is not inside 40x30");
+    check(pad(50, 30, 11), "pad: 40x30 at (11, 0) is not inside 50x30");
     check(resize(0, 5, Filter::Bilinear), "resize: 0x5 has no pixels");
     let limit = "67108864 pixels are allowed";
     check(
@@ -262,13 +251,7 @@ fn arguments_that_do_not_fit_are_refused_with_their_numbers() {
         &format!("resize would make 60000000x30 pixels; {limit}"),
     );
     check(
-        Op::Pad {
-            width: 10_000,
-            height: 10_000,
-            x: 0,
-            y: 0,
-            fill: [0; 3],
-        },
+        pad(10_000, 10_000, 0),
         &format!("pad would make 10000x10000 pixels; {limit}"),
     );
     check(
