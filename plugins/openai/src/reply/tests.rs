@@ -1,0 +1,318 @@
+//! Event lists in, bytes out.
+
+use super::*;
+use crate::exports::visor::plugin::adapter::{Delta, Finish, Total};
+
+const USAGE: Usage = Usage {
+    prompt_tokens: 770,
+    image_tokens: 757,
+    cached_tokens: 3,
+    completion_tokens: 2,
+};
+
+fn reply(stream: bool, include_usage: bool) -> Reply {
+    let mut reply = Reply::new("chatcmpl-1".to_owned(), 1_700_000_000, "m".to_owned());
+    (reply.stream, reply.include_usage) = (stream, include_usage);
+    reply
+}
+
+fn delta(text: &str) -> Event {
+    Event::Delta(Delta {
+        generation: 0,
+        choice: 0,
+        text: text.to_owned(),
+        tokens: Vec::new(),
+    })
+}
+
+fn finish(reason: FinishReason) -> Event {
+    Event::Finish(Finish {
+        generation: 0,
+        choice: 0,
+        reason,
+        matched_stop: None,
+    })
+}
+
+fn done() -> Event {
+    Event::Done(Total {
+        generation: 0,
+        usage: USAGE,
+        queue_micros: 0,
+        prefill_micros: 0,
+        decode_micros: 0,
+    })
+}
+
+fn failure() -> Error {
+    Error {
+        code: ErrorCode::Internal,
+        message: "it broke".to_owned(),
+        param: None,
+        retry_after: None,
+    }
+}
+
+/// Events one by one or all at once must give the same bytes.
+fn run(make: impl Fn() -> (Reply, Vec<Event>)) -> String {
+    let (mut reply, events) = make();
+    let mut bytes = Vec::new();
+    let mut ended = false;
+    for event in events {
+        assert!(!ended, "there are events after the end");
+        let progress = reply.advance(vec![event]).unwrap();
+        bytes.extend(progress.bytes);
+        ended = matches!(progress.next, Next::End);
+    }
+    assert!(ended);
+    let (mut reply, events) = make();
+    assert_eq!(reply.advance(events).unwrap().bytes, bytes);
+    String::from_utf8(bytes).unwrap()
+}
+
+fn chunks(body: &str) -> Vec<Value> {
+    let data = body
+        .split("\n\n")
+        .filter_map(|event| event.strip_prefix("data: "));
+    data.filter(|data| *data != "[DONE]")
+        .map(|data| serde_json::from_str(data).unwrap())
+        .collect()
+}
+
+fn whole_answer() -> Vec<Event> {
+    vec![
+        Event::Started((0, USAGE)),
+        delta("Hé"),
+        delta("llo"),
+        finish(FinishReason::Length),
+        done(),
+    ]
+}
+
+#[test]
+fn a_completion_has_every_required_key() {
+    let body = run(|| (reply(false, false), whole_answer()));
+    let completion: Value = serde_json::from_str(&body).unwrap();
+    let expected = json!({
+        "id": "chatcmpl-1", "object": "chat.completion", "created": 1_700_000_000, "model": "m",
+        "choices": [{
+            "index": 0, "logprobs": null, "finish_reason": "length",
+            "message": { "role": "assistant", "content": "Héllo", "refusal": null },
+        }],
+        "usage": {
+            "prompt_tokens": 770, "completion_tokens": 2, "total_tokens": 772,
+            "prompt_tokens_details": { "cached_tokens": 3, "audio_tokens": 0, "image_tokens": 757 },
+            "completion_tokens_details": {
+                "reasoning_tokens": 0, "audio_tokens": 0,
+                "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0,
+            },
+        },
+    });
+    assert_eq!(completion, expected);
+}
+
+#[test]
+fn a_stream_begins_with_the_role_and_has_one_terminal_chunk() {
+    let body = run(|| (reply(true, false), whole_answer()));
+    assert!(body.ends_with("data: [DONE]\n\n"));
+    let chunks = chunks(&body);
+    assert_eq!(chunks.len(), 4);
+    assert_eq!(
+        chunks[0]["choices"][0]["delta"],
+        json!({ "role": "assistant", "content": "", "refusal": null })
+    );
+    let text: String = chunks
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str())
+        .collect();
+    assert_eq!(text, "Héllo");
+    let reasons: Vec<_> = chunks
+        .iter()
+        .map(|chunk| &chunk["choices"][0]["finish_reason"])
+        .collect();
+    assert_eq!(
+        reasons,
+        [&Value::Null, &Value::Null, &Value::Null, &json!("length")]
+    );
+    for chunk in &chunks {
+        assert_eq!(
+            (&chunk["id"], &chunk["object"]),
+            (&json!("chatcmpl-1"), &json!("chat.completion.chunk"))
+        );
+        assert!(chunk.get("usage").is_none(), "nobody asked for usage");
+    }
+}
+
+#[test]
+fn usage_is_the_last_chunk_of_a_stream_that_asked() {
+    let chunks = chunks(&run(|| (reply(true, true), whole_answer())));
+    let (last, others) = chunks.split_last().unwrap();
+    assert_eq!(last["choices"], json!([]));
+    assert_eq!(last["usage"]["total_tokens"], 772);
+    assert!(
+        others
+            .iter()
+            .all(|chunk| chunk["usage"].is_null() && chunk.get("usage").is_some())
+    );
+}
+
+#[test]
+fn an_answer_without_text_is_still_an_answer() {
+    let none = || {
+        vec![
+            Event::Started((0, USAGE)),
+            finish(FinishReason::Stop),
+            done(),
+        ]
+    };
+    let whole: Value = serde_json::from_str(&run(|| (reply(false, false), none()))).unwrap();
+    assert_eq!(whole["choices"][0]["message"]["content"], "");
+    assert_eq!(chunks(&run(|| (reply(true, false), none()))).len(), 2);
+    // A host that forgets `finish` still gets a terminal chunk out of us.
+    let chunks = chunks(&run(|| (reply(true, false), vec![done()])));
+    assert_eq!(chunks[1]["choices"][0]["finish_reason"], "stop");
+}
+
+#[test]
+fn a_failure_before_the_first_byte_is_an_error() {
+    for stream in [false, true] {
+        let error = reply(stream, false)
+            .advance(vec![Event::Failed((0, failure()))])
+            .unwrap_err();
+        assert_eq!(error.message, "it broke");
+    }
+    let late = reply(false, false).advance(vec![
+        Event::Started((0, USAGE)),
+        delta("x"),
+        Event::Failed((0, failure())),
+    ]);
+    assert!(
+        late.is_err(),
+        "a completion is written at the end, so nothing is out yet"
+    );
+}
+
+#[test]
+fn a_failure_in_a_stream_is_its_last_event() {
+    let mut reply = reply(true, true);
+    let events = vec![
+        Event::Started((0, USAGE)),
+        delta("x"),
+        Event::Failed((0, failure())),
+    ];
+    let progress = reply.advance(events).unwrap();
+    assert!(matches!(progress.next, Next::End));
+    let body = String::from_utf8(progress.bytes).unwrap();
+    let last = chunks(&body).pop().unwrap();
+    assert_eq!(
+        last["error"],
+        json!({ "message": "it broke", "type": "server_error", "param": null, "code": "internal_error" })
+    );
+    assert!(!body.contains("[DONE]"));
+}
+
+#[test]
+fn half_an_answer_does_not_look_like_a_whole_one() {
+    for reason in [FinishReason::Cancelled, FinishReason::Failed] {
+        assert!(
+            reply(false, false)
+                .advance(vec![delta("half"), finish(reason)])
+                .is_err()
+        );
+        let progress = reply(true, false)
+            .advance(vec![delta("half"), finish(reason)])
+            .unwrap();
+        assert!(
+            String::from_utf8(progress.bytes)
+                .unwrap()
+                .contains("\"error\"")
+        );
+    }
+}
+
+#[test]
+fn every_error_code_has_a_status_and_four_keys() {
+    let table = [
+        (
+            ErrorCode::InvalidRequest,
+            400,
+            "invalid_request_error",
+            Value::Null,
+        ),
+        (
+            ErrorCode::NotFound,
+            404,
+            "invalid_request_error",
+            json!("not_found"),
+        ),
+        (
+            ErrorCode::Unsupported,
+            400,
+            "invalid_request_error",
+            json!("unsupported_value"),
+        ),
+        (
+            ErrorCode::TooLarge,
+            413,
+            "invalid_request_error",
+            json!("request_too_large"),
+        ),
+        (
+            ErrorCode::ContextOverflow,
+            400,
+            "invalid_request_error",
+            json!("context_length_exceeded"),
+        ),
+        (
+            ErrorCode::Overloaded,
+            503,
+            "overloaded_error",
+            json!("overloaded"),
+        ),
+        (ErrorCode::Timeout, 504, "server_error", json!("timeout")),
+        (
+            ErrorCode::Internal,
+            500,
+            "server_error",
+            json!("internal_error"),
+        ),
+    ];
+    for (code, status, kind, word) in table {
+        let error = Error {
+            code,
+            param: Some("p".to_owned()),
+            ..failure()
+        };
+        let response = render_error(&error, false);
+        let body: Value = serde_json::from_slice(&response.body).unwrap();
+        assert_eq!(response.status, status);
+        let expected = json!({ "message": "it broke", "type": kind, "param": "p", "code": word });
+        assert_eq!(body, json!({ "error": expected }));
+        let mid_stream = render_error(&error, true);
+        assert_eq!(mid_stream.body, format!("data: {body}\n\n").into_bytes());
+    }
+    let missing = Error {
+        code: ErrorCode::NotFound,
+        param: Some("model".to_owned()),
+        ..failure()
+    };
+    assert!(
+        String::from_utf8(render_error(&missing, false).body)
+            .unwrap()
+            .contains("model_not_found")
+    );
+}
+
+#[test]
+fn overload_says_when_to_come_back() {
+    let error = Error {
+        code: ErrorCode::Overloaded,
+        retry_after: Some(2),
+        ..failure()
+    };
+    assert!(
+        render_error(&error, false)
+            .headers
+            .contains(&("retry-after".to_owned(), "2".to_owned()))
+    );
+}
