@@ -1,0 +1,99 @@
+//! `visor plugin check FILE`: the load pipeline, offline.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::LoadError;
+use crate::options::PluginSettings;
+use crate::plugin::{Origin, Plugin, PluginInfo, ServedRole};
+use crate::sandbox::Sandbox;
+
+/// What a usable plugin file is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckReport {
+    /// Id it would get: the file stem.
+    pub id: String,
+    /// SHA-256 of the file, hex.
+    pub revision: String,
+    /// Roles and interface versions.
+    pub roles: Vec<ServedRole>,
+    /// Interfaces it imports.
+    pub imports: Vec<String>,
+    /// What it says about itself, the schema of its configuration included.
+    pub info: PluginInfo,
+    /// Routes of an adapter as `METHOD path`.
+    pub routes: Vec<String>,
+    /// Size of the file in bytes.
+    pub bytes: u64,
+    /// Milliseconds that compiling took.
+    pub compile_ms: u64,
+    /// Whether it had to be wrapped from a core module.
+    pub wrapped: bool,
+}
+
+impl From<&Plugin> for CheckReport {
+    fn from(plugin: &Plugin) -> Self {
+        let routes = plugin.routes().iter();
+        Self {
+            id: plugin.id().to_owned(),
+            revision: plugin.revision().to_owned(),
+            roles: plugin.roles().to_vec(),
+            imports: plugin.imports().to_vec(),
+            info: plugin.info().clone(),
+            routes: routes
+                .map(|route| format!("{} {}", route.method, route.path))
+                .collect(),
+            bytes: plugin.bytes(),
+            compile_ms: plugin.compile_ms(),
+            wrapped: plugin.compiled().wrapped,
+        }
+    }
+}
+
+/// Loads `path` exactly as the server would, trial run included.
+///
+/// # Errors
+/// What the server would say.
+pub fn check_file(
+    sandbox: &Sandbox,
+    path: &Path,
+    settings: &PluginSettings,
+) -> Result<CheckReport, LoadError> {
+    let plugin = load_file(sandbox, path, settings)?;
+    Ok(CheckReport::from(&*plugin))
+}
+
+/// Reads a file under the size cap and loads it under its stem.
+pub(crate) fn load_file(
+    sandbox: &Sandbox,
+    path: &Path,
+    settings: &PluginSettings,
+) -> Result<Arc<Plugin>, LoadError> {
+    let id = plugin_id(path)?;
+    let read = |error: std::io::Error| LoadError::Read(error.to_string());
+    let size = std::fs::metadata(path).map_err(read)?.len();
+    let bytes_max = sandbox.options().component_bytes_max;
+    if size > bytes_max {
+        return Err(LoadError::TooLarge {
+            bytes: size,
+            bytes_max,
+        });
+    }
+    let bytes = std::fs::read(path).map_err(read)?;
+    sandbox.load(&id, &bytes, settings, Origin::File(path.to_owned()))
+}
+
+/// The id of a file: its stem, which is a name for configuration tables and metrics.
+pub(crate) fn plugin_id(path: &Path) -> Result<String, LoadError> {
+    let stem = path
+        .file_stem()
+        .and_then(|stem| stem.to_str())
+        .unwrap_or_default();
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+    if !stem.is_empty() && stem.len() <= 64 && stem.bytes().all(legal) {
+        return Ok(stem.to_owned());
+    }
+    Err(LoadError::Read(format!(
+        "`{stem}` cannot be a plugin id: 1 to 64 of a-z, A-Z, 0-9, `-` and `_`"
+    )))
+}
