@@ -1,0 +1,213 @@
+//! `visor plugin`: the server's own checks, without the server.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use visor_sandbox::{
+    FolderOptions, Origin, Plugin, PluginFolder, PluginSet, Registry, SampleModel, Sandbox,
+    check_file,
+};
+
+use super::start::load_config;
+use super::{EXIT_DONE, EXIT_NO, Failure, Overrides};
+use crate::config::Config;
+use crate::wiring::{self, shipped};
+
+/// Runs every check the server would, the trial run included.
+pub(super) fn check(file: &Path, json: bool, overrides: &Overrides) -> Result<u8, Failure> {
+    let (config, _) = load_config(overrides, None)?;
+    let sandbox = sandbox(&config)?;
+    let id = file.file_stem().unwrap_or_default().to_string_lossy();
+    let settings = wiring::plugin_settings(&config, &id);
+    let mut out = std::io::stdout().lock();
+    let report = match check_file(&sandbox, file, &settings) {
+        Ok(report) => report,
+        Err(error) => {
+            if json {
+                let path = file.display().to_string();
+                let value =
+                    serde_json::json!({ "file": path, "good": false, "error": error.to_string() });
+                writeln!(out, "{value}")?;
+            } else {
+                writeln!(out, "{}: bad\n  {error}", file.display())?;
+            }
+            return Ok(EXIT_NO);
+        }
+    };
+    let roles: Vec<String> = report
+        .roles
+        .iter()
+        .map(|served| format!("{}@{}", served.role, served.version))
+        .collect();
+    if json {
+        let value = serde_json::json!({
+            "file": file.display().to_string(), "good": true, "id": report.id,
+            "revision": report.revision, "roles": roles, "imports": report.imports,
+            "routes": report.routes, "bytes": report.bytes, "compile_ms": report.compile_ms,
+            "wrapped_core_module": report.wrapped, "name": report.info.name,
+            "version": report.info.version, "description": report.info.description,
+        });
+        writeln!(out, "{value}")?;
+        return Ok(EXIT_DONE);
+    }
+    let info = &report.info;
+    writeln!(out, "{}: good", file.display())?;
+    writeln!(
+        out,
+        "  {} {}: {}",
+        info.name, info.version, info.description
+    )?;
+    writeln!(out, "  roles     {}", roles.join(", "))?;
+    writeln!(out, "  imports   {}", report.imports.join(", "))?;
+    if !report.routes.is_empty() {
+        writeln!(out, "  routes    {}", report.routes.join(", "))?;
+    }
+    writeln!(out, "  revision  {}", report.revision)?;
+    let wrapped = if report.wrapped {
+        ", wrapped from a core module"
+    } else {
+        ""
+    };
+    writeln!(
+        out,
+        "  size      {} bytes, compiled in {} ms{wrapped}",
+        report.bytes, report.compile_ms
+    )?;
+    writeln!(out, "  would be  plugin `{}`", report.id)?;
+    Ok(EXIT_DONE)
+}
+
+/// Loads what a server started here would load, and says what came of every file.
+pub(super) fn list(json: bool, overrides: &Overrides) -> Result<u8, Failure> {
+    let (config, _) = load_config(overrides, None)?;
+    let refused = Arc::new(Mutex::new(None));
+    let keep = Arc::clone(&refused);
+    let config = Arc::new(config);
+    let routes = Arc::clone(&config);
+    let options = FolderOptions {
+        folder: config.plugins.folder.clone(),
+        poll: Duration::ZERO,
+        shipped: shipped::plugins(),
+        settings: wiring::settings_for(Arc::clone(&config)),
+        // The set is listed even when the routes do not like it; why they do not is listed too.
+        on_change: Box::new(move |set| {
+            let problem = wiring::check_routes(&routes, set).err();
+            *keep.lock().unwrap_or_else(PoisonError::into_inner) = problem;
+            Ok(())
+        }),
+    };
+    let registry = Arc::new(Registry::new());
+    let folder = PluginFolder::watch(sandbox(&config)?, Arc::clone(&registry), options)
+        .map_err(Failure::start)?;
+    // A second look: a file counts as written once two looks agree.
+    folder.scan();
+    let rows = rows(&config, &registry.current(), &folder);
+    let problem = refused
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    let mut out = std::io::stdout().lock();
+    if json {
+        writeln!(
+            out,
+            "{}",
+            serde_json::json!({ "plugins": rows, "routes_problem": problem })
+        )?;
+    } else {
+        for row in &rows {
+            writeln!(out, "{}", row.line())?;
+        }
+        if let Some(problem) = &problem {
+            writeln!(out, "routes: {problem}")?;
+        }
+    }
+    let good = problem.is_none() && rows.iter().all(|row| row.state != "bad");
+    Ok(if good { EXIT_DONE } else { EXIT_NO })
+}
+
+#[derive(serde::Serialize)]
+struct Row {
+    id: String,
+    /// `shipped`, `file`, `overrides shipped` or `bad`.
+    state: &'static str,
+    roles: Vec<String>,
+    revision: String,
+    path: Option<String>,
+    /// Prefixes of the routes that use it.
+    routes: Vec<String>,
+    error: Option<String>,
+}
+
+fn rows(config: &Config, set: &PluginSet, folder: &PluginFolder) -> Vec<Row> {
+    let mut rows: Vec<Row> = set
+        .plugins
+        .values()
+        .map(|plugin| good_row(config, plugin))
+        .collect();
+    rows.extend(folder.status().last_errors.into_iter().map(|error| Row {
+        id: error.id,
+        state: "bad",
+        roles: Vec::new(),
+        revision: String::new(),
+        path: Some(error.path.display().to_string()),
+        routes: Vec::new(),
+        error: Some(error.message),
+    }));
+    rows
+}
+
+fn good_row(config: &Config, plugin: &Plugin) -> Row {
+    let id = plugin.id();
+    let is_shipped = shipped::plugins().iter().any(|shipped| shipped.id == id);
+    let (state, path) = match plugin.origin() {
+        Origin::Shipped => ("shipped", None),
+        Origin::File(path) if is_shipped => ("overrides shipped", Some(path)),
+        Origin::File(path) => ("file", Some(path)),
+    };
+    let uses = config.routes.iter().filter(|route| {
+        [
+            &route.adapter,
+            &route.template,
+            &route.image_policy,
+            &route.cache_strategy,
+        ]
+        .contains(&&id.to_owned())
+    });
+    Row {
+        id: id.to_owned(),
+        state,
+        roles: plugin
+            .roles()
+            .iter()
+            .map(|served| served.role.to_string())
+            .collect(),
+        revision: plugin.revision_short().to_owned(),
+        path: path.map(|path| path.display().to_string()),
+        routes: uses.map(|route| route.prefix.clone()).collect(),
+        error: None,
+    }
+}
+
+impl Row {
+    fn line(&self) -> String {
+        let path = self.path.as_deref().unwrap_or("(inside the binary)");
+        if let Some(error) = &self.error {
+            return format!("{:<16} BAD: {error}\n{:<16} {path}", self.id, "");
+        }
+        let used = if self.routes.is_empty() {
+            "unused".to_owned()
+        } else {
+            self.routes.join(", ")
+        };
+        let (id, state, revision, roles) =
+            (&self.id, self.state, &self.revision, self.roles.join("+"));
+        format!("{id:<16} {roles:<16} {state:<18} {revision:<13} {used:<10} {path}")
+    }
+}
+
+/// A sandbox of its own, with a sample model for trial runs: no weights are needed to check a file.
+fn sandbox(config: &Config) -> Result<Sandbox, Failure> {
+    Sandbox::new(wiring::sandbox_options(config), Arc::new(SampleModel)).map_err(Failure::start)
+}

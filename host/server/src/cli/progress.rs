@@ -1,0 +1,63 @@
+//! Lines for a person on standard error, and a bar while the model loads.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use visor_model::LoadProgress;
+
+/// Between two log lines when there is no terminal to draw on.
+const LOG_INTERVAL: Duration = Duration::from_secs(5);
+
+/// One line on standard error. Nobody to read it is no reason to stop.
+pub(super) fn line(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+/// How a loading model is shown: a bar on a terminal, else a log line now and then.
+pub(super) struct Loading {
+    bar: Option<ProgressBar>,
+    logged: Mutex<Instant>,
+}
+
+impl Loading {
+    pub(super) fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+            let style = "loading model {bar:40} {bytes}/{total_bytes} {eta}";
+            if let Ok(style) = ProgressStyle::with_template(style) {
+                bar.set_style(style);
+            }
+            bar
+        });
+        Self {
+            bar,
+            logged: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Shows one step; the bar goes away with the last.
+    pub(super) fn step(&self, progress: LoadProgress) {
+        let LoadProgress {
+            bytes_done,
+            bytes_total,
+        } = progress;
+        if let Some(bar) = &self.bar {
+            bar.set_length(bytes_total);
+            bar.set_position(bytes_done);
+            if bytes_done >= bytes_total {
+                bar.finish_and_clear();
+            }
+            return;
+        }
+        let Ok(mut logged) = self.logged.lock() else {
+            return;
+        };
+        if logged.elapsed() >= LOG_INTERVAL {
+            *logged = Instant::now();
+            let percent = bytes_done.saturating_mul(100) / bytes_total.max(1);
+            tracing::info!(bytes_done, bytes_total, percent, "loading model");
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! `visor serve`: opens the house, binds the address, and stops in an orderly way.
+
+use std::sync::Arc;
+
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+
+use super::start::{config_source, open_house, start_log};
+use super::{EXIT_DONE, EXIT_STOPPED, Failure, ServeArgs, progress};
+use crate::wiring::House;
+
+/// Threads for sockets; exchanges run on blocking threads, the model on its own.
+const SOCKET_THREADS: usize = 2;
+
+pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
+    let source = config_source(&args.overrides, args.listen.as_deref());
+    let config = source.read().map_err(Failure::usage)?;
+    start_log(&config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(SOCKET_THREADS)
+        .max_blocking_threads(
+            config
+                .server
+                .requests_in_flight_max
+                .saturating_mul(2)
+                .max(64),
+        )
+        .enable_all()
+        .build()
+        .map_err(Failure::start)?;
+    runtime.block_on(async {
+        // Bound before the model loads: a taken address is said at once, and probes get an answer.
+        let address = config.server.listen.clone();
+        let listener = TcpListener::bind(&address).await.map_err(|error| {
+            Failure::start(anyhow::anyhow!(
+                "cannot listen on {address}: {error} (see --listen)"
+            ))
+        })?;
+        let house = open_house(config, Some(source))?;
+        greet(&house, &listener)?;
+        tell_when_ready(&house);
+        let shutdown = stop_signal()?;
+        crate::serve(listener, Arc::clone(&house), shutdown).await;
+        house.stop();
+        Ok(EXIT_DONE)
+    })
+}
+
+/// The first lines: where, what, and a command to paste.
+fn greet(house: &House, listener: &TcpListener) -> Result<(), Failure> {
+    let address = listener.local_addr().map_err(Failure::start)?;
+    progress::line(&format!("listening on http://{address}"));
+    let noise = if house.model_is_noise() {
+        ": a demo inside the binary whose answers are noise; serve a real one with --model PATH"
+    } else {
+        ""
+    };
+    progress::line(&format!("model {}{noise}", house.model.id));
+    for route in &house.wiring().routes {
+        let plugins: Vec<String> = route
+            .plugins()
+            .map(|plugin| format!("{}@{}", plugin.id(), plugin.revision_short()))
+            .collect();
+        let prefix = &route.prefix;
+        progress::line(&format!(
+            "{prefix} is served by plugins {}",
+            plugins.join(", ")
+        ));
+    }
+    for error in house.plugin_errors() {
+        progress::line(&format!(
+            "plugin {} is not in use: {}",
+            error.path.display(),
+            error.message
+        ));
+    }
+    if let Some(path) = house.find_path("POST", "/chat/completions") {
+        progress::line(&format!(
+            "try: curl http://{address}{path} -H 'Content-Type: application/json' \
+             -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"Hello\"}}],\"max_tokens\":16}}'"
+        ));
+    }
+    Ok(())
+}
+
+/// Logs the end of loading; a model that cannot be loaded is said, and `/ready` goes on saying it.
+fn tell_when_ready(house: &Arc<House>) {
+    let house = Arc::clone(house);
+    tokio::task::spawn_blocking(move || match house.wait_ready() {
+        Ok(()) => progress::line(&format!("ready on {}", house.device_name())),
+        Err(reason) => tracing::error!(%reason, "the model cannot be used"),
+    });
+}
+
+/// Resolves at the first Ctrl-C or SIGTERM; the second ends the process at once.
+fn stop_signal() -> Result<impl Future<Output = ()>, Failure> {
+    let first = Arc::new(Notify::new());
+    let told = Arc::clone(&first);
+    let mut signals = Signals::new().map_err(Failure::start)?;
+    tokio::spawn(async move {
+        signals.next().await;
+        progress::line("stopping: finishing what is in flight; once more stops at once");
+        told.notify_one();
+        signals.next().await;
+        std::process::exit(i32::from(EXIT_STOPPED));
+    });
+    Ok(async move { first.notified().await })
+}
+
+#[cfg(unix)]
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+#[cfg(unix)]
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let interrupt = signal(SignalKind::interrupt())?;
+        Ok(Self {
+            interrupt,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+#[cfg(not(unix))]
+struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self)
+    }
+
+    async fn next(&mut self) {
+        // Without a way to hear Ctrl-C the system's own handling ends the process.
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}

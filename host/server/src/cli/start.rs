@@ -1,0 +1,115 @@
+//! What every command that needs the server's rooms does first: configuration, log, house.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tracing_subscriber::EnvFilter;
+
+use super::progress::Loading;
+use super::{Failure, Overrides};
+use crate::config::{Config, ConfigError, LogFormat, check};
+use crate::wiring::{ConfigSource, House, HouseOptions};
+
+/// Read when no file is named.
+const DEFAULT_FILE: &str = "visor.toml";
+
+/// The configuration in force, and the file it came from, if any.
+pub(super) fn load_config(
+    overrides: &Overrides,
+    listen: Option<&str>,
+) -> Result<(Config, Option<PathBuf>), Failure> {
+    let source = config_source(overrides, listen);
+    let config = source.read().map_err(Failure::usage)?;
+    let file = source.file.exists().then_some(source.file);
+    Ok((config, file))
+}
+
+/// Where the configuration comes from, now and after every change of the file.
+pub(super) fn config_source(overrides: &Overrides, listen: Option<&str>) -> ConfigSource {
+    let file = overrides.config.clone();
+    let (overrides, listen) = (overrides.clone(), listen.map(str::to_owned));
+    ConfigSource {
+        required: file.is_some(),
+        file: file.unwrap_or_else(|| PathBuf::from(DEFAULT_FILE)),
+        adjust: Arc::new(move |config| adjust(config, &overrides, listen.as_deref())),
+    }
+}
+
+/// Puts flags and environment over what the file says.
+fn adjust(
+    config: &mut Config,
+    overrides: &Overrides,
+    listen: Option<&str>,
+) -> Result<(), ConfigError> {
+    if let Some(listen) = listen {
+        listen.clone_into(&mut config.server.listen);
+    }
+    if let Some(model) = &overrides.model {
+        config.model.path.clone_from(model);
+    }
+    if let Some(device) = overrides.device {
+        config.model.device = device;
+    }
+    if let Some(folder) = &overrides.plugins {
+        config.plugins.folder.clone_from(folder);
+    }
+    if let Some(log) = &overrides.log {
+        config.server.log_filter.clone_from(log);
+    }
+    let issues = check::check(config);
+    if issues.is_empty() {
+        return Ok(());
+    }
+    // The file alone was good, so the mistake is in a flag or a variable: its key says which.
+    Err(ConfigError {
+        file: PathBuf::from("flags and environment"),
+        issues,
+    })
+}
+
+/// Starts writing the log to standard error.
+pub(super) fn start_log(config: &Config) -> Result<(), Failure> {
+    let filter = EnvFilter::try_new(&config.server.log_filter).map_err(Failure::usage)?;
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    let started = match config.server.log_format {
+        LogFormat::Text => log.try_init(),
+        LogFormat::Json => log.json().try_init(),
+    };
+    started.map_err(|error| Failure::start(anyhow::anyhow!("the log cannot start: {error}")))
+}
+
+/// A house that answers this process only: nothing is watched, the log says warnings unless asked.
+pub(super) fn private_house(overrides: &Overrides) -> Result<Arc<House>, Failure> {
+    let mut quiet = overrides.clone();
+    quiet.log.get_or_insert_with(|| "warn".to_owned());
+    let source = config_source(&quiet, None);
+    let config = source.read().map_err(Failure::usage)?;
+    start_log(&config)?;
+    let house = open_house(config, None)?;
+    wait_ready(&house)?;
+    Ok(house)
+}
+
+/// Opens a house with progress shown; the model loads on.
+pub(super) fn open_house(
+    config: Config,
+    source: Option<ConfigSource>,
+) -> Result<Arc<House>, Failure> {
+    let loading = Loading::new();
+    let options = HouseOptions {
+        source,
+        progress: Box::new(move |progress| loading.step(progress)),
+    };
+    House::open(config, options).map_err(Failure::start)
+}
+
+/// Waits until the model is loaded and warm.
+pub(super) fn wait_ready(house: &House) -> Result<(), Failure> {
+    house
+        .wait_ready()
+        .map_err(|reason| Failure::start(anyhow::anyhow!("{reason}")))
+}

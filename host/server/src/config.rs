@@ -1,0 +1,329 @@
+//! The one configuration: what a key is called, its unit and its default.
+//!
+//! `Default` is the truth; `config/visor.toml` repeats it with reasons and a test holds the two
+//! equal. This room knows TOML and numbers. It must not know sockets, plugins or the model:
+//! [`check`] says whether the numbers make sense together, [`change`] what differs between two.
+
+pub mod change;
+pub mod check;
+pub mod plugins;
+pub mod report;
+pub mod sandbox;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use plugins::{PluginConfig, PluginLimits, PluginsConfig};
+pub use report::{ConfigError, Issue};
+pub use sandbox::SandboxConfig;
+use visor_model::DeviceChoice;
+
+/// The embedded copy of `config/visor.toml`: every key, its unit, its default and why.
+pub const DOCUMENTED: &str = include_str!("../../../config/visor.toml");
+
+/// Everything an operator can set. Read once, checked once, then passed down by part.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The HTTP side: address, sizes, counts, times.
+    pub server: ServerConfig,
+    /// Which weights, on which device, with how much context.
+    pub model: ModelSection,
+    /// What a request gets that does not say, and the most it may ask for.
+    pub generation: GenerationConfig,
+    /// Limits on the pictures clients send.
+    pub images: ImagesConfig,
+    /// Sizes of the host's caches.
+    pub cache: CacheConfig,
+    /// Where plugins are found, and a table per plugin.
+    pub plugins: PluginsConfig,
+    /// What a plugin may use.
+    pub sandbox: SandboxConfig,
+    /// Which plugins serve which path prefix.
+    pub routes: Vec<RouteConfig>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            server: ServerConfig::default(),
+            model: ModelSection::default(),
+            generation: GenerationConfig::default(),
+            images: ImagesConfig::default(),
+            cache: CacheConfig::default(),
+            plugins: PluginsConfig::default(),
+            sandbox: SandboxConfig::default(),
+            routes: vec![RouteConfig::default()],
+        }
+    }
+}
+
+impl Config {
+    /// Reads and checks one TOML text; `file` only names it in errors.
+    ///
+    /// # Errors
+    /// Every mistake with line, column, key, what is wrong and what is allowed.
+    pub fn parse(text: &str, file: &Path) -> Result<Self, ConfigError> {
+        let config: Self = report::deserialize(text, file)?;
+        let issues = check::check(&config);
+        if issues.is_empty() {
+            return Ok(config);
+        }
+        Err(ConfigError::semantic(text, file, issues))
+    }
+
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// As [`Config::parse`], and when the file cannot be read.
+    pub fn load(file: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(file)
+            .map_err(|source| ConfigError::unreadable(file, &source))?;
+        Self::parse(&text, file)
+    }
+
+    /// This configuration as TOML, every key written out.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        toml::to_string_pretty(self).expect("every field of Config is a TOML value")
+    }
+}
+
+/// `[server]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerConfig {
+    /// Address and port to listen on. Port 0 takes a free one. Needs a restart.
+    pub listen: String,
+    /// Largest request head (request line and headers), in bytes. Needs a restart.
+    pub request_head_bytes_max: u64,
+    /// Largest request body, in bytes.
+    pub request_body_bytes_max: u64,
+    /// Deepest nesting of a JSON body.
+    pub json_depth_max: u32,
+    /// Base64 strings of a JSON body from this length on, in bytes, stay in the host as blobs.
+    pub lift_bytes_min: u64,
+    /// Requests worked on at once; more are answered 503.
+    pub requests_in_flight_max: usize,
+    /// Requests that may wait for the model; more are answered 503. Needs a restart.
+    pub queue_requests_max: usize,
+    /// Answers one request may ask for (`n` of the OpenAI dialect, prompts of a batch).
+    pub generations_per_request_max: u32,
+    /// Seconds that requests in flight get to finish after Ctrl-C or SIGTERM.
+    pub drain_s: u64,
+    /// Seconds one request may take from its head to its last byte.
+    pub request_timeout_s: u64,
+    /// Seconds a client may take to send the head of a request. Needs a restart.
+    pub head_read_timeout_s: u64,
+    /// Seconds a client may take to send the body of a request.
+    pub body_read_timeout_s: u64,
+    /// Seconds of silence in a stream after which a keep-alive is sent; 0 sends none.
+    pub keep_alive_s: u64,
+    /// Pieces of a stream that may wait for a slow client before its request waits too.
+    pub stream_buffer_pieces: usize,
+    /// How log lines are written. Needs a restart.
+    pub log_format: LogFormat,
+    /// Which log lines are written: `error|warn|info|debug|trace`, or directives such as
+    /// `info,visor_engine=debug`. Needs a restart.
+    pub log_filter: String,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:8080".to_owned(),
+            request_head_bytes_max: 64 << 10,
+            request_body_bytes_max: 32 << 20,
+            json_depth_max: 64,
+            lift_bytes_min: 1024,
+            requests_in_flight_max: 64,
+            queue_requests_max: 64,
+            generations_per_request_max: 4,
+            drain_s: 25,
+            request_timeout_s: 600,
+            head_read_timeout_s: 10,
+            body_read_timeout_s: 60,
+            keep_alive_s: 15,
+            stream_buffer_pieces: 32,
+            log_format: LogFormat::Text,
+            log_filter: "info".to_owned(),
+        }
+    }
+}
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// One readable line per event.
+    Text,
+    /// One JSON object per event.
+    Json,
+}
+
+/// `[model]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelSection {
+    /// Folder of a Hugging Face checkpoint; empty is the embedded demo. Needs a restart.
+    pub path: PathBuf,
+    /// `auto`, `cpu`, `metal` or `cuda`. Needs a restart.
+    #[serde(with = "device_text")]
+    pub device: DeviceChoice,
+    /// Longest prompt plus answer, in tokens. Needs a restart.
+    pub context_tokens: u32,
+    /// Name clients use; empty takes the checkpoint's. Needs a restart.
+    pub served_name: String,
+    /// Further names clients may use. Needs a restart.
+    pub aliases: Vec<String>,
+    /// Prompt positions computed between two looks at the cancel flag. Needs a restart.
+    pub prefill_chunk_tokens: usize,
+}
+
+impl Default for ModelSection {
+    fn default() -> Self {
+        Self {
+            path: PathBuf::new(),
+            device: DeviceChoice::Auto,
+            context_tokens: 4096,
+            served_name: String::new(),
+            aliases: Vec::new(),
+            prefill_chunk_tokens: 512,
+        }
+    }
+}
+
+/// `[generation]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GenerationConfig {
+    /// Output tokens of a request that does not say, cut to what the context leaves.
+    pub max_tokens: u32,
+    /// Most output tokens a request may ask for.
+    pub max_tokens_limit: u32,
+    /// Longest prompt, in tokens, images included; 0 allows what the context holds.
+    pub prompt_tokens_max: u32,
+    /// Sampling temperature of a request that does not say; 0 is greedy.
+    pub temperature: f32,
+    /// Nucleus sampling share of a request that does not say, in (0, 1].
+    pub top_p: f32,
+    /// Most likely tokens sampling chooses among when a request does not say; 0 means all.
+    pub top_k: u32,
+}
+
+impl Default for GenerationConfig {
+    fn default() -> Self {
+        Self {
+            max_tokens: 512,
+            max_tokens_limit: 4096,
+            prompt_tokens_max: 0,
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+        }
+    }
+}
+
+/// `[images]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ImagesConfig {
+    /// Largest encoded image, in bytes.
+    pub bytes_max: u64,
+    /// Most pixels of one image, read from its header before anything is decoded.
+    pub pixels_max: u64,
+    /// Longest side of one image, in pixels.
+    pub side_px_max: u32,
+    /// Longest side over shortest side.
+    pub aspect_ratio_max: u32,
+    /// Images of one request.
+    pub count_max: u32,
+    /// Whether photos are turned as their EXIF tag says.
+    pub apply_exif_orientation: bool,
+}
+
+impl Default for ImagesConfig {
+    fn default() -> Self {
+        Self {
+            bytes_max: 20 << 20,
+            pixels_max: 40_000_000,
+            side_px_max: 16_384,
+            aspect_ratio_max: 100,
+            count_max: 8,
+            apply_exif_orientation: true,
+        }
+    }
+}
+
+/// `[cache]`: sizes in MiB; 0 turns a cache off.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CacheConfig {
+    /// Preprocessed pixels, in MiB.
+    pub pixels_mib: u64,
+    /// Image features (what the vision tower made), in MiB.
+    pub features_mib: u64,
+    /// Whole answers to identical requests at temperature 0, in MiB.
+    pub responses_mib: u64,
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self {
+            pixels_mib: 256,
+            features_mib: 512,
+            responses_mib: 32,
+        }
+    }
+}
+
+/// One `[[routes]]` entry: which plugins serve the paths below `prefix`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RouteConfig {
+    /// Path prefix, starting with `/` and not ending with one (except `/` itself).
+    pub prefix: String,
+    /// Plugin id of the request adapter.
+    pub adapter: String,
+    /// Plugin id of the prompt template.
+    pub template: String,
+    /// Plugin id of the image policy.
+    pub image_policy: String,
+    /// Plugin id of the cache strategy; empty is the host's own LRU.
+    pub cache_strategy: String,
+}
+
+impl Default for RouteConfig {
+    fn default() -> Self {
+        Self {
+            prefix: "/v1".to_owned(),
+            adapter: "openai".to_owned(),
+            template: "phi3".to_owned(),
+            image_policy: "hd".to_owned(),
+            cache_strategy: "lru".to_owned(),
+        }
+    }
+}
+
+/// `DeviceChoice` as its text, so that the model crate needs no serde here.
+mod device_text {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use visor_model::DeviceChoice;
+
+    pub(super) fn serialize<S: Serializer>(value: &DeviceChoice, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(value)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<DeviceChoice, D::Error> {
+        let text = String::deserialize(d)?;
+        text.parse().map_err(|_| {
+            D::Error::custom(format!(
+                "unknown device `{text}`, expected one of `auto`, `cpu`, `metal`, `cuda`"
+            ))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

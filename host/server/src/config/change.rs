@@ -1,0 +1,148 @@
+//! What differs between two configurations, and what of it waits for a restart.
+
+use super::Config;
+
+/// Keys that are read once, at start. Everything else is applied live.
+const RESTART_KEYS: [&str; 10] = [
+    "server.listen",
+    "server.request_head_bytes_max",
+    "server.queue_requests_max",
+    "server.head_read_timeout_s",
+    "server.log_format",
+    "server.log_filter",
+    "model",
+    "plugins.folder",
+    "plugins.poll_s",
+    "sandbox",
+];
+
+/// The keys in which two configurations differ.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    /// Applied at once, as dotted keys.
+    pub live: Vec<String>,
+    /// Take effect at the next start, as dotted keys.
+    pub restart: Vec<String>,
+}
+
+impl Change {
+    /// Compares every key.
+    #[must_use]
+    pub fn between(old: &Config, new: &Config) -> Self {
+        let mut keys = Vec::new();
+        let table = |config: &Config| toml::Value::try_from(config).ok();
+        differing("", table(old).as_ref(), table(new).as_ref(), &mut keys);
+        let (restart, live) = keys.into_iter().partition(|key| needs_restart(key));
+        Self { live, restart }
+    }
+
+    /// Whether nothing differs.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.live.is_empty() && self.restart.is_empty()
+    }
+}
+
+/// `new` with the keys that need a restart put back to what is running.
+#[must_use]
+pub fn keep_restart_keys(running: &Config, new: &Config) -> Config {
+    let mut applied = new.clone();
+    let server = &running.server;
+    applied.server.listen.clone_from(&server.listen);
+    applied.server.request_head_bytes_max = server.request_head_bytes_max;
+    applied.server.queue_requests_max = server.queue_requests_max;
+    applied.server.head_read_timeout_s = server.head_read_timeout_s;
+    applied.server.log_format = server.log_format;
+    applied.server.log_filter.clone_from(&server.log_filter);
+    applied.model = running.model.clone();
+    applied.plugins.folder.clone_from(&running.plugins.folder);
+    applied.plugins.poll_s = running.plugins.poll_s;
+    applied.sandbox = running.sandbox.clone();
+    applied
+}
+
+fn needs_restart(key: &str) -> bool {
+    RESTART_KEYS.iter().any(|restart| {
+        key == *restart
+            || key
+                .strip_prefix(restart)
+                .is_some_and(|rest| rest.starts_with('.'))
+    })
+}
+
+fn differing(
+    path: &str,
+    old: Option<&toml::Value>,
+    new: Option<&toml::Value>,
+    keys: &mut Vec<String>,
+) {
+    if let (Some(toml::Value::Table(old)), Some(toml::Value::Table(new))) = (old, new) {
+        let mut names: Vec<&String> = old.keys().chain(new.keys()).collect();
+        names.sort();
+        names.dedup();
+        for name in names {
+            let below = if path.is_empty() {
+                name.clone()
+            } else {
+                format!("{path}.{name}")
+            };
+            differing(&below, old.get(name), new.get(name), keys);
+        }
+    } else if old != new {
+        keys.push(path.to_owned());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_says_which_keys_wait_for_a_restart() {
+        let old = Config::default();
+        let mut new = old.clone();
+        new.server.listen = "0.0.0.0:80".to_owned();
+        new.model.context_tokens = 8192;
+        new.images.count_max = 2;
+        new.cache.pixels_mib = 1;
+        let change = Change::between(&old, &new);
+        assert_eq!(change.live, ["cache.pixels_mib", "images.count_max"]);
+        assert_eq!(change.restart, ["model.context_tokens", "server.listen"]);
+    }
+
+    #[test]
+    fn keys_that_need_a_restart_keep_their_running_value() {
+        let old = Config::default();
+        let mut new = old.clone();
+        new.model.context_tokens = 8192;
+        new.sandbox.adapter.call_ms.start = 1;
+        new.server.request_timeout_s = 7;
+        let applied = keep_restart_keys(&old, &new);
+        assert_eq!(
+            Change::between(&old, &applied).live,
+            ["server.request_timeout_s"]
+        );
+        assert!(Change::between(&old, &applied).restart.is_empty());
+    }
+
+    /// The list of names and the function that puts values back must agree.
+    #[test]
+    fn every_restart_key_is_put_back() {
+        let old = Config::default();
+        let mut new = old.clone();
+        new.server.listen = "0.0.0.0:1".to_owned();
+        new.server.request_head_bytes_max += 1;
+        new.server.queue_requests_max += 1;
+        new.server.head_read_timeout_s += 1;
+        new.server.log_format = super::super::LogFormat::Json;
+        new.server.log_filter = "debug".to_owned();
+        new.model.aliases.push("x".to_owned());
+        new.plugins.folder = "other".into();
+        new.plugins.poll_s += 1;
+        new.sandbox.instances_max += 1;
+        new.sandbox.component_mib_max += 1;
+        new.sandbox.template.call_ms.render += 1;
+        assert_eq!(Change::between(&old, &new).live, Vec::<String>::new());
+        assert_eq!(keep_restart_keys(&old, &new), old);
+    }
+}

@@ -1,0 +1,351 @@
+//! Whether the numbers of a configuration make sense, alone and together.
+//!
+//! TOML and types are checked while reading; this is what only a reader of the meaning can see.
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, ToSocketAddrs};
+
+use super::report::Issue;
+use super::{Config, PluginLimits, RouteConfig};
+
+/// Positions of the longest context Phi-3.5 was trained for.
+const CONTEXT_TOKENS_MAX: u32 = 131_072;
+/// Prompt tokens of the smallest picture; a context below it can answer nothing.
+const CONTEXT_TOKENS_MIN: u32 = 64;
+
+/// Highest value of `server.generations_per_request_max`.
+pub const GENERATIONS_PER_REQUEST_MAX: u32 = 128;
+
+/// Every mistake of meaning, in the order of the file's sections. Empty when there is none.
+#[must_use]
+pub fn check(config: &Config) -> Vec<Issue> {
+    let mut found = Found::default();
+    check_server(config, &mut found);
+    check_model(config, &mut found);
+    check_generation(config, &mut found);
+    check_images(config, &mut found);
+    check_sandbox(config, &mut found);
+    check_plugins(config, &mut found);
+    check_routes(&config.routes, &mut found);
+    found.0
+}
+
+#[derive(Default)]
+struct Found(Vec<Issue>);
+
+impl Found {
+    fn add(&mut self, key: impl Into<String>, message: impl Into<String>, allowed: &str) {
+        self.0.push(Issue::at_key(key, message, allowed));
+    }
+
+    fn range<T: PartialOrd + std::fmt::Display>(&mut self, key: &str, value: T, low: T, high: T) {
+        if value < low || value > high {
+            self.add(
+                key,
+                format!("{value} is out of range"),
+                &format!("{low} to {high}"),
+            );
+        }
+    }
+}
+
+fn check_server(config: &Config, found: &mut Found) {
+    let server = &config.server;
+    if server.listen.parse::<SocketAddr>().is_err() && server.listen.to_socket_addrs().is_err() {
+        found.add(
+            "server.listen",
+            format!("`{}` is not an address with a port", server.listen),
+            "IP:PORT, [IPV6]:PORT or HOST:PORT, such as 127.0.0.1:8080",
+        );
+    }
+    let rows = [
+        (
+            "request_head_bytes_max",
+            server.request_head_bytes_max,
+            8192,
+            1 << 20,
+        ),
+        (
+            "request_body_bytes_max",
+            server.request_body_bytes_max,
+            1024,
+            4 << 30,
+        ),
+        ("json_depth_max", server.json_depth_max.into(), 4, 127),
+        ("lift_bytes_min", server.lift_bytes_min, 64, 1 << 20),
+        (
+            "requests_in_flight_max",
+            server.requests_in_flight_max as u64,
+            1,
+            4096,
+        ),
+        (
+            "queue_requests_max",
+            server.queue_requests_max as u64,
+            1,
+            4096,
+        ),
+        (
+            "generations_per_request_max",
+            server.generations_per_request_max.into(),
+            1,
+            GENERATIONS_PER_REQUEST_MAX.into(),
+        ),
+        ("drain_s", server.drain_s, 0, 3600),
+        ("request_timeout_s", server.request_timeout_s, 1, 86_400),
+        ("head_read_timeout_s", server.head_read_timeout_s, 1, 600),
+        ("body_read_timeout_s", server.body_read_timeout_s, 1, 3600),
+        ("keep_alive_s", server.keep_alive_s, 0, 3600),
+        (
+            "stream_buffer_pieces",
+            server.stream_buffer_pieces as u64,
+            1,
+            65_536,
+        ),
+    ];
+    for (name, value, low, high) in rows {
+        found.range(&format!("server.{name}"), value, low, high);
+    }
+    if let Err(error) = tracing_subscriber::EnvFilter::try_new(&server.log_filter) {
+        found.add(
+            "server.log_filter",
+            error.to_string(),
+            "error, warn, info, debug, trace, or directives such as info,visor_engine=debug",
+        );
+    }
+}
+
+fn check_model(config: &Config, found: &mut Found) {
+    let model = &config.model;
+    let tokens = model.context_tokens;
+    found.range(
+        "model.context_tokens",
+        tokens,
+        CONTEXT_TOKENS_MIN,
+        CONTEXT_TOKENS_MAX,
+    );
+    found.range(
+        "model.prefill_chunk_tokens",
+        model.prefill_chunk_tokens,
+        1,
+        131_072,
+    );
+    for (index, alias) in model.aliases.iter().enumerate() {
+        let repeated = model.aliases[..index].contains(alias) || *alias == model.served_name;
+        if alias.is_empty() || repeated {
+            let key = format!("model.aliases.{index}");
+            found.add(
+                key,
+                format!("`{alias}` is empty or used twice"),
+                "one new name each",
+            );
+        }
+    }
+}
+
+fn check_generation(config: &Config, found: &mut Found) {
+    let generation = &config.generation;
+    found.range(
+        "generation.max_tokens",
+        generation.max_tokens,
+        1,
+        generation.max_tokens_limit,
+    );
+    found.range(
+        "generation.max_tokens_limit",
+        generation.max_tokens_limit,
+        1,
+        CONTEXT_TOKENS_MAX,
+    );
+    if generation.prompt_tokens_max >= config.model.context_tokens {
+        found.add(
+            "generation.prompt_tokens_max",
+            format!(
+                "{} leaves no room for an answer in model.context_tokens = {}",
+                generation.prompt_tokens_max, config.model.context_tokens
+            ),
+            "less than model.context_tokens; 0 allows what the context holds",
+        );
+    }
+    found.range("generation.temperature", generation.temperature, 0.0, 2.0);
+    if !(generation.top_p > 0.0 && generation.top_p <= 1.0) {
+        found.add(
+            "generation.top_p",
+            format!("{} is out of range", generation.top_p),
+            "above 0, at most 1",
+        );
+    }
+    if !generation.temperature.is_finite() {
+        found.add("generation.temperature", "not a number", "0 to 2");
+    }
+}
+
+fn check_images(config: &Config, found: &mut Found) {
+    let images = &config.images;
+    found.range("images.bytes_max", images.bytes_max, 1024, 1 << 30);
+    found.range("images.pixels_max", images.pixels_max, 4096, 1 << 30);
+    found.range("images.side_px_max", images.side_px_max, 64, 65_535);
+    found.range(
+        "images.aspect_ratio_max",
+        images.aspect_ratio_max,
+        1,
+        65_535,
+    );
+    found.range("images.count_max", images.count_max, 0, 256);
+}
+
+fn check_sandbox(config: &Config, found: &mut Found) {
+    let sandbox = &config.sandbox;
+    found.range("sandbox.instances_max", sandbox.instances_max, 8, 10_000);
+    found.range(
+        "sandbox.component_mib_max",
+        sandbox.component_mib_max,
+        1,
+        1024,
+    );
+    found.range("sandbox.setup_ms", sandbox.setup_ms, 1, 60_000);
+    for (role, limits) in sandbox.roles() {
+        let key = |name: &str| format!("sandbox.{role}.{name}");
+        found.range(&key("memory_mib_max"), limits.memory_mib_max, 1, 4096);
+        found.range(
+            &key("table_elements_max"),
+            limits.table_elements_max,
+            16,
+            10_000_000,
+        );
+        found.range(
+            &key("hostcall_kib_max"),
+            limits.hostcall_kib_max,
+            1,
+            1 << 20,
+        );
+        found.range(&key("handles_max"), limits.handles_max, 4, 1_000_000);
+        found.range(&key("log_lines_per_s"), limits.log_lines_per_s, 0, 100_000);
+        found.range(
+            &key("log_line_bytes_max"),
+            limits.log_line_bytes_max,
+            64,
+            1 << 20,
+        );
+        for (function, ms) in &limits.call_ms {
+            found.range(
+                &format!("sandbox.{role}.call_ms.{function}"),
+                *ms,
+                1,
+                60_000,
+            );
+        }
+    }
+}
+
+fn check_plugins(config: &Config, found: &mut Found) {
+    found.range("plugins.poll_s", config.plugins.poll_s, 0, 3600);
+    for (id, plugin) in &config.plugins.by_id {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if id.is_empty() || !id.chars().all(plain) {
+            found.add(
+                format!("plugins.{id}"),
+                format!("`{id}` is not a plugin id"),
+                "the file name without .wasm: letters, digits, `-`, `_`, `.`",
+            );
+        }
+        check_plugin_limits(config, id, &plugin.limits, found);
+    }
+}
+
+/// A plugin's limits may only lower the role's: one above every role's can only be a mistake.
+fn check_plugin_limits(config: &Config, id: &str, limits: &PluginLimits, found: &mut Found) {
+    let roles: Vec<_> = config
+        .sandbox
+        .roles()
+        .into_iter()
+        .map(|(_, limits)| limits)
+        .collect();
+    let highest =
+        |of: &dyn Fn(&super::sandbox::RoleView) -> u64| roles.iter().map(of).max().unwrap_or(0);
+    let call_ms = highest(&|role| role.call_ms.iter().map(|(_, ms)| *ms).max().unwrap_or(0));
+    let rows = [
+        ("call_ms", limits.call_ms, call_ms),
+        (
+            "memory_mib_max",
+            limits.memory_mib_max,
+            highest(&|role| role.memory_mib_max),
+        ),
+        (
+            "hostcall_kib_max",
+            limits.hostcall_kib_max,
+            highest(&|role| role.hostcall_kib_max),
+        ),
+        (
+            "handles_max",
+            limits.handles_max.map(u64::from),
+            highest(&|role| role.handles_max.into()),
+        ),
+        (
+            "log_lines_per_s",
+            limits.log_lines_per_s.map(u64::from),
+            highest(&|role| role.log_lines_per_s.into()),
+        ),
+    ];
+    for (name, value, high) in rows {
+        let Some(value) = value else { continue };
+        let low = u64::from(name != "log_lines_per_s");
+        if value < low || value > high {
+            found.add(
+                format!("plugins.{id}.limits.{name}"),
+                format!("{value} is out of range: a plugin's limits only lower those of [sandbox]"),
+                &format!("{low} to {high}"),
+            );
+        }
+    }
+}
+
+/// Paths the server answers itself; an adapter there would never be asked.
+const NATIVE_PATHS: [&str; 4] = ["/health", "/ready", "/stats", "/metrics"];
+
+fn check_routes(routes: &[RouteConfig], found: &mut Found) {
+    if routes.is_empty() {
+        found.add(
+            "routes",
+            "no route: every request would be a 404",
+            "at least one [[routes]]",
+        );
+    }
+    let mut seen: HashMap<&str, usize> = HashMap::new();
+    for (index, route) in routes.iter().enumerate() {
+        let key = |name: &str| format!("routes.{index}.{name}");
+        let prefix = route.prefix.as_str();
+        let plain = |c: char| c.is_ascii_alphanumeric() || "/-_.~".contains(c);
+        let shaped = prefix == "/" || (prefix.starts_with('/') && !prefix.ends_with('/'));
+        if !shaped || prefix.contains("//") || !prefix.chars().all(plain) {
+            found.add(
+                key("prefix"),
+                format!("`{prefix}` is not a path prefix"),
+                "a path such as /v1: starts with `/`, does not end with one",
+            );
+        }
+        if NATIVE_PATHS.contains(&prefix) {
+            found.add(
+                key("prefix"),
+                format!("`{prefix}` is the server's own"),
+                "another prefix",
+            );
+        }
+        if let Some(first) = seen.insert(prefix, index) {
+            found.add(
+                key("prefix"),
+                format!("`{prefix}` is also the prefix of route {}", first + 1),
+                "one route per prefix",
+            );
+        }
+        for (name, id) in [
+            ("adapter", &route.adapter),
+            ("template", &route.template),
+            ("image_policy", &route.image_policy),
+        ] {
+            if id.is_empty() {
+                found.add(key(name), "empty", "the id of a plugin");
+            }
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Mistakes in a configuration file, told like a compiler tells them: line, column, key, what is
+//! wrong, what is allowed.
+
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use toml::de::{DeTable, DeValue};
+
+/// One mistake.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Issue {
+    /// Dotted key, such as `server.listen` or `routes.0.prefix`; empty when the text is no TOML.
+    pub key: String,
+    /// What is wrong, lower case, one sentence.
+    pub message: String,
+    /// What would be right; empty when the message says it.
+    pub allowed: String,
+    /// Line, from 1; none when the file does not mention the key (a default does).
+    pub line: Option<usize>,
+    /// Column in characters, from 1.
+    pub column: Option<usize>,
+    /// The line's text, and the columns to underline.
+    #[serde(skip)]
+    excerpt: Option<(String, Range<usize>)>,
+}
+
+impl Issue {
+    /// A mistake known by its key; where it stands is looked up later.
+    #[must_use]
+    pub fn at_key(key: impl Into<String>, message: impl Into<String>, allowed: &str) -> Self {
+        Self {
+            key: key.into(),
+            message: message.into(),
+            allowed: allowed.to_owned(),
+            line: None,
+            column: None,
+            excerpt: None,
+        }
+    }
+
+    fn place(&mut self, text: &str, span: Range<usize>) {
+        let start = floor(text, span.start);
+        let line_start = text[..start].rfind('\n').map_or(0, |at| at + 1);
+        let line_end = text[start..].find('\n').map_or(text.len(), |at| start + at);
+        let end = floor(text, span.end).clamp(start, line_end);
+        let column = text[line_start..start].chars().count();
+        let width = text[start..end].chars().count().max(1);
+        self.line = Some(text[..line_start].matches('\n').count() + 1);
+        self.column = Some(column + 1);
+        let line = text[line_start..line_end].trim_end().to_owned();
+        self.excerpt = Some((line, column..column + width));
+    }
+}
+
+fn floor(text: &str, mut at: usize) -> usize {
+    at = at.min(text.len());
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    at
+}
+
+/// Why a configuration was refused: the file and every mistake found in it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct ConfigError {
+    /// The file, as it was named.
+    pub file: PathBuf,
+    /// At least one mistake.
+    pub issues: Vec<Issue>,
+}
+
+impl ConfigError {
+    /// Mistakes of meaning, each placed at its key.
+    #[must_use]
+    pub fn semantic(text: &str, file: &Path, mut issues: Vec<Issue>) -> Self {
+        for issue in &mut issues {
+            if let Some(span) = span_of(text, &issue.key) {
+                issue.place(text, span);
+            }
+        }
+        Self {
+            file: file.to_owned(),
+            issues,
+        }
+    }
+
+    /// The file cannot be read.
+    #[must_use]
+    pub fn unreadable(file: &Path, error: &std::io::Error) -> Self {
+        let issue = Issue::at_key(
+            "",
+            format!("cannot be read: {error}"),
+            "a readable TOML file",
+        );
+        Self {
+            file: file.to_owned(),
+            issues: vec![issue],
+        }
+    }
+
+    /// The mistakes on one line, for a log.
+    #[must_use]
+    pub fn one_line(&self) -> String {
+        let lines = self.issues.iter().map(|issue| {
+            let at = issue
+                .line
+                .map_or(String::new(), |line| format!("line {line}, "));
+            format!("{at}{}: {}", issue.key, issue.message)
+        });
+        lines.collect::<Vec<_>>().join("; ")
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, issue) in self.issues.iter().enumerate() {
+            if index > 0 {
+                writeln!(f)?;
+            }
+            write_issue(f, &self.file, issue)?;
+        }
+        Ok(())
+    }
+}
+
+fn write_issue(f: &mut fmt::Formatter<'_>, file: &Path, issue: &Issue) -> fmt::Result {
+    writeln!(f, "error: {}", issue.message)?;
+    write!(f, "  --> {}", file.display())?;
+    if let (Some(line), Some(column)) = (issue.line, issue.column) {
+        write!(f, ":{line}:{column}")?;
+    }
+    if !issue.key.is_empty() {
+        write!(f, " ({})", issue.key)?;
+    }
+    let gutter = issue.line.map_or(1, |line| line.to_string().len());
+    if let (Some(line), Some((text, columns))) = (issue.line, &issue.excerpt) {
+        let underline = "^".repeat(columns.len());
+        write!(
+            f,
+            "\n {:gutter$} |\n {line} | {text}\n {:gutter$} | ",
+            "", ""
+        )?;
+        write!(f, "{:1$}{underline}", "", columns.start)?;
+    }
+    if !issue.allowed.is_empty() {
+        write!(f, "\n {:gutter$} = allowed: {}", "", issue.allowed)?;
+    }
+    Ok(())
+}
+
+/// Reads TOML into `T`, turning the parser's error into ours.
+pub(super) fn deserialize<T: DeserializeOwned>(text: &str, file: &Path) -> Result<T, ConfigError> {
+    toml::from_str(text).map_err(|error| {
+        let (message, allowed) = split_allowed(error.message());
+        let mut issue = Issue::at_key("", message, &allowed);
+        if let Some(span) = error.span() {
+            issue.key = key_at(text, span.start);
+            issue.place(text, span);
+        }
+        ConfigError {
+            file: file.to_owned(),
+            issues: vec![issue],
+        }
+    })
+}
+
+/// serde says "<what>, expected <allowed>" in one breath; a near miss is named.
+fn split_allowed(message: &str) -> (String, String) {
+    let message = message.trim().replace('\n', ", ");
+    let message = message.replace("unknown field", "unknown key");
+    let Some((what, allowed)) = message.split_once(", expected ") else {
+        return (message, String::new());
+    };
+    let allowed = allowed.trim_start_matches("one of ");
+    let mut what = what.to_owned();
+    if let Some(wrong) = what
+        .split('`')
+        .nth(1)
+        .filter(|_| what.starts_with("unknown"))
+    {
+        let near = allowed
+            .split('`')
+            .skip(1)
+            .step_by(2)
+            .min_by_key(|name| distance(wrong, name));
+        if let Some(near) = near.filter(|near| distance(wrong, near) <= 1 + wrong.len() / 4) {
+            what = format!("{what}; did you mean `{near}`?");
+        }
+    }
+    (what, allowed.to_owned())
+}
+
+/// Levenshtein distance in characters.
+fn distance(left: &str, right: &str) -> usize {
+    let right: Vec<char> = right.chars().collect();
+    let mut row: Vec<usize> = (0..=right.len()).collect();
+    for (i, a) in left.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, b) in right.iter().enumerate() {
+            let substituted = diagonal + usize::from(a != *b);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[right.len()]
+}
+
+/// Where the value of a dotted key stands; the nearest table above it when the key is not there.
+fn span_of(text: &str, key: &str) -> Option<Range<usize>> {
+    let table = DeTable::parse(text).ok()?;
+    let segments: Vec<&str> = key.split('.').collect();
+    span_in(table.get_ref(), &segments)
+}
+
+fn span_in(table: &DeTable<'_>, segments: &[&str]) -> Option<Range<usize>> {
+    // A plugin id may hold dots, so the longest name that exists is tried first.
+    for taken in (1..=segments.len()).rev() {
+        let name = segments[..taken].join(".");
+        let Some((key, value)) = table.iter().find(|(key, _)| key.get_ref().as_ref() == name)
+        else {
+            continue;
+        };
+        return value_span(value.get_ref(), &segments[taken..]).or_else(|| {
+            let whole = matches!(value.get_ref(), DeValue::Table(_)) || taken < segments.len();
+            Some(if whole { key.span() } else { value.span() })
+        });
+    }
+    None
+}
+
+fn value_span(value: &DeValue<'_>, rest: &[&str]) -> Option<Range<usize>> {
+    let (first, below) = rest.split_first()?;
+    match value {
+        DeValue::Table(table) => span_in(table, rest),
+        DeValue::Array(items) => {
+            let item = items.get(first.parse::<usize>().ok()?)?;
+            value_span(item.get_ref(), below).or_else(|| Some(item.span()))
+        }
+        _ => None,
+    }
+}
+
+/// The dotted key whose name or value covers a byte of the text.
+fn key_at(text: &str, at: usize) -> String {
+    let mut path = Vec::new();
+    if let Ok(table) = DeTable::parse(text) {
+        collect_key(table.get_ref(), at, &mut path);
+    }
+    path.join(".")
+}
+
+fn collect_key(table: &DeTable<'_>, at: usize, path: &mut Vec<String>) -> bool {
+    for (key, value) in table {
+        path.push(key.get_ref().to_string());
+        let inside = match value.get_ref() {
+            DeValue::Table(table) => collect_key(table, at, path),
+            DeValue::Array(items) => items.iter().enumerate().any(|(index, item)| {
+                path.push(index.to_string());
+                let inside = match item.get_ref() {
+                    DeValue::Table(table) => collect_key(table, at, path),
+                    _ => item.span().contains(&at),
+                };
+                if !inside {
+                    path.pop();
+                }
+                inside
+            }),
+            _ => false,
+        };
+        if inside || key.span().contains(&at) || value.span().contains(&at) {
+            return true;
+        }
+        path.pop();
+    }
+    false
+}

@@ -1,0 +1,207 @@
+//! The documented file against the code, and mistakes against their messages.
+
+use std::path::Path;
+
+use super::*;
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    Config::parse(text, Path::new("visor.toml"))
+}
+
+fn mistake(text: &str) -> Issue {
+    let error = parse(text).expect_err("the text has a mistake");
+    assert_eq!(error.issues.len(), 1, "{error}");
+    error.issues[0].clone()
+}
+
+fn keys(value: &toml::Value, path: &str, into: &mut Vec<String>) {
+    match value {
+        toml::Value::Table(table) => {
+            for (name, value) in table {
+                keys(value, &format!("{path}.{name}"), into);
+            }
+        }
+        toml::Value::Array(items) if items.iter().any(toml::Value::is_table) => {
+            for item in items {
+                keys(item, path, into);
+            }
+        }
+        _ => into.push(path.to_owned()),
+    }
+}
+
+#[test]
+fn the_documented_file_is_the_default() {
+    assert_eq!(parse(DOCUMENTED).unwrap(), Config::default());
+}
+
+#[test]
+fn the_documented_file_has_every_key_and_says_why() {
+    let mut in_code = Vec::new();
+    keys(
+        &toml::Value::try_from(Config::default()).unwrap(),
+        "",
+        &mut in_code,
+    );
+    let mut in_file = Vec::new();
+    keys(
+        &toml::Value::Table(DOCUMENTED.parse().unwrap()),
+        "",
+        &mut in_file,
+    );
+    in_code.sort();
+    in_file.sort();
+    assert_eq!(in_code, in_file);
+    let lines: Vec<&str> = DOCUMENTED.lines().collect();
+    let commented = [
+        "[server]",
+        "[model]",
+        "[generation]",
+        "[images]",
+        "[cache]",
+        "[plugins]",
+    ];
+    for section in commented {
+        let at = lines.iter().position(|line| *line == section).unwrap();
+        assert!(
+            lines[at + 1].starts_with('#'),
+            "{section} opens without a word on its first key"
+        );
+    }
+}
+
+#[test]
+fn an_empty_file_is_the_default() {
+    assert_eq!(parse("").unwrap(), Config::default());
+}
+
+#[test]
+fn a_config_written_out_reads_back_equal() {
+    let mut config = Config::default();
+    let tokens = toml::Value::Integer(3);
+    config
+        .plugins
+        .by_id
+        .entry("hd".to_owned())
+        .or_default()
+        .config
+        .insert("a".to_owned(), tokens);
+    assert_eq!(parse(&config.to_toml()).unwrap(), config);
+}
+
+#[test]
+fn a_partial_table_keeps_the_other_defaults() {
+    let config = parse("[sandbox.adapter.call_ms]\nstart = 20\n").unwrap();
+    assert_eq!(config.sandbox.adapter.call_ms.start, 20);
+    assert_eq!(
+        config.sandbox.adapter.call_ms.advance,
+        Config::default().sandbox.adapter.call_ms.advance
+    );
+    assert_eq!(config.sandbox.adapter.memory_mib_max, 64);
+}
+
+#[test]
+fn an_unknown_key_names_line_column_key_and_the_near_miss() {
+    let issue = mistake("[server]\n# a comment\nlisten = \"127.0.0.1:1\"\n  lisen = 3\n");
+    assert_eq!((issue.line, issue.column), (Some(4), Some(3)));
+    assert_eq!(issue.key, "server.lisen");
+    assert_eq!(issue.message, "unknown key `lisen`; did you mean `listen`?");
+    assert!(
+        issue.allowed.contains("`keep_alive_s`"),
+        "{}",
+        issue.allowed
+    );
+}
+
+#[test]
+fn a_wrong_type_names_the_key_and_what_is_expected() {
+    let issue = mistake("[images]\ncount_max = \"many\"\n");
+    assert_eq!((issue.line, issue.column), (Some(2), Some(13)));
+    assert_eq!(issue.key, "images.count_max");
+    assert!(
+        issue.message.contains("string \"many\""),
+        "{}",
+        issue.message
+    );
+    assert_eq!(issue.allowed, "u32");
+}
+
+#[test]
+fn broken_toml_names_the_place() {
+    let issue = mistake("[server]\nlisten = \n");
+    assert_eq!(issue.line, Some(2));
+}
+
+#[test]
+fn mistakes_inside_a_plugin_table_keep_their_line() {
+    let issue = mistake("[plugins]\npoll_s = 1\n[plugins.hd.limits]\ncall_ms = -1\n");
+    assert_eq!(issue.line, Some(4), "{issue:?}");
+    let issue = mistake("[plugins.hd]\nconfg = {}\n");
+    assert_eq!(
+        (issue.line, issue.key.as_str()),
+        (Some(2), "plugins.hd.confg")
+    );
+}
+
+#[test]
+fn every_mistake_of_meaning_is_listed_at_its_key() {
+    let text = "[server]\nlisten = \"nowhere\"\nrequests_in_flight_max = 0\n\
+                [[routes]]\nprefix = \"/v1\"\n[[routes]]\nprefix = \"/v1\"\n";
+    let error = parse(text).expect_err("three mistakes");
+    let found: Vec<_> = error
+        .issues
+        .iter()
+        .map(|issue| (issue.key.as_str(), issue.line, issue.column))
+        .collect();
+    let expected = [
+        ("server.listen", Some(2), Some(10)),
+        ("server.requests_in_flight_max", Some(3), Some(26)),
+        ("routes.1.prefix", Some(7), Some(10)),
+    ];
+    assert_eq!(found, expected);
+    assert!(error.issues.iter().all(|issue| !issue.allowed.is_empty()));
+}
+
+#[test]
+fn the_error_reads_like_a_compilers() {
+    let error = parse("[images]\nside_px_max = 0\n").expect_err("zero is out of range");
+    let expected = "error: 0 is out of range\n  --> visor.toml:2:15 (images.side_px_max)\n   |\n \
+                    2 | side_px_max = 0\n   |               ^\n   = allowed: 64 to 65535";
+    assert_eq!(error.to_string(), expected);
+}
+
+#[test]
+fn values_that_contradict_each_other_are_refused() {
+    let issue = mistake("[generation]\nprompt_tokens_max = 4096\n");
+    assert_eq!(issue.key, "generation.prompt_tokens_max");
+    let issue = mistake("[generation]\nmax_tokens = 10\nmax_tokens_limit = 5\n");
+    assert_eq!(
+        (issue.key.as_str(), issue.allowed.as_str()),
+        ("generation.max_tokens", "1 to 5")
+    );
+    let issue = mistake("[plugins.hd.limits]\nmemory_mib_max = 65\n");
+    assert_eq!(issue.key, "plugins.hd.limits.memory_mib_max");
+    assert_eq!(issue.allowed, "1 to 64");
+}
+
+#[test]
+fn numbers_that_are_no_numbers_are_refused() {
+    assert_eq!(
+        mistake("[generation]\ntop_p = nan\n").key,
+        "generation.top_p"
+    );
+    assert_eq!(
+        mistake("[generation]\ntemperature = nan\n").key,
+        "generation.temperature"
+    );
+    assert_eq!(mistake("[model]\ndevice = \"tpu\"\n").key, "model.device");
+}
+
+#[test]
+fn a_file_that_is_not_there_says_so() {
+    let error = Config::load(Path::new("no-such-folder/visor.toml")).expect_err("not there");
+    assert!(
+        error.to_string().contains("no-such-folder/visor.toml"),
+        "{error}"
+    );
+}

@@ -1,0 +1,10 @@
+//! Sockets, paths, headers and bodies. The only rooms that know axum, and they know nothing else:
+//! what an exchange does is `pipeline`'s.
+
+pub mod body;
+pub mod connections;
+pub mod error;
+pub mod form;
+pub mod gate;
+pub mod paths;
+pub mod routes;

@@ -1,0 +1,173 @@
+//! Bodies in under limits, bodies out piece by piece.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes, HttpBody};
+use axum::http::{HeaderName, HeaderValue, Response, StatusCode};
+use http_body::Frame;
+use tokio::sync::mpsc;
+use visor_sandbox::ErrorCode;
+
+use super::gate::Permit;
+use crate::pipeline::{CancelOnDrop, Failure, Piece, ReplyBody, ReplyHead};
+
+/// A body that is too long is read on and thrown away up to this many times its limit, so that a
+/// client which writes before it reads still sees why it was refused.
+const DISCARD_FACTOR: u64 = 4;
+
+/// Reads a whole body of at most `bytes_max` bytes within `patience`.
+///
+/// # Errors
+/// Too long, too slow, or cut off by the client.
+pub async fn read(body: Body, bytes_max: u64, patience: Duration) -> Result<Bytes, Failure> {
+    let announced = HttpBody::size_hint(&body).lower();
+    let reading = collect(body, announced, bytes_max);
+    match tokio::time::timeout(patience, reading).await {
+        Ok(result) => result,
+        Err(_) => Err(Failure::new(
+            ErrorCode::Timeout,
+            format!("the body did not arrive within {} s", patience.as_secs()),
+        )),
+    }
+}
+
+async fn collect(mut body: Body, announced: u64, bytes_max: u64) -> Result<Bytes, Failure> {
+    let too_long = || {
+        let message = format!("the body is larger than {bytes_max} bytes");
+        Failure::new(ErrorCode::TooLarge, message)
+    };
+    let discard_max = bytes_max.saturating_mul(DISCARD_FACTOR);
+    if announced > discard_max {
+        return Err(too_long());
+    }
+    let capacity = usize::try_from(announced.min(bytes_max)).unwrap_or(0);
+    let mut whole = Vec::with_capacity(capacity);
+    let mut seen: u64 = 0;
+    while let Some(piece) = next(&mut body).await {
+        let piece = piece.map_err(|_| Failure::invalid("the body was cut off"))?;
+        seen = seen.saturating_add(piece.len() as u64);
+        if seen > discard_max {
+            break;
+        }
+        if seen > bytes_max || announced > bytes_max {
+            whole = Vec::new();
+            continue;
+        }
+        whole.extend_from_slice(&piece);
+    }
+    if seen > bytes_max {
+        Err(too_long())
+    } else {
+        Ok(Bytes::from(whole))
+    }
+}
+
+async fn next(body: &mut Body) -> Option<Result<Bytes, axum::Error>> {
+    loop {
+        let frame =
+            std::future::poll_fn(|context| Pin::new(&mut *body).poll_frame(context)).await?;
+        match frame {
+            Ok(frame) => {
+                if let Ok(bytes) = frame.into_data() {
+                    return Some(Ok(bytes));
+                }
+            }
+            Err(error) => return Some(Err(error)),
+        }
+    }
+}
+
+/// Turns a head and its pieces into a response. What the exchange holds (its permit, its cancel
+/// token) lives until the last byte is written or the client has gone.
+pub fn respond(head: ReplyHead, pieces: mpsc::Receiver<Piece>, held: Held) -> Response<Body> {
+    let body = match head.body {
+        ReplyBody::Whole(bytes) => {
+            held.cancel.disarm();
+            Body::from(bytes)
+        }
+        ReplyBody::Pieces => Body::new(PieceBody {
+            pieces,
+            held: Some(held),
+        }),
+    };
+    let mut response = Response::new(body);
+    *response.status_mut() =
+        StatusCode::from_u16(head.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    for (name, value) in head.headers {
+        add_header(&mut response, &name, &value);
+    }
+    response
+}
+
+/// Adds a header unless it is malformed or HTTP's own: framing belongs to the server.
+pub fn add_header(response: &mut Response<Body>, name: &str, value: &str) {
+    const OURS: [&str; 8] = [
+        "connection",
+        "content-length",
+        "date",
+        "keep-alive",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    ];
+    let parsed = (
+        HeaderName::from_bytes(name.as_bytes()),
+        HeaderValue::from_str(value),
+    );
+    match parsed {
+        (Ok(name), Ok(value)) if !OURS.contains(&name.as_str()) => {
+            response.headers_mut().append(name, value);
+        }
+        _ => tracing::warn!(name, "header of a plugin left out"),
+    }
+}
+
+/// What an exchange holds until its response is through.
+#[derive(Debug)]
+pub struct Held {
+    /// Its place among the requests in flight.
+    pub permit: Permit,
+    /// Cancels the work when the client leaves.
+    pub cancel: CancelOnDrop,
+}
+
+struct PieceBody {
+    pieces: mpsc::Receiver<Piece>,
+    held: Option<Held>,
+}
+
+impl HttpBody for PieceBody {
+    type Data = Bytes;
+    type Error = Torn;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Torn>>> {
+        if self.held.is_none() {
+            return Poll::Ready(None);
+        }
+        match self.pieces.poll_recv(context) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Some(Piece::Bytes(bytes))) => Poll::Ready(Some(Ok(Frame::data(bytes)))),
+            Poll::Ready(Some(Piece::End)) => {
+                if let Some(held) = self.held.take() {
+                    held.cancel.disarm();
+                }
+                Poll::Ready(None)
+            }
+            Poll::Ready(None) => {
+                self.held = None;
+                Poll::Ready(Some(Err(Torn)))
+            }
+        }
+    }
+}
+
+/// An exchange ended without ending its body.
+#[derive(Debug, Clone, Copy, thiserror::Error)]
+#[error("the exchange ended in the middle of its body")]
+struct Torn;

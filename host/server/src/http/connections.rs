@@ -1,0 +1,120 @@
+//! The accept loop: connections in, a proper end when the server is told to stop.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::gate::Gate;
+use crate::config::ServerConfig;
+use crate::wiring::House;
+
+/// Most headers of one request: more is an attack on whoever copies them.
+const HEADERS_MAX: usize = 128;
+/// What hyper needs at least to read a request head, in bytes.
+const HEAD_BYTES_MIN: usize = 8192;
+/// How long idle connections get to notice that the server is going.
+const GOODBYE: Duration = Duration::from_secs(1);
+/// Pause after a failed accept: running out of file descriptors must not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Accepts connections until `shutdown` resolves; then refuses new work, lets what is in flight
+/// finish for at most `server.drain_s`, and returns.
+pub async fn run(
+    listener: TcpListener,
+    house: Arc<House>,
+    gate: Arc<Gate>,
+    shutdown: impl Future<Output = ()>,
+) {
+    let router = super::routes::router(Arc::clone(&house), Arc::clone(&gate));
+    let connections = Connections {
+        router,
+        http: builder(&house.config().server),
+        closing: CancellationToken::new(),
+        tracker: TaskTracker::new(),
+    };
+    {
+        let mut shutdown = pin!(shutdown);
+        let serving = connections.accept_from(&listener);
+        tokio::select! {
+            () = &mut shutdown => {}
+            () = serving => {}
+        }
+    }
+    house.drain();
+    gate.close();
+    let patience = Duration::from_secs(house.config().server.drain_s);
+    tracing::info!(
+        drain_s = patience.as_secs(),
+        "draining: finishing what is in flight"
+    );
+    // Still accepting: probes and late clients are told to go elsewhere rather than left in the dark.
+    tokio::select! {
+        () = connections.accept_from(&listener) => {}
+        () = gate.empty() => {}
+        () = tokio::time::sleep(patience) => tracing::warn!("requests still in flight are cut off"),
+    }
+    drop(listener);
+    connections.closing.cancel();
+    connections.tracker.close();
+    _ = tokio::time::timeout(GOODBYE, connections.tracker.wait()).await;
+}
+
+fn builder(config: &ServerConfig) -> http1::Builder {
+    let head_bytes = usize::try_from(config.request_head_bytes_max).unwrap_or(usize::MAX);
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(Duration::from_secs(config.head_read_timeout_s))
+        .max_headers(HEADERS_MAX)
+        .max_buf_size(head_bytes.max(HEAD_BYTES_MIN));
+    http
+}
+
+struct Connections {
+    router: Router,
+    http: http1::Builder,
+    closing: CancellationToken,
+    tracker: TaskTracker,
+}
+
+impl Connections {
+    async fn accept_from(&self, listener: &TcpListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => self.serve(stream),
+                Err(error) => {
+                    tracing::warn!(%error, "accept failed");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn serve(&self, stream: TcpStream) {
+        // A stream of small pieces must not wait for a full segment.
+        _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(self.router.clone());
+        let connection = self.http.serve_connection(TokioIo::new(stream), service);
+        let closing = self.closing.clone();
+        self.tracker.spawn(async move {
+            let mut connection = pin!(connection);
+            let ended = tokio::select! {
+                ended = connection.as_mut() => ended,
+                () = closing.cancelled() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = ended {
+                tracing::debug!(%error, "connection ended early");
+            }
+        });
+    }
+}

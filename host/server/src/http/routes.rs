@@ -1,0 +1,293 @@
+//! From a path to who serves it: four native pages, and the adapters below their prefixes.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header, request};
+use axum::routing::get;
+use tokio::runtime::Handle;
+use visor_engine::CancelToken;
+use visor_sandbox::ErrorCode;
+
+use super::body::{self, Held};
+use super::gate::{Gate, Permit};
+use super::{error, paths};
+use crate::pipeline::{self, Call, CancelOnDrop, Failure, Incoming, Reply, ReplyReceiver};
+use crate::wiring::{House, Pinned};
+
+/// Refusals rendered by a plugin at once; beyond, the host speaks itself.
+const REFUSALS_MAX: usize = 8;
+/// Longest request id taken over from a client, in bytes.
+const REQUEST_ID_BYTES_MAX: usize = 128;
+/// Seconds after which a client that met a full server may come back.
+const RETRY_AFTER_S: u32 = 1;
+
+#[derive(Clone)]
+struct Http {
+    house: Arc<House>,
+    gate: Arc<Gate>,
+    refusals: Arc<Gate>,
+}
+
+/// Every path the server answers.
+pub fn router(house: Arc<House>, gate: Arc<Gate>) -> Router {
+    let http = Http {
+        house,
+        gate,
+        refusals: Arc::default(),
+    };
+    Router::new()
+        .route("/health", get(health))
+        .route("/ready", get(ready))
+        .route("/stats", get(stats))
+        .route("/metrics", get(metrics))
+        .fallback(exchange)
+        .with_state(http)
+}
+
+/// Alive: the process answers.
+async fn health() -> Response<Body> {
+    json(StatusCode::OK, &serde_json::json!({ "status": "alive" }))
+}
+
+/// Able to serve: the model is loaded and warm, and nobody asked the server to stop.
+async fn ready(State(http): State<Http>) -> Response<Body> {
+    match http.house.ready() {
+        Ok(()) => json(StatusCode::OK, &serde_json::json!({ "status": "ready" })),
+        Err(reason) => {
+            let body = serde_json::json!({ "status": "not ready", "reason": reason });
+            json(StatusCode::SERVICE_UNAVAILABLE, &body)
+        }
+    }
+}
+
+async fn stats(State(http): State<Http>) -> Response<Body> {
+    json(StatusCode::OK, &http.house.stats_json())
+}
+
+async fn metrics(State(http): State<Http>, headers: HeaderMap) -> Response<Body> {
+    const OPENMETRICS: &str = "application/openmetrics-text";
+    let accept = headers
+        .get(header::ACCEPT)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or("");
+    let openmetrics = accept.contains(OPENMETRICS);
+    let content_type = if openmetrics {
+        HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8")
+    } else {
+        HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8")
+    };
+    let mut response = Response::new(Body::from(http.house.metrics_text(openmetrics)));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, content_type);
+    response
+}
+
+fn json(status: StatusCode, value: &serde_json::Value) -> Response<Body> {
+    let mut response = Response::new(Body::from(value.to_string()));
+    *response.status_mut() = status;
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
+    response
+}
+
+/// Everything below the mount prefixes.
+async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<Body> {
+    let accepted = Instant::now();
+    let (head, body) = request.into_parts();
+    let id = request_id(&head.headers);
+    let mut response = match http.house.pin(head.uri.path()) {
+        Some(pinned) => {
+            let plugins = pipeline::plugins_header(&pinned);
+            let incoming = incoming(&head, &pinned, id.clone(), accepted);
+            let mut response = serve(&http, pinned, incoming, body).await;
+            body::add_header(&mut response, "x-visor-plugins", &plugins);
+            response
+        }
+        None => {
+            let message = format!("no route serves {}", head.uri.path());
+            whole(error::fallback_response(&Failure::new(
+                ErrorCode::NotFound,
+                message,
+            )))
+        }
+    };
+    body::add_header(&mut response, "x-request-id", &id);
+    response
+}
+
+/// One request that has a mount: in through the gate, matched, its body read, then worked on.
+async fn serve(http: &Http, pinned: Pinned, mut incoming: Incoming, body: Body) -> Response<Body> {
+    let config = Arc::clone(&pinned.config);
+    if http.gate.is_closed() {
+        let failure = Failure::new(ErrorCode::Overloaded, "the server is stopping")
+            .retry_after(RETRY_AFTER_S);
+        return refuse(http, pinned, incoming, failure).await;
+    }
+    let Some(permit) = http.gate.enter(config.server.requests_in_flight_max) else {
+        let message = format!(
+            "{} requests are in flight already",
+            config.server.requests_in_flight_max
+        );
+        let failure = Failure::new(ErrorCode::Overloaded, message).retry_after(RETRY_AFTER_S);
+        return refuse(http, pinned, incoming, failure).await;
+    };
+    let checked = match paths::find(pinned.adapter.routes(), &incoming.method, &incoming.path) {
+        paths::Match::Found {
+            params,
+            body_bytes_max,
+        } => {
+            incoming.params = params;
+            let operator_max = config.server.request_body_bytes_max;
+            let bytes_max =
+                body_bytes_max.map_or(operator_max, |route_max| route_max.min(operator_max));
+            body::read(
+                body,
+                bytes_max,
+                Duration::from_secs(config.server.body_read_timeout_s),
+            )
+            .await
+        }
+        paths::Match::WrongMethod(allowed) => Err(Failure::method_not_allowed(
+            &incoming.method,
+            &incoming.full_path,
+            allowed,
+        )),
+        paths::Match::NotFound => {
+            let message = format!("nothing is served at {}", incoming.full_path);
+            Err(Failure::new(ErrorCode::NotFound, message))
+        }
+    };
+    match checked {
+        Ok(bytes) => work(http, pinned, incoming, bytes, permit).await,
+        Err(failure) => reject(http, pinned, incoming, failure, permit).await,
+    }
+}
+
+/// Hands the exchange to a thread of its own and passes on what comes back.
+async fn work(
+    http: &Http,
+    pinned: Pinned,
+    incoming: Incoming,
+    body: Bytes,
+    permit: Permit,
+) -> Response<Body> {
+    let pieces_max = pinned.config.server.stream_buffer_pieces;
+    let (reply, receiver) = Reply::new(pieces_max, Handle::current());
+    let cancel = CancelToken::default();
+    let held = Held {
+        permit: permit.clone(),
+        cancel: CancelOnDrop::new(cancel.clone()),
+    };
+    let call = Call {
+        house: Arc::clone(&http.house),
+        pinned,
+        incoming,
+        cancel,
+    };
+    tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        pipeline::run(call, body, reply);
+    });
+    pass_on(receiver, held).await
+}
+
+/// Answers with an error in the client's dialect.
+async fn reject(
+    http: &Http,
+    pinned: Pinned,
+    incoming: Incoming,
+    failure: Failure,
+    permit: Permit,
+) -> Response<Body> {
+    let (reply, receiver) = Reply::new(1, Handle::current());
+    let cancel = CancelToken::default();
+    let held = Held {
+        permit: permit.clone(),
+        cancel: CancelOnDrop::new(cancel.clone()),
+    };
+    let call = Call {
+        house: Arc::clone(&http.house),
+        pinned,
+        incoming,
+        cancel,
+    };
+    tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        pipeline::reject(call, failure, reply);
+    });
+    pass_on(receiver, held).await
+}
+
+/// As [`reject`], for a request that has no place: it gets one of a few others, or the host's words.
+async fn refuse(
+    http: &Http,
+    pinned: Pinned,
+    incoming: Incoming,
+    failure: Failure,
+) -> Response<Body> {
+    if let Some(permit) = http.refusals.enter(REFUSALS_MAX) {
+        return reject(http, pinned, incoming, failure, permit).await;
+    }
+    pipeline::record_refusal(&http.house, &pinned, &incoming, &failure);
+    whole(error::fallback_response(&failure))
+}
+
+async fn pass_on(receiver: ReplyReceiver, held: Held) -> Response<Body> {
+    match receiver.head.await {
+        Ok(head) => body::respond(head, receiver.pieces, held),
+        // The thread died before it said anything: a bug, logged where it happened.
+        Err(_) => whole(error::fallback_response(&Failure::internal())),
+    }
+}
+
+fn whole(response: visor_sandbox::Response) -> Response<Body> {
+    let mut answer = Response::new(Body::from(response.body));
+    *answer.status_mut() =
+        StatusCode::from_u16(response.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    for (name, value) in response.headers {
+        body::add_header(&mut answer, &name, &value);
+    }
+    answer
+}
+
+fn incoming(head: &request::Parts, pinned: &Pinned, id: String, accepted: Instant) -> Incoming {
+    let full_path = head.uri.path();
+    let below = full_path
+        .strip_prefix(pinned.prefix.trim_end_matches('/'))
+        .unwrap_or(full_path);
+    let headers = head.headers.iter().filter_map(|(name, value)| {
+        Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned()))
+    });
+    Incoming {
+        method: head.method.as_str().to_owned(),
+        path: below.to_owned(),
+        full_path: full_path.to_owned(),
+        params: Vec::new(),
+        query: paths::query_pairs(head.uri.query().unwrap_or("")),
+        headers: headers.collect(),
+        id,
+        accepted,
+    }
+}
+
+/// The client's own request id when it is printable and short, else a fresh one.
+fn request_id(headers: &HeaderMap) -> String {
+    let theirs = headers
+        .get("x-request-id")
+        .and_then(|value| value.to_str().ok());
+    let usable = |id: &&str| {
+        (1..=REQUEST_ID_BYTES_MAX).contains(&id.len())
+            && id.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    theirs.filter(usable).map_or_else(
+        || format!("req-{:016x}", rand::random::<u64>()),
+        str::to_owned,
+    )
+}

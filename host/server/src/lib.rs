@@ -1,0 +1,30 @@
+//! The visor server as a library: `serve` is what `main` and the tests call.
+//!
+//! Rooms, in the order a request meets them: `http` (routes, body, error), `pipeline` (READ THIS FIRST),
+//! `blobs`, `images`, `services`; and what stands around them: `config`, `wiring`, `strategy`, `metrics`,
+//! `stats`, `cli`.
+
+pub mod blobs;
+pub mod cli;
+pub mod config;
+pub mod http;
+pub mod images;
+pub mod metrics;
+pub mod pipeline;
+pub mod services;
+pub mod stats;
+pub mod strategy;
+pub mod wiring;
+
+use std::sync::Arc;
+
+use tokio::net::TcpListener;
+
+use http::gate::Gate;
+use wiring::House;
+
+/// Serves until `shutdown` resolves, then drains: refuses new work, finishes what is in flight within
+/// `server.drain_s`, and returns.
+pub async fn serve(listener: TcpListener, house: Arc<House>, shutdown: impl Future<Output = ()>) {
+    http::connections::run(listener, house, Arc::new(Gate::default()), shutdown).await;
+}

@@ -1,0 +1,9 @@
+//! Arguments in, exit code out; everything else is the library.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    visor::cli::run(visor::cli::Args::parse())
+}

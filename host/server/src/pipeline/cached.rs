@@ -1,0 +1,124 @@
+//! What may be shared between requests: scopes, keys, and whole answers at temperature 0.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sha2::{Digest as _, Sha256};
+use visor_engine::{CacheKey, Lookup, NewEntry, Scope, Scoping};
+use visor_model::Prompt;
+
+use super::record::Stage;
+use super::work::Work;
+use crate::wiring::Pinned;
+
+pub use visor_engine::Answer;
+
+/// Who shares with whom, for one generation: the cache strategy's decision.
+#[derive(Debug, Clone)]
+pub(super) struct Sharing {
+    scope: Scope,
+    /// The decision itself.
+    pub scoping: Scoping,
+}
+
+impl Sharing {
+    /// Asks the strategy of the pinned wiring. Once per generation, before any lookup.
+    pub(super) fn ask(work: &mut Work, lookup: &Lookup) -> Self {
+        let began = Instant::now();
+        let scoping = work.call.pinned.cache.scope(lookup);
+        work.trace.stages.add(Stage::Cache, began.elapsed());
+        Self {
+            scope: Scope::named(&scoping.scope),
+            scoping,
+        }
+    }
+
+    /// A key that only requests of this scope find.
+    pub(super) fn key(&self, digest: [u8; 32]) -> CacheKey {
+        CacheKey {
+            scope: self.scope,
+            digest,
+        }
+    }
+
+    /// What a cache is told of a value that this request made.
+    pub(super) fn entry(&self, bytes: u64, time: Duration, tokens: u32) -> NewEntry {
+        NewEntry {
+            bytes,
+            cost_us: u64::try_from(time.as_micros()).unwrap_or(u64::MAX),
+            tokens,
+            ttl: self
+                .scoping
+                .ttl_s
+                .map(|seconds| Duration::from_secs(seconds.into())),
+            weight: self.scoping.weight,
+        }
+    }
+}
+
+/// Everything that decides what a greedy model answers, and by whom it was shaped.
+pub(super) struct AnswerKey<'a> {
+    /// The wiring: template and policy shape the prompt, and their revisions are part of the key.
+    pub pinned: &'a Pinned,
+    /// Digest of the weights.
+    pub model_digest: &'a str,
+    /// The prompt.
+    pub prompt: &'a Prompt,
+    /// Keys of its pictures, in order.
+    pub image_keys: &'a [[u8; 32]],
+    /// Most output tokens.
+    pub tokens_max: u32,
+    /// Strings that end the output.
+    pub stop_strings: &'a [String],
+    /// Tokens that end the output.
+    pub stop_ids: &'a [u32],
+}
+
+impl AnswerKey<'_> {
+    /// SHA-256 over all of it, every part with its length before it.
+    pub(super) fn digest(&self) -> [u8; 32] {
+        let mut sha = Sha256::new();
+        sha.update(b"visor answer 1\0");
+        let pinned = self.pinned;
+        for plugin in [&pinned.adapter, &pinned.template, &pinned.image_policy] {
+            text(&mut sha, plugin.revision());
+        }
+        text(&mut sha, self.model_digest);
+        count(&mut sha, self.prompt.ids.len());
+        self.prompt
+            .ids
+            .iter()
+            .for_each(|id| sha.update(id.to_le_bytes()));
+        count(&mut sha, self.image_keys.len());
+        self.image_keys.iter().for_each(|key| sha.update(key));
+        sha.update(self.tokens_max.to_le_bytes());
+        count(&mut sha, self.stop_strings.len());
+        self.stop_strings
+            .iter()
+            .for_each(|stop| text(&mut sha, stop));
+        count(&mut sha, self.stop_ids.len());
+        self.stop_ids
+            .iter()
+            .for_each(|id| sha.update(id.to_le_bytes()));
+        sha.finalize().into()
+    }
+}
+
+fn count(sha: &mut Sha256, count: usize) {
+    sha.update((count as u64).to_le_bytes());
+}
+
+fn text(sha: &mut Sha256, text: &str) {
+    count(sha, text.len());
+    sha.update(text);
+}
+
+/// Looks for the whole answer of a greedy generation.
+pub(super) fn find(work: &Work, sharing: &Sharing, key: &CacheKey) -> Option<Arc<Answer>> {
+    sharing
+        .scoping
+        .response
+        .read
+        .then(|| work.call.house.responses.get(key))
+        .flatten()
+}

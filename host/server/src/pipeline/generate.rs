@@ -1,0 +1,222 @@
+//! One generation, from the adapter's plan to the engine's queue: decode, policy, template, count,
+//! cache, crops, submit. Everything a client can have done wrong is found before the queue.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use visor_engine::{
+    CacheAccess, CacheKey, EngineError, EventReceiver, GenerateRequest, Lookup, Sampling,
+};
+use visor_model::{ModelError, Prompt};
+use visor_sandbox::{ErrorCode, Extensions, Generation, Input};
+
+use super::cached::{self, Answer, AnswerKey, Sharing};
+use super::failure::Failure;
+use super::plan::{self, Wish};
+use super::prompt::{self, Task};
+use super::vision::{self, Planned};
+use super::work::{Stop, Work};
+
+/// Seconds after which a client that met a full queue may come back.
+const RETRY_AFTER_S: u32 = 2;
+
+/// A generation that needs nothing but time.
+pub(super) struct Running {
+    /// Its number within the exchange.
+    pub index: u32,
+    /// Where its events come from.
+    pub origin: Origin,
+    /// Text the answer begins with, not yet told.
+    pub prefill: Option<String>,
+    /// Where to keep the whole answer, if it may be kept.
+    pub keep: Option<Keep>,
+}
+
+/// Where events come from.
+pub(super) enum Origin {
+    /// The engine.
+    Engine(EventReceiver),
+    /// An earlier answer to the same request.
+    Cache(Arc<Answer>),
+}
+
+/// Where a whole answer is kept once it is known.
+pub(super) struct Keep {
+    /// Its key.
+    pub key: CacheKey,
+    /// Who shares it.
+    pub sharing: Sharing,
+    /// When the work on it began.
+    pub began: Instant,
+}
+
+/// Takes one generation as far as the engine's queue.
+pub(super) fn start(work: &mut Work, generation: Generation, index: u32) -> Result<Running, Stop> {
+    let began = Instant::now();
+    let mut counted = count(work, generation)?;
+    let prefill = counted.prefill.take();
+    let (sharing, key) = share(work, &mut counted);
+    let kept = key.and_then(|key| cached::find(work, &sharing, &key));
+    if let Some(answer) = kept {
+        let origin = Origin::Cache(answer);
+        return Ok(Running {
+            index,
+            origin,
+            prefill,
+            keep: None,
+        });
+    }
+    let origin = Origin::Engine(submit(work, counted, &sharing)?);
+    let key = key.filter(|_| sharing.scoping.response.write);
+    let keep = key.map(|key| Keep {
+        key,
+        sharing,
+        began,
+    });
+    Ok(Running {
+        index,
+        origin,
+        prefill,
+        keep,
+    })
+}
+
+/// A generation in the model's terms, with every limit checked and no pixel computed.
+struct Counted {
+    planned: Vec<Planned>,
+    prompt: Prompt,
+    sampling: Sampling,
+    tokens_max: u32,
+    stop_strings: Vec<String>,
+    stop_ids: Vec<u32>,
+    prefill: Option<String>,
+    extensions: Extensions,
+}
+
+fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
+    let config = Arc::clone(&work.call.pinned.config);
+    let model = Arc::clone(&work.call.house.model);
+    let wish = plan::check(&generation, &config, &model)?;
+    let sources = vision::decode(work, &generation.images, &generation.extensions)?;
+    let budget_tokens = prompt_budget(work, &wish);
+    let text_tokens = text_estimate(work, &generation.input, sources.len());
+    let image_budget = budget_tokens.saturating_sub(text_tokens);
+    let planned = vision::plan(work, sources, &generation.extensions, image_budget)?;
+    work.check()?;
+    let task = Task {
+        input: generation.input,
+        tools: generation.tools,
+        image_tokens: planned.iter().map(|image| image.tokens).collect(),
+        budget_tokens,
+        extensions: generation.extensions.clone(),
+    };
+    let rendered = prompt::render(work, task)?;
+    Ok(Counted {
+        tokens_max: plan::output_tokens(&rendered.prompt, &wish, &config, &model)?,
+        planned,
+        prompt: rendered.prompt,
+        sampling: wish.sampling,
+        stop_strings: wish.stop.into_iter().chain(rendered.stop_strings).collect(),
+        stop_ids: rendered.stop_ids,
+        prefill: rendered.prefill,
+        extensions: generation.extensions,
+    })
+}
+
+/// Who shares what this generation makes, and the key of its whole answer if that has one: only
+/// greedy answers repeat.
+fn share(work: &mut Work, counted: &mut Counted) -> (Sharing, Option<CacheKey>) {
+    let lookup = Lookup {
+        principal: work.call.incoming.principal(),
+        model: work.call.house.model.id.clone(),
+        route: work.call.pinned.prefix.clone(),
+        prompt_tokens: u32::try_from(counted.prompt.ids.len()).unwrap_or(u32::MAX),
+        image_count: u32::try_from(counted.planned.len()).unwrap_or(u32::MAX),
+        #[expect(clippy::cast_possible_truncation, reason = "it came as an f32")]
+        temperature: counted.sampling.temperature as f32,
+        extensions: std::mem::take(&mut counted.extensions),
+    };
+    let sharing = Sharing::ask(work, &lookup);
+    let greedy = counted.sampling.temperature == 0.0;
+    let key = greedy.then(|| {
+        let image_keys: Vec<[u8; 32]> = counted.planned.iter().map(|image| image.key).collect();
+        let key = AnswerKey {
+            pinned: &work.call.pinned,
+            model_digest: &work.call.house.model.facts.digest,
+            prompt: &counted.prompt,
+            image_keys: &image_keys,
+            tokens_max: counted.tokens_max,
+            stop_strings: &counted.stop_strings,
+            stop_ids: &counted.stop_ids,
+        };
+        sharing.key(key.digest())
+    });
+    (sharing, key)
+}
+
+fn submit(work: &mut Work, counted: Counted, sharing: &Sharing) -> Result<EventReceiver, Stop> {
+    let images = vision::render(work, counted.planned, sharing)?;
+    work.check()?;
+    let request = GenerateRequest {
+        prompt: counted.prompt,
+        images,
+        sampling: counted.sampling,
+        tokens_max: counted.tokens_max,
+        stop_ids: counted.stop_ids,
+        stop_strings: counted.stop_strings,
+        cancel: work.call.cancel.clone(),
+        deadline: Some(work.deadline),
+        cache: CacheAccess::from(&sharing.scoping),
+    };
+    let submitted = work.call.house.engine.submit(request);
+    Ok(submitted.map_err(|error| refused(work, &error))?)
+}
+
+/// Tokens a prompt may take: the limit less the answer asked for.
+fn prompt_budget(work: &Work, wish: &Wish) -> u32 {
+    let prompt_max = plan::prompt_tokens_max(&work.call.pinned.config, &work.call.house.model);
+    let context = work.call.house.model.context_tokens;
+    let beside_answer = context.saturating_sub(wish.tokens_wanted.unwrap_or(1));
+    prompt_max.min(beside_answer).max(1)
+}
+
+/// What the text of an input will take, counted only where pictures compete with it.
+fn text_estimate(work: &Work, input: &Input, image_count: usize) -> u32 {
+    if image_count == 0 {
+        0
+    } else {
+        prompt::text_tokens(work, input)
+    }
+}
+
+/// An error of the engine, as the client is told.
+pub(super) fn refused(work: &Work, error: &EngineError) -> Failure {
+    let busy =
+        |message: &str| Failure::new(ErrorCode::Overloaded, message).retry_after(RETRY_AFTER_S);
+    match error {
+        EngineError::PromptTooLong { .. } => {
+            Failure::new(ErrorCode::ContextOverflow, error.to_string())
+        }
+        EngineError::QueueFull { .. } => busy("too many requests wait for the model"),
+        EngineError::NotReady => busy("the model is still loading"),
+        EngineError::Stopped => busy("the server is stopping"),
+        EngineError::DeadlinePassed { .. } => work.late(),
+        EngineError::Refused(ModelError::TooLong { .. }) => Failure::new(
+            ErrorCode::ContextOverflow,
+            "prompt and answer are longer than the model can run",
+        ),
+        EngineError::Refused(_)
+        | EngineError::Invalid(_)
+        | EngineError::NoModel(_)
+        | EngineError::Forward(_) => {
+            tracing::error!(request = %work.call.incoming.id, error = %chain(error), "the engine failed a request");
+            Failure::internal()
+        }
+    }
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
+}

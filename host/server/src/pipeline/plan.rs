@@ -1,0 +1,191 @@
+//! What a generation asks for, against what this server does: every limit on tokens is here.
+
+use visor_engine::Sampling;
+use visor_model::Prompt;
+use visor_sandbox::{ErrorCode, Generation, OutputFormat, Sampling as Wishes};
+
+use super::failure::Failure;
+use crate::config::{Config, GenerationConfig};
+use crate::services::ServedModel;
+
+/// Most stop strings a client may give; the engine takes more, for those of the template.
+const STOPS_MAX: usize = 8;
+/// Longest stop string in bytes: that much text is held back while it may still match.
+const STOP_BYTES_MAX: usize = 1024;
+/// Highest temperature; beyond, every token is as likely as any other.
+const TEMPERATURE_MAX: f32 = 2.0;
+
+/// A generation whose wishes this server can fulfil.
+#[derive(Debug, Clone)]
+pub(super) struct Wish {
+    /// How to sample.
+    pub sampling: Sampling,
+    /// Output tokens the client asked for, if it did.
+    pub tokens_wanted: Option<u32>,
+    /// Strings that end the output.
+    pub stop: Vec<String>,
+}
+
+/// Checks a generation; refuses what would otherwise be left out silently.
+pub(super) fn check(
+    generation: &Generation,
+    config: &Config,
+    model: &ServedModel,
+) -> Result<Wish, Failure> {
+    if let Some(name) = generation
+        .model
+        .as_deref()
+        .filter(|name| !model.answers_to(name))
+    {
+        let message = format!(
+            "the model `{name}` does not exist; this server has `{}`",
+            model.id
+        );
+        return Err(Failure::new(ErrorCode::NotFound, message).at("model"));
+    }
+    check_features(generation)?;
+    check_images(generation.images.len(), config)?;
+    check_stops(&generation.stop)?;
+    if generation.tokens_max == Some(0) {
+        return Err(
+            Failure::invalid("at least one output token has to be asked for").at("max_tokens"),
+        );
+    }
+    Ok(Wish {
+        sampling: sampling(&generation.sampling, &config.generation)?,
+        tokens_wanted: generation.tokens_max,
+        stop: generation.stop.clone(),
+    })
+}
+
+fn check_features(generation: &Generation) -> Result<(), Failure> {
+    if !generation.tools.is_empty() {
+        return Err(Failure::unsupported(
+            "tools",
+            "this server does not call tools",
+        ));
+    }
+    if generation.format != OutputFormat::Text {
+        let message = "this server does not constrain its output to a format";
+        return Err(Failure::unsupported("response_format", message));
+    }
+    if generation.count > 1 {
+        return Err(Failure::unsupported(
+            "n",
+            "this server gives one answer per generation",
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses more pictures than a request may have.
+pub(super) fn check_images(count: usize, config: &Config) -> Result<(), Failure> {
+    let count_max = config.images.count_max;
+    if count as u64 > u64::from(count_max) {
+        let message = format!("the request has {count} images; {count_max} are allowed");
+        return Err(Failure::new(ErrorCode::TooLarge, message).at("messages"));
+    }
+    Ok(())
+}
+
+fn check_stops(stops: &[String]) -> Result<(), Failure> {
+    if stops.len() > STOPS_MAX {
+        let message = format!("{} stop strings; {STOPS_MAX} are allowed", stops.len());
+        return Err(Failure::invalid(message).at("stop"));
+    }
+    if stops
+        .iter()
+        .any(|stop| stop.is_empty() || stop.len() > STOP_BYTES_MAX)
+    {
+        let message = format!("a stop string has 1 to {STOP_BYTES_MAX} bytes");
+        return Err(Failure::invalid(message).at("stop"));
+    }
+    Ok(())
+}
+
+fn sampling(wishes: &Wishes, defaults: &GenerationConfig) -> Result<Sampling, Failure> {
+    if wishes.logprobs.is_some() {
+        return Err(Failure::unsupported(
+            "logprobs",
+            "this server does not report log probabilities",
+        ));
+    }
+    // Neutral values are fulfilled by doing nothing.
+    let penalties = [
+        ("min_p", wishes.min_p, 0.0),
+        ("repetition_penalty", wishes.repetition_penalty, 1.0),
+        ("presence_penalty", wishes.presence_penalty, 0.0),
+        ("frequency_penalty", wishes.frequency_penalty, 0.0),
+    ];
+    for (name, value, neutral) in penalties {
+        if let Some(value) = value.filter(|value| *value != neutral) {
+            let message = format!(
+                "this server samples without {name}; leave it at {neutral} instead of {value}"
+            );
+            return Err(Failure::unsupported(name, message));
+        }
+    }
+    Ok(Sampling {
+        temperature: wishes
+            .temperature
+            .unwrap_or(defaults.temperature)
+            .clamp(0.0, TEMPERATURE_MAX)
+            .into(),
+        top_p: wishes
+            .top_p
+            .unwrap_or(defaults.top_p)
+            .clamp(f32::MIN_POSITIVE, 1.0)
+            .into(),
+        top_k: wishes.top_k.unwrap_or(defaults.top_k),
+        seed: wishes.seed,
+    })
+}
+
+/// Most tokens a prompt may take: the operator's limit, and room for one token of answer.
+pub(super) fn prompt_tokens_max(config: &Config, model: &ServedModel) -> u32 {
+    let context = model.context_tokens.saturating_sub(1);
+    match config.generation.prompt_tokens_max {
+        0 => context,
+        limit => limit.min(context),
+    }
+}
+
+/// Output tokens a prompt leaves room for: what was asked, or the operator's default cut to fit.
+///
+/// # Errors
+/// A prompt, or a prompt and the answer asked for, beyond the context; all numbers are in the message.
+pub(super) fn output_tokens(
+    prompt: &Prompt,
+    wish: &Wish,
+    config: &Config,
+    model: &ServedModel,
+) -> Result<u32, Failure> {
+    let prompt_tokens = u32::try_from(prompt.ids.len()).unwrap_or(u32::MAX);
+    let text_tokens = prompt_tokens.saturating_sub(prompt.image_tokens);
+    let sizes = format!(
+        "the prompt is {prompt_tokens} tokens ({} of images, {text_tokens} of text)",
+        prompt.image_tokens
+    );
+    let prompt_max = prompt_tokens_max(config, model);
+    if prompt_tokens > prompt_max {
+        let message = format!("{sizes}; {prompt_max} fit beside one token of answer");
+        return Err(Failure::new(ErrorCode::ContextOverflow, message).at("messages"));
+    }
+    let room = model.context_tokens - prompt_tokens;
+    let limit = config.generation.max_tokens_limit;
+    let Some(wanted) = wish.tokens_wanted else {
+        return Ok(config.generation.max_tokens.min(limit).min(room).max(1));
+    };
+    let granted = wanted.min(limit);
+    if granted > room {
+        let context = model.context_tokens;
+        let message = format!(
+            "{sizes} and {wanted} tokens of answer were asked for; the context holds {context} together"
+        );
+        return Err(Failure::new(ErrorCode::ContextOverflow, message).at("max_tokens"));
+    }
+    Ok(granted)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,167 @@
+//! Limits on tokens, and wishes that are not fulfilled.
+
+use super::*;
+use std::sync::Arc;
+use visor_model::{CheckpointFacts, Tokenizer};
+use visor_sandbox::{Input, ToolSpec};
+
+fn model(context_tokens: u32) -> ServedModel {
+    let tokenizer = Tokenizer::from_bytes(include_bytes!("../../../../model/demo/tokenizer.json"));
+    ServedModel {
+        id: "phi".to_owned(),
+        aliases: vec!["gpt".to_owned()],
+        created_s: 0,
+        context_tokens,
+        num_crops: 4,
+        stop_ids: Vec::new(),
+        tokenizer: Arc::new(tokenizer.expect("the demo's tokenizer")),
+        facts: CheckpointFacts {
+            id: "phi".to_owned(),
+            bytes: 0,
+            quantization: "bf16".to_owned(),
+            digest: String::new(),
+        },
+    }
+}
+
+fn generation() -> Generation {
+    Generation {
+        model: None,
+        input: Input::Text("x".to_owned()),
+        images: Vec::new(),
+        sampling: Wishes::default(),
+        tokens_max: None,
+        stop: Vec::new(),
+        format: OutputFormat::Text,
+        tools: Vec::new(),
+        count: 1,
+        extensions: Vec::new(),
+    }
+}
+
+fn prompt(text: usize, image_tokens: u32) -> Prompt {
+    let slots = vec![-1; image_tokens as usize];
+    Prompt {
+        ids: [vec![1; text], slots].concat(),
+        image_tokens,
+    }
+}
+
+fn wish(tokens_wanted: Option<u32>) -> Wish {
+    Wish {
+        sampling: Sampling::default(),
+        tokens_wanted,
+        stop: Vec::new(),
+    }
+}
+
+#[test]
+fn what_cannot_be_fulfilled_names_its_key() {
+    let model = model(100);
+    let tool = ToolSpec {
+        name: "f".to_owned(),
+        description: String::new(),
+        parameters: "{}".to_owned(),
+    };
+    let refused = |change: &dyn Fn(&mut Generation)| {
+        let mut generation = generation();
+        change(&mut generation);
+        let failure = check(&generation, &Config::default(), &model).expect_err("refused");
+        (failure.error.code, failure.error.param.unwrap_or_default())
+    };
+    let unsupported = |param: &str| (ErrorCode::Unsupported, param.to_owned());
+    assert_eq!(
+        refused(&|g| g.tools.push(tool.clone())),
+        unsupported("tools")
+    );
+    assert_eq!(
+        refused(&|g| g.format = OutputFormat::Json),
+        unsupported("response_format")
+    );
+    assert_eq!(refused(&|g| g.count = 2), unsupported("n"));
+    assert_eq!(
+        refused(&|g| g.sampling.logprobs = Some(1)),
+        unsupported("logprobs")
+    );
+    assert_eq!(
+        refused(&|g| g.sampling.min_p = Some(0.1)),
+        unsupported("min_p")
+    );
+    assert_eq!(
+        refused(&|g| g.model = Some("other".to_owned())),
+        (ErrorCode::NotFound, "model".to_owned())
+    );
+    let invalid = |param: &str| (ErrorCode::InvalidRequest, param.to_owned());
+    assert_eq!(refused(&|g| g.tokens_max = Some(0)), invalid("max_tokens"));
+    assert_eq!(refused(&|g| g.stop = vec![String::new()]), invalid("stop"));
+    assert_eq!(
+        refused(&|g| g.stop = vec!["x".to_owned(); 9]),
+        invalid("stop")
+    );
+}
+
+#[test]
+fn neutral_values_and_known_names_are_fulfilled() {
+    let mut generation = generation();
+    generation.model = Some("gpt".to_owned());
+    generation.sampling = Wishes {
+        min_p: Some(0.0),
+        repetition_penalty: Some(1.0),
+        presence_penalty: Some(0.0),
+        temperature: Some(9.0),
+        seed: Some(7),
+        ..Wishes::default()
+    };
+    let wish = check(&generation, &Config::default(), &model(100)).expect("fulfilled");
+    assert_eq!(wish.sampling.seed, Some(7));
+    assert_eq!(
+        wish.sampling.temperature,
+        f64::from(TEMPERATURE_MAX),
+        "clamped to the limit"
+    );
+}
+
+#[test]
+fn an_answer_gets_what_was_asked_or_what_the_context_leaves() {
+    let (config, model) = (Config::default(), model(1000));
+    let granted = |prompt_tokens, wanted| {
+        output_tokens(&prompt(prompt_tokens, 0), &wish(wanted), &config, &model)
+    };
+    assert_eq!(
+        granted(100, None).expect("fits"),
+        config.generation.max_tokens
+    );
+    assert_eq!(granted(900, None).expect("fits"), 100);
+    assert_eq!(granted(999, None).expect("fits"), 1);
+    assert_eq!(granted(900, Some(100)).expect("fits"), 100);
+}
+
+#[test]
+fn an_overflow_is_told_with_all_its_numbers() {
+    let (config, model) = (Config::default(), model(1000));
+    let message = |text, image_tokens, wanted| {
+        let failure = output_tokens(&prompt(text, image_tokens), &wish(wanted), &config, &model)
+            .expect_err("too long");
+        assert_eq!(failure.error.code, ErrorCode::ContextOverflow);
+        failure.error.message
+    };
+    let whole = message(300, 757, None);
+    assert!(
+        whole.contains("1057 tokens (757 of images, 300 of text)") && whole.contains("999 fit"),
+        "{whole}"
+    );
+    let together = message(901, 0, Some(100));
+    assert!(
+        together.contains("901 tokens")
+            && together.contains("100 tokens of answer")
+            && together.contains("1000")
+    );
+}
+
+#[test]
+fn the_operators_prompt_limit_counts_too() {
+    let mut config = Config::default();
+    config.generation.prompt_tokens_max = 50;
+    assert!(output_tokens(&prompt(51, 0), &wish(None), &config, &model(1000)).is_err());
+    assert!(output_tokens(&prompt(50, 0), &wish(None), &config, &model(1000)).is_ok());
+}

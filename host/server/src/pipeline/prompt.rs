@@ -1,0 +1,204 @@
+//! From messages to token ids: the template decides, the tokenizer carries out.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use visor_model::{Prompt, PromptPart};
+use visor_sandbox::{
+    Conversation, Extensions, Input, Message, ModelFacts, Part, PromptSegments, Segment, ToolSpec,
+};
+
+use super::failure::Failure;
+use super::record::Stage;
+use super::work::{Stop, Work};
+
+/// A prompt ready for the model, and what ends its answer.
+#[derive(Debug)]
+pub(super) struct Rendered {
+    /// Token ids and image slots.
+    pub prompt: Prompt,
+    /// Strings of the template that end the output.
+    pub stop_strings: Vec<String>,
+    /// Tokens that end the output: the model's own and the template's.
+    pub stop_ids: Vec<u32>,
+    /// Text the answer begins with.
+    pub prefill: Option<String>,
+}
+
+/// Tokens of all the text in an input, an estimate of what is left for pictures.
+pub(super) fn text_tokens(work: &Work, input: &Input) -> u32 {
+    let count = |text: &str| work.call.house.model.tokenizer.count(text);
+    match input {
+        Input::Text(text) => count(text),
+        Input::Chat(messages) => {
+            messages
+                .iter()
+                .flat_map(|message| &message.parts)
+                .fold(0, |sum, part| {
+                    sum.saturating_add(match part {
+                        Part::Text(text) => count(text),
+                        Part::Image(_) | Part::ToolCall(_) | Part::ToolResult { .. } => 0,
+                    })
+                })
+        }
+    }
+}
+
+/// What the template is asked to render.
+pub(super) struct Task {
+    /// Messages, or text to be used as it is.
+    pub input: Input,
+    /// Tools the model may call.
+    pub tools: Vec<ToolSpec>,
+    /// Prompt tokens of each picture.
+    pub image_tokens: Vec<u32>,
+    /// Tokens the prompt may take.
+    pub budget_tokens: u32,
+    /// Hints of the adapter.
+    pub extensions: Extensions,
+}
+
+/// Renders and tokenizes.
+pub(super) fn render(work: &mut Work, task: Task) -> Result<Rendered, Stop> {
+    let began = Instant::now();
+    let rendered = render_untimed(work, task);
+    work.trace.stages.add(Stage::Template, began.elapsed());
+    rendered
+}
+
+fn render_untimed(work: &Work, task: Task) -> Result<Rendered, Stop> {
+    let template = &work.call.pinned.template;
+    let model = &work.call.house.model;
+    let image_tokens = task.image_tokens.clone();
+    let segments = match task.input {
+        Input::Text(text) => as_it_is(text, image_tokens.len()),
+        Input::Chat(messages) => template
+            .render(conversation(
+                work,
+                messages,
+                task.tools,
+                task.budget_tokens,
+                (task.image_tokens, task.extensions),
+            ))
+            .map_err(Failure::from)?,
+    };
+    check_images(&segments.segments, image_tokens.len())
+        .map_err(|what| Failure::nonsense(template.id(), &what))?;
+    let mut parts: Vec<PromptPart> = segments
+        .segments
+        .into_iter()
+        .filter_map(|segment| part(segment, &image_tokens))
+        .collect();
+    if let Some(prefill) = &segments.prefill {
+        parts.push(PromptPart::Text(prefill.clone()));
+    }
+    let prompt = model
+        .tokenizer
+        .assemble(&parts)
+        .map_err(|error| Failure::nonsense(template.id(), &error.to_string()))?;
+    let template_stops = segments
+        .stop_control
+        .iter()
+        .filter_map(|name| model.tokenizer.control_token(name));
+    let mut stop_ids: Vec<u32> = model
+        .stop_ids
+        .iter()
+        .copied()
+        .chain(template_stops)
+        .collect();
+    stop_ids.sort_unstable();
+    stop_ids.dedup();
+    let stop_strings = segments
+        .stop
+        .into_iter()
+        .filter(|stop| !stop.is_empty())
+        .collect();
+    Ok(Rendered {
+        prompt,
+        stop_strings,
+        stop_ids,
+        prefill: segments.prefill,
+    })
+}
+
+fn conversation(
+    work: &Work,
+    messages: Vec<Message>,
+    tools: Vec<ToolSpec>,
+    budget_tokens: u32,
+    (image_tokens, extensions): (Vec<u32>, Extensions),
+) -> Conversation {
+    Conversation {
+        messages,
+        tools,
+        image_tokens,
+        budget_tokens,
+        open_turn: true,
+        extensions,
+        model: Arc::clone(&work.call.house.model) as Arc<dyn ModelFacts>,
+        request_id: work.call.incoming.id.clone(),
+    }
+}
+
+/// A text that goes past the template: its pictures in order, then the text.
+fn as_it_is(text: String, image_count: usize) -> PromptSegments {
+    let images = (0..image_count)
+        .filter_map(|index| u32::try_from(index).ok())
+        .map(Segment::Image);
+    PromptSegments {
+        segments: images.chain([Segment::Text(text)]).collect(),
+        stop: Vec::new(),
+        stop_control: Vec::new(),
+        prefill: None,
+        extensions: Vec::new(),
+    }
+}
+
+/// Every picture stands in the prompt exactly once: one left out is an answer made up.
+fn check_images(segments: &[Segment], image_count: usize) -> Result<(), String> {
+    let mut times = vec![0_u32; image_count];
+    for segment in segments {
+        if let Segment::Image(index) = segment {
+            let slot = times.get_mut(*index as usize);
+            *slot.ok_or_else(|| format!("image {index} of {image_count} in the prompt"))? += 1;
+        }
+    }
+    match times.iter().position(|times| *times != 1) {
+        Some(index) => Err(format!(
+            "image {index} stands {} times in the prompt",
+            times[index]
+        )),
+        None => Ok(()),
+    }
+}
+
+fn part(segment: Segment, image_tokens: &[u32]) -> Option<PromptPart> {
+    match segment {
+        Segment::Text(text) => Some(PromptPart::Text(text)),
+        Segment::Control(name) => Some(PromptPart::Control(name)),
+        Segment::Image(index) => {
+            let tokens = image_tokens.get(index as usize).copied()?;
+            Some(PromptPart::Image { index, tokens })
+        }
+        Segment::CachePoint => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_picture_has_to_stand_in_the_prompt_exactly_once() {
+        let image = Segment::Image;
+        assert_eq!(check_images(&[image(1), image(0)], 2), Ok(()));
+        for (segments, says) in [
+            (vec![image(0)], "image 1 stands 0 times"),
+            (vec![image(0), image(1), image(0)], "image 0 stands 2 times"),
+            (vec![image(0), image(1), image(2)], "image 2 of 2"),
+        ] {
+            let message = check_images(&segments, 2).expect_err(says);
+            assert!(message.contains(says), "{message}");
+        }
+    }
+}

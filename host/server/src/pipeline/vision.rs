@@ -1,0 +1,202 @@
+//! The pictures of one generation: decoded, planned by the policy, run into crops.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use visor_model::image::{
+    Normalization, PixelValues, SourceImage, ViewPlan, image_tokens, render_view,
+};
+use visor_sandbox::{ErrorCode, Extensions, ImageContext, ModelFacts, Source, View};
+
+use super::cached::Sharing;
+use super::failure::Failure;
+use super::record::Stage;
+use super::work::{Stop, Work};
+use crate::images;
+use crate::services::{HostImage, model_ops};
+
+/// A picture and the policy's decision on it.
+#[derive(Debug)]
+pub(super) struct Planned {
+    source: Arc<SourceImage>,
+    plan: ViewPlan,
+    /// Prompt tokens it takes.
+    pub tokens: u32,
+    /// Equal keys, equal crops.
+    pub key: [u8; 32],
+}
+
+/// Decodes every picture, in order; the first that cannot be decoded ends the request.
+pub(super) fn decode(
+    work: &mut Work,
+    sources: &[Source],
+    extensions: &Extensions,
+) -> Result<Vec<Arc<SourceImage>>, Stop> {
+    let config = Arc::clone(&work.call.pinned.config);
+    let mut decoded = Vec::with_capacity(sources.len());
+    for (index, source) in sources.iter().enumerate() {
+        work.check()?;
+        let began = Instant::now();
+        let image = images::load(source, &config.images);
+        work.trace.stages.add(Stage::Images, began.elapsed());
+        let image = image.map_err(|error| Failure::from(error).at(param(index, extensions)))?;
+        decoded.push(Arc::new(image));
+    }
+    work.trace.images += u32::try_from(decoded.len()).unwrap_or(u32::MAX);
+    Ok(decoded)
+}
+
+/// What the client calls a picture: the adapter says it in the extension `image.<index>.param`.
+fn param(index: usize, extensions: &Extensions) -> String {
+    let key = format!("image.{index}.param");
+    let named = extensions.iter().find(|(name, _)| *name == key);
+    named.map_or_else(|| format!("images[{index}]"), |(_, value)| value.clone())
+}
+
+/// The hints for one picture: those of the request, and those addressed to it as `image.<index>.<key>`.
+fn hints(index: usize, extensions: &Extensions) -> Extensions {
+    let own_prefix = format!("image.{index}.");
+    let own = extensions.iter().filter_map(|(key, value)| {
+        Some((key.strip_prefix(&own_prefix)?.to_owned(), value.clone()))
+    });
+    let mut hints: Extensions = own.collect();
+    for (key, value) in extensions
+        .iter()
+        .filter(|(key, _)| !key.starts_with("image."))
+    {
+        if hints.iter().all(|(own, _)| own != key) {
+            hints.push((key.clone(), value.clone()));
+        }
+    }
+    hints
+}
+
+/// Asks the image policy about every picture. `tokens_left` is what the prompt has for all of them.
+pub(super) fn plan(
+    work: &mut Work,
+    sources: Vec<Arc<SourceImage>>,
+    extensions: &Extensions,
+    mut tokens_left: u32,
+) -> Result<Vec<Planned>, Stop> {
+    let count = u32::try_from(sources.len()).unwrap_or(u32::MAX);
+    let mut planned = Vec::with_capacity(sources.len());
+    for (position, source) in sources.into_iter().enumerate() {
+        work.check()?;
+        let index = u32::try_from(position).unwrap_or(u32::MAX);
+        let context = ImageContext {
+            index,
+            count,
+            budget_tokens: tokens_left / (count - index).max(1),
+            extensions: hints(position, extensions),
+            model: Arc::clone(&work.call.house.model) as Arc<dyn ModelFacts>,
+            request_id: work.call.incoming.id.clone(),
+        };
+        let policy = Arc::clone(&work.call.pinned.image_policy);
+        let began = Instant::now();
+        let view = policy.prepare(Arc::new(HostImage(Arc::clone(&source))), context);
+        work.trace.stages.add(Stage::ImagePolicy, began.elapsed());
+        let view = view.map_err(|error| {
+            let failure = Failure::from(error);
+            match failure.error.code {
+                ErrorCode::Internal | ErrorCode::Timeout => failure,
+                _ => failure.at(param(position, extensions)),
+            }
+        })?;
+        let plan = view_plan(&view);
+        let tokens = image_tokens(plan.columns, plan.rows);
+        tokens_left = tokens_left.saturating_sub(tokens);
+        let key = plan.key(&source.digest);
+        planned.push(Planned {
+            source,
+            plan,
+            tokens,
+            key,
+        });
+    }
+    Ok(planned)
+}
+
+fn view_plan(view: &View) -> ViewPlan {
+    let normalization = view.normalization.map(|own| Normalization {
+        mean: own.mean,
+        deviation: own.deviation,
+    });
+    ViewPlan {
+        overview: view.overview.as_deref().map(model_ops),
+        columns: view.columns,
+        rows: view.rows,
+        tiles: view.tiles.iter().map(|tile| model_ops(tile)).collect(),
+        normalization: normalization.unwrap_or_default(),
+    }
+}
+
+/// Runs the plans into crops, or takes them from the cache.
+pub(super) fn render(
+    work: &mut Work,
+    planned: Vec<Planned>,
+    sharing: &Sharing,
+) -> Result<Vec<Arc<PixelValues>>, Stop> {
+    let access = sharing.scoping.pixels;
+    let mut rendered = Vec::with_capacity(planned.len());
+    for image in planned {
+        work.check()?;
+        let key = sharing.key(image.key);
+        let found = access
+            .read
+            .then(|| work.call.house.pixels.get(&key))
+            .flatten();
+        if let Some(pixels) = found {
+            rendered.push(pixels);
+            continue;
+        }
+        let began = Instant::now();
+        let pixels = render_view(&image.source, &image.plan).map_err(|error| {
+            // The sandbox checked sizes as they were recorded, so this is a view no model takes.
+            Failure::nonsense(work.call.pinned.image_policy.id(), &error.to_string())
+        })?;
+        let elapsed = began.elapsed();
+        work.trace.stages.add(Stage::Preprocess, elapsed);
+        let pixels = Arc::new(pixels);
+        if access.write {
+            let entry = sharing.entry(pixels.bytes(), elapsed, image.tokens);
+            work.call
+                .house
+                .pixels
+                .insert(key, Arc::clone(&pixels), &entry);
+        }
+        rendered.push(pixels);
+    }
+    Ok(rendered)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pairs(pairs: &[(&str, &str)]) -> Extensions {
+        pairs
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn a_picture_gets_its_own_hints_before_the_requests() {
+        let extensions = pairs(&[
+            ("detail", "auto"),
+            ("image.0.detail", "low"),
+            ("image.1.param", "messages[0].content[2].image_url"),
+            ("user", "u"),
+        ]);
+        assert_eq!(
+            hints(0, &extensions),
+            pairs(&[("detail", "low"), ("user", "u")])
+        );
+        assert_eq!(
+            hints(2, &extensions),
+            pairs(&[("detail", "auto"), ("user", "u")])
+        );
+        assert_eq!(param(1, &extensions), "messages[0].content[2].image_url");
+        assert_eq!(param(0, &extensions), "images[0]");
+    }
+}

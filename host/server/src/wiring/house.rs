@@ -1,0 +1,372 @@
+//! The house: everything one server shares between requests, and how it changes while it runs.
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwapOption;
+use visor_engine::{
+    Cache, CacheBytes, CacheStrategy, Caches, CheckpointLoader, Engine, EngineOptions, EngineState,
+    Native,
+};
+use visor_model::image::PixelValues;
+use visor_model::{ImageFeatures, LoadProgress};
+use visor_sandbox::{FileError, FolderOptions, PluginFolder, PluginSet, Registry, Sandbox};
+
+use super::reload::{ConfigSource, ConfigWatcher};
+use super::{
+    Pinned, WiredRoute, Wiring, open_checkpoint, sandbox_options, settings_for, shipped, wire,
+};
+use crate::config::change::{Change, keep_restart_keys};
+use crate::config::{CacheConfig, Config, ConfigError};
+use crate::metrics::Metrics;
+use crate::pipeline::Answer;
+use crate::services::{DEMO_NOISE_ID, ServedModel, Services};
+use crate::stats::ReloadState;
+
+/// Between two looks at a model that loads.
+const READY_LOOK: Duration = Duration::from_millis(200);
+
+/// What a house needs besides its configuration.
+pub struct HouseOptions {
+    /// Watched for changes; none watches nothing, as a command that asks once needs.
+    pub source: Option<ConfigSource>,
+    /// Told how far the model is loaded, on the engine's thread.
+    pub progress: Box<dyn Fn(LoadProgress) + Send>,
+}
+
+/// Everything one server shares between requests.
+pub struct House {
+    /// Where generations go.
+    pub engine: Engine,
+    /// The model's names, facts and tokenizer.
+    pub model: Arc<ServedModel>,
+    /// Preprocessed pixels.
+    pub pixels: Arc<Cache<PixelValues>>,
+    /// Whole answers.
+    pub responses: Arc<Cache<Answer>>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    pub(super) current: Arc<Current>,
+    pub(super) sandbox: Sandbox,
+    pub(super) folder: PluginFolder,
+    draining: AtomicBool,
+    pub(super) started: Instant,
+    pub(super) reloads: Mutex<ReloadState>,
+    watcher: Mutex<Option<ConfigWatcher>>,
+}
+
+/// The wiring in force and what a swap touches. Shared with the plugin folder's thread.
+pub(super) struct Current {
+    wiring: ArcSwapOption<Wiring>,
+    pub(super) caches: Caches<ImageFeatures, Answer>,
+    /// The configuration whose plugin settings were asked for last: a plugin set that arrives was
+    /// loaded with those, so it is wired with that configuration.
+    asked: Mutex<Arc<Config>>,
+    /// Held while a wiring is built and stored.
+    swapping: Mutex<()>,
+}
+
+impl House {
+    /// Opens everything; the model goes on loading on the engine's thread.
+    ///
+    /// # Errors
+    /// A checkpoint that cannot be read, a sandbox that does not start, routes without plugins.
+    pub fn open(config: Config, options: HouseOptions) -> anyhow::Result<Arc<Self>> {
+        let started = Instant::now();
+        let config = Arc::new(config);
+        let checkpoint = Arc::new(open_checkpoint(&config)?);
+        let model = Arc::new(ServedModel::new(&checkpoint, &config.model)?);
+        let caches = Caches::new(cache_bytes(&config.cache));
+        let current = Arc::new(Current {
+            wiring: ArcSwapOption::empty(),
+            caches: caches.clone(),
+            asked: Mutex::new(Arc::clone(&config)),
+            swapping: Mutex::new(()),
+        });
+        let sandbox = Sandbox::new(
+            sandbox_options(&config),
+            Arc::new(Services(Arc::clone(&model))),
+        )?;
+        let folder = open_folder(&config, &sandbox, &current)?;
+        let loader = CheckpointLoader::new(checkpoint, options.progress);
+        let engine_options = EngineOptions {
+            devices: config.model.device.kinds(),
+            queue_requests_max: config.server.queue_requests_max,
+            context_tokens_max: model.context_tokens,
+            prefill_chunk_tokens: config.model.prefill_chunk_tokens,
+            model_digest: model.facts.digest.clone(),
+            ..EngineOptions::default()
+        };
+        let engine = Engine::start(
+            loader,
+            Arc::clone(&model.tokenizer),
+            &caches,
+            engine_options,
+        );
+        let house = Arc::new(Self {
+            engine,
+            metrics: Metrics::new(&model.id),
+            model,
+            pixels: caches.pixels,
+            responses: caches.responses,
+            current,
+            sandbox,
+            folder,
+            draining: AtomicBool::new(false),
+            started,
+            reloads: Mutex::default(),
+            watcher: Mutex::default(),
+        });
+        if let Some(source) = options.source {
+            house.watch(source)?;
+        }
+        Ok(house)
+    }
+
+    /// The wiring in force.
+    #[must_use]
+    pub fn wiring(&self) -> Arc<Wiring> {
+        self.current.wiring()
+    }
+
+    /// The configuration in force.
+    #[must_use]
+    pub fn config(&self) -> Arc<Config> {
+        Arc::clone(&self.wiring().config)
+    }
+
+    /// The route of a path, pinned to one revision of everything; none when no prefix covers it.
+    #[must_use]
+    pub fn pin(&self, path: &str) -> Option<Pinned> {
+        let wiring = self.wiring();
+        let route = wiring.routes.iter().find(|route| route.covers(path))?;
+        let strategy = route.strategy.clone();
+        Some(Pinned {
+            config: Arc::clone(&wiring.config),
+            prefix: route.prefix.clone(),
+            adapter: Arc::clone(&route.adapter),
+            template: Arc::clone(&route.template),
+            image_policy: Arc::clone(&route.image_policy),
+            cache_plugin: strategy
+                .as_ref()
+                .map(|strategy| Arc::clone(strategy.plugin())),
+            cache: strategy.map_or_else(
+                || Arc::new(Native::default()) as _,
+                |strategy| strategy as _,
+            ),
+            wiring_revision: wiring.revision,
+        })
+    }
+
+    /// The full path at which some adapter serves `method` and `below` (a path below its prefix).
+    #[must_use]
+    pub fn find_path(&self, method: &str, below: &str) -> Option<String> {
+        let serves = |route: &&WiredRoute| {
+            route
+                .adapter
+                .routes()
+                .iter()
+                .any(|served| served.method == method && served.path == below)
+        };
+        let wiring = self.wiring();
+        let route = wiring.routes.iter().find(serves)?;
+        Some(format!("{}{below}", route.prefix.trim_end_matches('/')))
+    }
+
+    /// Whether requests can be served now.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn ready(&self) -> Result<(), String> {
+        if self.draining.load(Relaxed) {
+            return Err("the server is stopping".to_owned());
+        }
+        match self.engine.state() {
+            EngineState::Ready { .. } => Ok(()),
+            EngineState::Loading => Err("the model is still loading".to_owned()),
+            EngineState::Failed(reason) => Err(format!("the model cannot be used: {reason}")),
+            EngineState::Stopped => Err("the engine has stopped".to_owned()),
+        }
+    }
+
+    /// Waits until the model is loaded and warm.
+    ///
+    /// # Errors
+    /// Why it will not be.
+    pub fn wait_ready(&self) -> Result<(), String> {
+        while matches!(self.engine.state(), EngineState::Loading) {
+            self.engine.wait_ready(READY_LOOK);
+        }
+        self.ready()
+    }
+
+    /// From here on `/ready` says no; what is in flight goes on.
+    pub fn drain(&self) {
+        self.draining.store(true, Relaxed);
+    }
+
+    /// Stops watching and computing. Sequences still running are given up.
+    pub fn stop(&self) {
+        self.drain();
+        let watcher = self
+            .watcher
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        drop(watcher);
+        self.engine.stop(Duration::ZERO);
+    }
+
+    /// Whether the served weights are random, so that answers mean nothing.
+    #[must_use]
+    pub fn model_is_noise(&self) -> bool {
+        self.model.facts.id == DEMO_NOISE_ID
+    }
+
+    /// The device that computes, or where loading stands.
+    #[must_use]
+    pub fn device_name(&self) -> String {
+        match self.engine.state() {
+            EngineState::Ready { device } => device.to_string(),
+            EngineState::Loading => "loading".to_owned(),
+            EngineState::Failed(_) => "failed".to_owned(),
+            EngineState::Stopped => "stopped".to_owned(),
+        }
+    }
+
+    /// Files of the plugin folder that are not in use, and why.
+    #[must_use]
+    pub fn plugin_errors(&self) -> Vec<FileError> {
+        self.folder.status().last_errors
+    }
+
+    fn watch(self: &Arc<Self>, source: ConfigSource) -> std::io::Result<()> {
+        let poll = Duration::from_secs(self.config().plugins.poll_s);
+        let house: Weak<Self> = Arc::downgrade(self);
+        let watcher = ConfigWatcher::start(source, poll, move |read| {
+            if let Some(house) = house.upgrade() {
+                house.take_config(read);
+            }
+        })?;
+        *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(watcher);
+        Ok(())
+    }
+
+    /// Applies what a changed file says, or says why not.
+    fn take_config(&self, read: Result<Config, ConfigError>) {
+        let running = self.config();
+        let outcome = match read {
+            Err(error) => Err(error.one_line()),
+            Ok(new) => {
+                let change = Change::between(&running, &new);
+                let applied = if change.live.is_empty() {
+                    Ok(())
+                } else {
+                    self.apply(Arc::new(keep_restart_keys(&running, &new)))
+                };
+                applied.map(|()| change)
+            }
+        };
+        let mut reloads = self.reloads.lock().unwrap_or_else(PoisonError::into_inner);
+        reloads.note(outcome);
+    }
+
+    /// Puts a configuration in force: plugins that have other settings are loaded with them, then
+    /// everything is swapped at once.
+    ///
+    /// # Errors
+    /// Which plugin or route refused; then nothing has changed.
+    pub fn apply(&self, config: Arc<Config>) -> Result<(), String> {
+        let running = self.config();
+        if config.plugins.by_id == running.plugins.by_id {
+            let plugins = Arc::clone(&self.wiring().plugins);
+            return self.current.swap(&config, &plugins);
+        }
+        let applied = self.folder.apply(self.current.settings(config));
+        if applied.is_err() {
+            *self
+                .current
+                .asked
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = running;
+        }
+        applied.map_err(|error| error.to_string())
+    }
+}
+
+impl Current {
+    fn wiring(&self) -> Arc<Wiring> {
+        self.wiring
+            .load_full()
+            .expect("the first wiring is stored before a house exists")
+    }
+
+    /// Plugin settings of a configuration, noting that they were asked for.
+    fn settings(self: &Arc<Self>, config: Arc<Config>) -> visor_sandbox::SettingsFor {
+        let current = Arc::downgrade(self);
+        let settings = settings_for(Arc::clone(&config));
+        Arc::new(move |id| {
+            if let Some(current) = current.upgrade() {
+                *current.asked.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&config);
+            }
+            settings(id)
+        })
+    }
+
+    /// A new plugin set: wired with the configuration its settings came from.
+    fn take_plugins(&self, plugins: &Arc<PluginSet>) -> Result<(), String> {
+        let config = Arc::clone(&self.asked.lock().unwrap_or_else(PoisonError::into_inner));
+        self.swap(&config, plugins)
+    }
+
+    /// Builds a wiring and puts it in force; on an error the old one stays.
+    fn swap(&self, config: &Arc<Config>, plugins: &Arc<PluginSet>) -> Result<(), String> {
+        let _one_at_a_time = self.swapping.lock().unwrap_or_else(PoisonError::into_inner);
+        let previous = self.wiring.load_full();
+        let wiring = Arc::new(wire(config, plugins, previous.as_deref())?);
+        self.wiring.store(Some(Arc::clone(&wiring)));
+        let steering = wiring.steering.clone();
+        let same = |old: &Wiring| match (&old.steering, &steering) {
+            (Some(old), Some(new)) => Arc::ptr_eq(old, new),
+            (None, None) => true,
+            _ => false,
+        };
+        if !previous.as_deref().is_some_and(same) {
+            self.caches
+                .set_strategy(steering.map(|steering| steering as Arc<dyn CacheStrategy>));
+        }
+        if previous.is_some_and(|previous| previous.config.cache != config.cache) {
+            self.caches.resize(cache_bytes(&config.cache));
+        }
+        Ok(())
+    }
+}
+
+fn open_folder(
+    config: &Arc<Config>,
+    sandbox: &Sandbox,
+    current: &Arc<Current>,
+) -> anyhow::Result<PluginFolder> {
+    let taker = Arc::clone(current);
+    let options = FolderOptions {
+        folder: config.plugins.folder.clone(),
+        poll: Duration::from_secs(config.plugins.poll_s),
+        shipped: shipped::plugins(),
+        settings: current.settings(Arc::clone(config)),
+        on_change: Box::new(move |plugins| taker.take_plugins(plugins)),
+    };
+    Ok(PluginFolder::watch(
+        sandbox.clone(),
+        Arc::new(Registry::new()),
+        options,
+    )?)
+}
+
+fn cache_bytes(cache: &CacheConfig) -> CacheBytes {
+    CacheBytes {
+        pixels: cache.pixels_mib << 20,
+        features: cache.features_mib << 20,
+        responses: cache.responses_mib << 20,
+    }
+}

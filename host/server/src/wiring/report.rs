@@ -1,0 +1,188 @@
+//! What a house tells about itself: `/metrics` and `/stats`.
+
+use std::sync::PoisonError;
+
+use serde_json::{Map, Value, json};
+use visor_engine::CacheStats;
+use visor_sandbox::{Origin, Plugin};
+
+use super::House;
+use crate::metrics::{CacheSample, EngineSample, PluginSample, ReloadSample, Sample};
+use crate::stats::{self, Memory, ReloadState};
+
+impl House {
+    /// What `/metrics` answers.
+    #[must_use]
+    pub fn metrics_text(&self, openmetrics: bool) -> String {
+        self.metrics.encode(self.sample(), openmetrics)
+    }
+
+    /// What `/stats` answers.
+    #[must_use]
+    pub fn stats_json(&self) -> Value {
+        let wiring = self.wiring();
+        let memory = Memory::now();
+        let mut all = stats::requests_json(&self.metrics.totals());
+        let rest = json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "uptime_s": self.started.elapsed().as_secs_f64(),
+            "ready": self.ready().is_ok(),
+            "not_ready_because": self.ready().err(),
+            "model": self.model_json(),
+            "engine": self.engine_json(),
+            "caches": self.caches_json(),
+            "memory": { "resident_bytes": memory.resident_bytes, "peak_bytes": memory.peak_bytes },
+            "wiring": { "revision": wiring.revision, "routes": stats::routes_json(&wiring) },
+            "plugins": self.plugins_json(),
+            "plugin_folder": stats::folder_json(&self.folder.status()),
+            "plugin_instances": self.sandbox.instances(),
+            "config": self.reload_state().to_json(),
+        });
+        if let (Some(all), Value::Object(rest)) = (all.as_object_mut(), rest) {
+            all.extend(rest);
+        }
+        all
+    }
+
+    fn sample(&self) -> Sample {
+        let folder = self.folder.status();
+        let config = self.reload_state();
+        let reload = |what, applied, refused| ReloadSample {
+            what,
+            applied,
+            refused,
+        };
+        let plugins = &self.wiring().plugins.plugins;
+        Sample {
+            engine: self.engine_sample(),
+            caches: self.cache_samples(),
+            plugins: plugins
+                .values()
+                .map(|plugin| plugin_sample(plugin))
+                .collect(),
+            calls: self.sandbox.stats(),
+            instances: self.sandbox.instances().into(),
+            reloads: vec![
+                reload("config", config.applied, config.refused),
+                reload("plugins", folder.reloads, folder.failures),
+            ],
+            resident_bytes: Memory::now().resident_bytes.unwrap_or(0),
+            uptime_s: self.started.elapsed().as_secs_f64(),
+            guest: self.sandbox.metrics(),
+        }
+    }
+
+    fn engine_sample(&self) -> EngineSample {
+        let engine = self.engine.stats();
+        EngineSample {
+            ready: self.ready().is_ok(),
+            running: engine.running,
+            waiting: engine.waiting,
+            kv_usage: stats::ratio(engine.running_tokens, engine.running_tokens_max),
+            device_fallbacks: engine.device_fallbacks,
+            aborted: engine.aborted,
+            failed: engine.failed,
+        }
+    }
+
+    fn cache_samples(&self) -> Vec<CacheSample> {
+        let names = ["pixels", "features", "responses"];
+        names
+            .into_iter()
+            .zip(self.current.caches.stats())
+            .map(cache_sample)
+            .collect()
+    }
+
+    fn reload_state(&self) -> ReloadState {
+        self.reloads
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn model_json(&self) -> Value {
+        let model = &self.model;
+        json!({
+            "id": model.id,
+            "aliases": model.aliases,
+            "device": self.device_name(),
+            "context_tokens": model.context_tokens,
+            "bytes": model.facts.bytes,
+            "quantization": model.facts.quantization,
+            "digest": model.facts.digest,
+            "answers_are_noise": self.model_is_noise(),
+        })
+    }
+
+    fn engine_json(&self) -> Value {
+        let engine = self.engine.stats();
+        json!({
+            "waiting": engine.waiting,
+            "running": engine.running,
+            "running_tokens": engine.running_tokens,
+            "running_tokens_max": engine.running_tokens_max,
+            "submitted": engine.submitted,
+            "finished": engine.finished,
+            "aborted": engine.aborted,
+            "failed": engine.failed,
+            "rejected": engine.rejected,
+            "device_fallbacks": engine.device_fallbacks,
+            "model_panics": engine.model_panics,
+        })
+    }
+
+    fn caches_json(&self) -> Map<String, Value> {
+        let samples = self.cache_samples();
+        samples
+            .iter()
+            .map(|cache| (cache.tier.to_owned(), stats::cache_json(cache)))
+            .collect()
+    }
+
+    fn plugins_json(&self) -> Vec<Value> {
+        let calls = self.sandbox.stats();
+        let json = |plugin: &Plugin| {
+            stats::plugin_json(plugin, calls.iter().find(|stats| stats.id == plugin.id()))
+        };
+        self.wiring()
+            .plugins
+            .plugins
+            .values()
+            .map(|plugin| json(plugin))
+            .collect()
+    }
+}
+
+fn plugin_sample(plugin: &Plugin) -> PluginSample {
+    let roles: Vec<&str> = plugin
+        .roles()
+        .iter()
+        .map(|served| served.role.interface())
+        .collect();
+    PluginSample {
+        id: plugin.id().to_owned(),
+        role: roles.join("+"),
+        revision: plugin.revision_short().to_owned(),
+        origin: if *plugin.origin() == Origin::Shipped {
+            "shipped"
+        } else {
+            "file"
+        },
+    }
+}
+
+fn cache_sample((tier, stats): (&'static str, CacheStats)) -> CacheSample {
+    CacheSample {
+        tier,
+        hits: stats.hits,
+        misses: stats.misses,
+        inserted: stats.inserted,
+        evicted: stats.evicted,
+        entries: stats.entries,
+        bytes: stats.used_bytes,
+        capacity_bytes: stats.capacity_bytes,
+        saved_us: stats.saved_us,
+        strategy_faults: stats.strategy_faults,
+    }
+}

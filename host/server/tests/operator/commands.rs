@@ -1,0 +1,197 @@
+//! Commands that answer and end.
+
+use serde_json::Value;
+
+use super::{repository, run, text, visor};
+
+fn json(bytes: &[u8]) -> Value {
+    serde_json::from_slice(bytes).expect("one JSON document")
+}
+
+#[test]
+fn help_names_every_command_and_the_exit_codes() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = run(folder.path(), &["--help"]);
+    let help = text(&out.stdout);
+    for word in [
+        "serve",
+        "ask",
+        "verify",
+        "config",
+        "plugin",
+        "models",
+        "bench",
+        "Exit codes",
+    ] {
+        assert!(help.contains(word), "{word} is missing:\n{help}");
+    }
+}
+
+#[test]
+fn a_bad_configuration_is_explained_and_ends_with_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("my.toml");
+    std::fs::write(&file, "[server]\nlisten = \"nowhere\"\n").unwrap();
+    let out = run(folder.path(), &["config", "check", "my.toml"]);
+    assert_eq!(out.status.code(), Some(2));
+    let said = text(&out.stderr);
+    assert!(said.contains("my.toml:2:10 (server.listen)"), "{said}");
+    let out = run(folder.path(), &["serve", "--config", "my.toml"]);
+    assert_eq!(out.status.code(), Some(2), "serving refuses it as well");
+}
+
+#[test]
+fn the_configuration_shown_is_one_that_checks() {
+    let folder = tempfile::tempdir().unwrap();
+    let shown = run(folder.path(), &["config", "show"]).stdout;
+    assert!(
+        text(&shown).contains("# Address and port (restart)."),
+        "documented"
+    );
+    std::fs::write(folder.path().join("visor.toml"), &shown).unwrap();
+    let out = run(folder.path(), &["config", "check", "visor.toml"]);
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+}
+
+#[test]
+fn flags_win_over_the_environment_and_that_over_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file =
+        "[server]\nlisten = \"127.0.0.1:1\"\n[model]\ndevice = \"cuda\"\nserved_name = \"mine\"\n";
+    std::fs::write(folder.path().join("visor.toml"), file).unwrap();
+    let out = visor(folder.path(), &["config", "show", "--device", "cpu"])
+        .env("VISOR_DEVICE", "metal")
+        .env("VISOR_LOG", "debug")
+        .output()
+        .unwrap();
+    let shown: toml::Table = text(&out.stdout).parse().unwrap();
+    assert_eq!(shown["model"]["device"].as_str(), Some("cpu"));
+    assert_eq!(shown["server"]["log_filter"].as_str(), Some("debug"));
+    assert_eq!(shown["server"]["listen"].as_str(), Some("127.0.0.1:1"));
+    assert_eq!(shown["model"]["served_name"].as_str(), Some("mine"));
+}
+
+#[test]
+fn shipped_plugins_are_listed_and_a_bad_file_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = run(folder.path(), &["plugin", "list", "--json"]);
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+    let listed = json(&out.stdout);
+    let ids: Vec<_> = listed["plugins"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["id"].as_str().unwrap())
+        .collect();
+    assert_eq!(ids, ["hd", "lru", "openai", "phi3"]);
+
+    let plugins = folder.path().join("visor-plugins");
+    std::fs::create_dir(&plugins).unwrap();
+    std::fs::copy(
+        repository("plugins/built/phi3.wasm"),
+        plugins.join("mine.wasm"),
+    )
+    .unwrap();
+    std::fs::copy(repository("plugins/built/hd.wasm"), plugins.join("hd.wasm")).unwrap();
+    std::fs::write(plugins.join("broken.wasm"), b"\0asm").unwrap();
+    let out = run(folder.path(), &["plugin", "list", "--json"]);
+    assert_eq!(out.status.code(), Some(1), "a bad file is an answer of no");
+    let listed = json(&out.stdout);
+    let state = |id: &str| {
+        let rows = listed["plugins"].as_array().unwrap();
+        rows.iter()
+            .find(|row| row["id"] == id)
+            .unwrap_or_else(|| panic!("{id} is not listed"))["state"]
+            .clone()
+    };
+    assert_eq!(state("mine"), "file");
+    assert_eq!(state("hd"), "overrides shipped");
+    assert_eq!(state("broken"), "bad");
+    assert_eq!(state("openai"), "shipped");
+}
+
+#[test]
+fn a_plugin_file_is_checked_as_the_server_would() {
+    let folder = tempfile::tempdir().unwrap();
+    let good = repository("plugins/built/openai.wasm");
+    let out = run(
+        folder.path(),
+        &["plugin", "check", "--json", good.to_str().unwrap()],
+    );
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stdout));
+    let report = json(&out.stdout);
+    assert_eq!(report["roles"][0], "adapter@0.1.0");
+    assert!(
+        report["routes"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|route| route == "POST /chat/completions")
+    );
+
+    let whole = std::fs::read(&good).unwrap();
+    let cut = folder.path().join("cut.wasm");
+    std::fs::write(&cut, &whole[..whole.len() / 2]).unwrap();
+    let out = run(folder.path(), &["plugin", "check", "cut.wasm"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(
+        text(&out.stdout).contains("truncated"),
+        "{}",
+        text(&out.stdout)
+    );
+}
+
+#[test]
+fn the_demo_model_says_that_its_answers_are_noise() {
+    let folder = tempfile::tempdir().unwrap();
+    let described = json(&run(folder.path(), &["models", "--json"]).stdout);
+    assert_eq!(described["id"], "visor-demo-noise");
+    assert_eq!(described["answers_are_noise"], true);
+    assert_eq!(described["context_tokens"], 4096);
+}
+
+#[test]
+fn a_checkpoint_that_is_not_there_ends_with_3() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = run(folder.path(), &["models", "--model", "no-such-folder"]);
+    assert_eq!(out.status.code(), Some(3));
+    assert!(
+        text(&out.stderr).contains("no-such-folder"),
+        "{}",
+        text(&out.stderr)
+    );
+}
+
+#[test]
+fn asking_goes_through_the_plugins_and_repeats_itself_when_greedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let picture = repository("tests/golden/images/tiny_20x20.png");
+    let ask = || {
+        let args = [
+            "ask",
+            picture.to_str().unwrap(),
+            "What is this?",
+            "--max-tokens",
+            "4",
+        ];
+        let out = run(folder.path(), &args);
+        assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+        text(&out.stdout)
+    };
+    let first = ask();
+    assert!(first.trim().len() > 1, "{first:?}");
+    assert_eq!(first, ask());
+}
+
+#[test]
+fn a_picture_that_is_none_is_refused_with_1() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("text.jpg"), "not a picture").unwrap();
+    let out = run(folder.path(), &["ask", "text.jpg", "What is this?"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(
+        text(&out.stderr).contains("not a JPEG, PNG or WebP"),
+        "{}",
+        text(&out.stderr)
+    );
+}

@@ -1,0 +1,213 @@
+//! Everything a client can get wrong, and the proper answer to it.
+
+use serde_json::{Value, json};
+
+use crate::client::{self, Request};
+use crate::server::{Server, chat, shared, text, with};
+
+fn post(server: &Server, body: &[u8]) -> client::Answer {
+    server.send("POST", "/v1/chat/completions", body)
+}
+
+#[test]
+fn malformed_bodies_are_400() {
+    let server = shared();
+    for body in [
+        "",
+        "{",
+        "[]",
+        "null",
+        "\"text\"",
+        "{\"messages\": [}",
+        "{} trailing",
+    ] {
+        post(&server, body.as_bytes()).error(400);
+    }
+    post(&server, b"{\"messages\": \"\xFF\"}").error(400);
+}
+
+#[test]
+fn wrong_types_and_missing_keys_are_400_and_name_the_key() {
+    let server = shared();
+    for (body, param) in [
+        (json!({}), "messages"),
+        (json!({"messages": []}), "messages"),
+        (json!({"messages": "hello"}), "messages"),
+        (json!({"messages": [{"content": "no role"}]}), "messages"),
+        (json!({"messages": [{"role": "user"}]}), "messages"),
+        (
+            json!({"messages": [{"role": "user", "content": 5}]}),
+            "messages",
+        ),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "video"}]}]}),
+            "messages",
+        ),
+        (
+            json!({"messages": [text("x")], "max_tokens": "many"}),
+            "max_tokens",
+        ),
+        (
+            json!({"messages": [text("x")], "max_tokens": 0}),
+            "max_tokens",
+        ),
+        (
+            json!({"messages": [text("x")], "max_tokens": -1}),
+            "max_tokens",
+        ),
+        (
+            json!({"messages": [text("x")], "temperature": "hot"}),
+            "temperature",
+        ),
+        (
+            json!({"messages": [text("x")], "temperature": -1}),
+            "temperature",
+        ),
+        (json!({"messages": [text("x")], "top_p": 7}), "top_p"),
+        (json!({"messages": [text("x")], "stop": 5}), "stop"),
+        (json!({"messages": [text("x")], "stream": "yes"}), "stream"),
+    ] {
+        let error = post(&server, body.to_string().as_bytes()).error(400);
+        let named = error["param"].as_str().unwrap_or("").to_owned()
+            + error["message"].as_str().unwrap_or("");
+        assert!(named.contains(param), "{body}: {error}");
+    }
+}
+
+#[test]
+fn what_this_server_does_not_do_is_said_and_not_ignored() {
+    let server = shared();
+    let tool = json!({"type": "function", "function": {"name": "f", "parameters": {}}});
+    for (wish, param) in [
+        (json!({"n": 2}), "n"),
+        (json!({"logprobs": true}), "logprobs"),
+        (json!({"tools": [tool]}), "tools"),
+        (
+            json!({"response_format": {"type": "json_object"}}),
+            "response_format",
+        ),
+        (json!({"presence_penalty": 1.0}), "presence_penalty"),
+    ] {
+        let error = server
+            .chat(&with(chat(&[text("x")]), wish.clone()))
+            .error(400);
+        assert_eq!(error["param"], param, "{wish}: {error}");
+    }
+    let neutral = json!({"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "response_format": {"type": "text"}});
+    server.chat(&with(chat(&[text("x")]), neutral)).ok();
+}
+
+#[test]
+fn unknown_fields_are_no_error() {
+    let unknown = json!({"user": "u", "metadata": {"a": "b"}, "x_vendor": [1, 2, {"deep": true}]});
+    shared().chat(&with(chat(&[text("x")]), unknown)).ok();
+}
+
+#[test]
+fn an_unknown_model_is_404_and_the_known_one_is_served() {
+    let server = shared();
+    let error = server
+        .chat(&with(chat(&[text("x")]), json!({"model": "gpt-4o"})))
+        .error(404);
+    assert!(
+        error["message"]
+            .as_str()
+            .expect("a message")
+            .contains("gpt-4o"),
+        "{error}"
+    );
+    let id = server.get("/v1/models").ok()["data"][0]["id"].clone();
+    server
+        .chat(&with(chat(&[text("x")]), json!({"model": id})))
+        .ok();
+}
+
+#[test]
+fn ten_thousand_brackets_are_refused_at_once() {
+    let server = shared();
+    let deep = format!(
+        "{{\"messages\": {}{}}}",
+        "[".repeat(10_000),
+        "]".repeat(10_000)
+    );
+    post(&server, deep.as_bytes()).error(400);
+    let objects = "{\"a\":".repeat(10_000);
+    post(&server, objects.as_bytes()).error(400);
+}
+
+#[test]
+fn a_huge_body_is_413() {
+    let server = Server::start_with("[server]\nrequest_body_bytes_max = 1048576\n");
+    let huge = chat(&[text(&"x".repeat(3 << 20))]).to_string();
+    post(&server, huge.as_bytes()).error(413);
+    server.chat(&chat(&[text("still there")])).ok();
+}
+
+#[test]
+fn a_head_that_is_too_large_is_431() {
+    let server = shared();
+    let long = "x".repeat(200_000);
+    let request = Request {
+        method: "GET",
+        path: "/v1/models",
+        headers: &[("x-long", &long)],
+        body: b"",
+    };
+    assert_eq!(client::send(server.address, &request).status, 431);
+}
+
+#[test]
+fn a_prompt_that_does_not_fit_is_told_with_the_numbers() {
+    let server = shared();
+    let error = server
+        .chat(&chat(&[text(&"word ".repeat(6000))]))
+        .error(400);
+    assert_eq!(error["code"], "context_length_exceeded");
+    let message = error["message"].as_str().expect("a message");
+    assert!(
+        message.contains("of text") && message.contains("of images"),
+        "{message}"
+    );
+    let greedy = with(
+        chat(&[text(&"word ".repeat(3000))]),
+        json!({"max_tokens": 2000}),
+    );
+    let error = server.chat(&greedy).error(400);
+    assert_eq!(error["code"], "context_length_exceeded");
+    assert!(
+        error["message"]
+            .as_str()
+            .expect("a message")
+            .contains("2000"),
+        "{error}"
+    );
+}
+
+#[test]
+fn without_max_tokens_the_answer_is_cut_to_what_fits() {
+    let server = Server::start_with("[model]\ncontext_tokens = 512\n");
+    let body = json!({"messages": [text("as long as you like")], "temperature": 0});
+    let usage: Value = server.chat(&body).ok()["usage"].clone();
+    assert!(
+        usage["total_tokens"].as_u64().expect("a count") <= 512,
+        "{usage}"
+    );
+}
+
+#[test]
+fn unknown_paths_are_404_and_wrong_methods_405() {
+    let server = shared();
+    for path in [
+        "/v1/nothing",
+        "/v1",
+        "/v2/chat/completions",
+        "/",
+        "/v1/chat/completions/",
+    ] {
+        server.get(path).error(404);
+    }
+    let wrong = server.send("GET", "/v1/chat/completions", b"");
+    wrong.error(405);
+    assert_eq!(wrong.header("allow"), Some("POST"));
+    server.send("DELETE", "/v1/models", b"").error(405);
+}

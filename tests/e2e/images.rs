@@ -1,0 +1,242 @@
+//! Pictures in every encoding, and everything that is not quite a picture.
+
+use std::io::Cursor;
+
+use image::{DynamicImage, ImageFormat};
+use serde_json::{Value, json};
+
+use crate::chat::content;
+use crate::client::{chunks, joined};
+use crate::server::{Server, chat, data_url, fixture, pictures, shared, with};
+
+fn golden(name: &str) -> Vec<u8> {
+    fixture(&format!("tests/golden/images/{name}.png"))
+}
+
+fn encoded(picture: &[u8], format: ImageFormat) -> Vec<u8> {
+    let decoded = image::load_from_memory(picture)
+        .expect("a golden picture")
+        .to_rgb8();
+    let mut bytes = Cursor::new(Vec::new());
+    DynamicImage::ImageRgb8(decoded)
+        .write_to(&mut bytes, format)
+        .expect("it can be encoded");
+    bytes.into_inner()
+}
+
+fn ask(server: &Server, kind: &str, bytes: &[u8]) -> Value {
+    server
+        .chat(&chat(&[pictures(
+            &[data_url(kind, bytes)],
+            "what is this?",
+        )]))
+        .ok()
+}
+
+/// The error that a picture in the second message's second part is answered with.
+#[track_caller]
+fn refused(server: &Server, url: &str, status: u16) -> Value {
+    let messages = [
+        json!({"role": "system", "content": "You see."}),
+        json!({"role": "user", "content": [
+            {"type": "text", "text": "what is this?"},
+            {"type": "image_url", "image_url": {"url": url}},
+        ]}),
+    ];
+    let error = server.chat(&chat(&messages)).error(status);
+    let param = error["param"].as_str().expect("the part is named");
+    assert!(param.contains("messages[1].content[1]"), "{param}");
+    error
+}
+
+#[test]
+fn lossless_encodings_of_one_picture_have_one_answer_whatever_they_claim_to_be() {
+    let server = shared();
+    let png = golden("sq_512");
+    let webp = encoded(&png, ImageFormat::WebP);
+    let expected = content(&ask(&server, "image/png", &png));
+    assert_eq!(content(&ask(&server, "image/webp", &webp)), expected);
+    assert_eq!(
+        content(&ask(&server, "image/jpeg", &webp)),
+        expected,
+        "sniffed by content"
+    );
+    assert_eq!(
+        content(&ask(&server, "application/octet-stream", &png)),
+        expected
+    );
+}
+
+#[test]
+fn a_jpeg_is_answered_alike_whole_and_streamed() {
+    let server = shared();
+    let jpeg = encoded(&golden("wide_900x300"), ImageFormat::Jpeg);
+    let body = chat(&[pictures(&[data_url("image/jpeg", &jpeg)], "what is this?")]);
+    let whole = content(&server.chat(&body).ok());
+    let stream = server.chat(&with(body, json!({"stream": true})));
+    assert_eq!(joined(&chunks(&stream)), whole);
+}
+
+#[test]
+fn a_real_photo_is_answered_in_all_three_encodings() {
+    let server = shared();
+    for kind in ["jpg", "png", "webp"] {
+        let photo = fixture(&format!("tests/photos/cat.{kind}"));
+        let answer = ask(&server, "image/unknown", &photo);
+        assert!(
+            answer["usage"]["prompt_tokens"].as_u64().expect("a count") > 300,
+            "{kind}"
+        );
+    }
+}
+
+#[test]
+fn detail_chooses_how_many_crops_a_picture_gets() {
+    let server = shared();
+    let url = data_url("image/png", &golden("huge_2000x1500"));
+    let tokens = |detail: &str| {
+        let message = json!({"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": url, "detail": detail}},
+        ]});
+        server.chat(&chat(&[message])).ok()["usage"]["prompt_tokens"]
+            .as_u64()
+            .expect("a count")
+    };
+    let (low, auto, high) = (tokens("low"), tokens("auto"), tokens("high"));
+    assert!(low < auto && auto < high, "{low} < {auto} < {high}");
+}
+
+#[test]
+fn what_cannot_be_decoded_is_refused_by_name() {
+    let server = shared();
+    let png = golden("sq_512");
+    let mut noise = png.clone();
+    noise
+        .iter_mut()
+        .skip(64)
+        .for_each(|byte| *byte = byte.wrapping_mul(31).wrapping_add(7));
+    for (what, url) in [
+        (
+            "text",
+            data_url(
+                "image/png",
+                b"this is not a picture, however long the text may be",
+            ),
+        ),
+        ("long text", data_url("image/png", &[b'x'; 9000])),
+        ("truncated", data_url("image/png", &png[..png.len() / 2])),
+        ("truncated header", data_url("image/png", &png[..20])),
+        ("damaged", data_url("image/png", &noise)),
+        ("empty", "data:image/png;base64,".to_owned()),
+        ("no base64", "data:image/png;base64,@@@@".to_owned()),
+        (
+            "long and no base64",
+            format!("data:image/png;base64,{}", "@".repeat(9000)),
+        ),
+        (
+            "a gif",
+            data_url("image/gif", b"GIF89a\x01\x00\x01\x00\x00\x00\x00;"),
+        ),
+    ] {
+        let error = refused(&server, &url, 400);
+        println!("{what}: {}", error["message"]);
+    }
+}
+
+#[test]
+fn a_truncated_jpeg_is_refused_too() {
+    let photo = fixture("tests/photos/cat.jpg");
+    refused(
+        &shared(),
+        &data_url("image/jpeg", &photo[..photo.len() * 2 / 3]),
+        400,
+    );
+}
+
+/// A PNG of 60000x60000 pixels, as far as its header goes.
+fn bomb() -> Vec<u8> {
+    let mut png = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR".to_vec();
+    png.extend(60_000_u32.to_be_bytes());
+    png.extend(60_000_u32.to_be_bytes());
+    png.extend([8, 2, 0, 0, 0]);
+    png.extend(crc(&png[12..]).to_be_bytes());
+    for (kind, data) in [
+        (b"IDAT", &[0x78, 0x9c, 0x03, 0, 0, 0, 0, 1][..]),
+        (b"IEND", &[]),
+    ] {
+        png.extend(u32::try_from(data.len()).expect("short").to_be_bytes());
+        let start = png.len();
+        png.extend(kind);
+        png.extend(data);
+        png.extend(crc(&png[start..]).to_be_bytes());
+    }
+    png
+}
+
+fn crc(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(u32::MAX, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            (crc >> 1) ^ (0xEDB8_8320 * (crc & 1))
+        })
+    })
+}
+
+#[test]
+fn a_bomb_is_refused_by_its_header() {
+    let server = shared();
+    let url = data_url("image/png", &bomb());
+    let body = chat(&[pictures(&[url], "what?")]);
+    let answer = server.chat(&body);
+    assert!([400, 413].contains(&answer.status), "{}", answer.text());
+    let error = answer.error(answer.status);
+    assert!(
+        error["message"]
+            .as_str()
+            .expect("a message")
+            .contains("60000x60000"),
+        "{error}"
+    );
+}
+
+#[test]
+fn addresses_are_refused_with_the_reason() {
+    let server = shared();
+    for url in ["http://127.0.0.1:1/a.png", "https://example.org/a.png"] {
+        let error = refused(&server, url, 400);
+        assert!(
+            error["message"]
+                .as_str()
+                .expect("a message")
+                .contains("does not fetch"),
+            "{error}"
+        );
+    }
+    refused(&server, "file:///etc/passwd", 400);
+    refused(&server, "/etc/passwd", 400);
+}
+
+#[test]
+fn too_many_pictures_are_refused() {
+    let url = data_url("image/png", &golden("tiny_20x20"));
+    let answer = shared().chat(&chat(&[pictures(&vec![url; 9], "what are these?")]));
+    assert!([400, 413].contains(&answer.status), "{}", answer.text());
+    let error = answer.error(answer.status);
+    assert!(
+        error["message"]
+            .as_str()
+            .expect("a message")
+            .contains("9 images; 8"),
+        "{error}"
+    );
+}
+
+#[test]
+fn pictures_over_configured_limits_are_refused() {
+    let server = Server::start_with("[images]\nbytes_max = 2000\nside_px_max = 400\n");
+    for name in ["sq_512", "wide_900x300"] {
+        let url = data_url("image/png", &golden(name));
+        let answer = server.chat(&chat(&[pictures(&[url], "what?")]));
+        assert!([400, 413].contains(&answer.status), "{}", answer.text());
+        answer.error(answer.status);
+    }
+}

@@ -1,0 +1,22 @@
+//! The real binary, asked over real sockets: what a client sees, what an operator sees.
+//!
+//! The model is the embedded demo, whose weights are random: its answers are noise, so the tests
+//! look at structure, counts, equality and difference, never at what is said.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    unreachable_pub,
+    reason = "a test binary: a panic is its verdict, and nothing is outside of it"
+)]
+
+mod chat;
+mod client;
+mod errors;
+mod hostile;
+mod images;
+mod lifecycle;
+mod overload;
+mod reload;
+mod server;
+mod stream;
