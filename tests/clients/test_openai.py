@@ -1,0 +1,189 @@
+"""The real `openai` client and curl against the real binary.
+
+Run:  python3 tests/clients/test_openai.py PATH/TO/visor
+The served model answers noise, so what is checked is structure, counts,
+determinism and errors, not words.
+"""
+
+import base64
+import json
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import urllib.request
+
+import openai
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+PHOTOS = ROOT / "tests" / "photos"
+BINARY = None
+QUESTION = "What do you see in this image?"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def data_uri(name, mime):
+    return f"data:{mime};base64," + base64.b64encode((PHOTOS / name).read_bytes()).decode()
+
+
+def ask(*uris, text=QUESTION):
+    images = [{"type": "image_url", "image_url": {"url": uri}} for uri in uris]
+    return [{"role": "user", "content": [{"type": "text", "text": text}, *images]}]
+
+
+class OpenAIClient(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.port = free_port()
+        cls.base = f"http://127.0.0.1:{cls.port}"
+        cls.log = open(pathlib.Path(cls.folder.name) / "log", "w+")
+        cls.server = subprocess.Popen(
+            [BINARY, "serve", "--listen", f"127.0.0.1:{cls.port}"],
+            cwd=cls.folder.name, stdout=cls.log, stderr=cls.log,
+        )
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(cls.base + "/ready", timeout=2) as reply:
+                    if reply.status == 200:
+                        break
+            except OSError:
+                pass
+            if cls.server.poll() is not None or time.monotonic() > deadline:
+                cls.log.seek(0)
+                raise RuntimeError("the server did not become ready:\n" + cls.log.read())
+            time.sleep(0.1)
+        cls.client = openai.OpenAI(
+            base_url=cls.base + "/v1", api_key="unused", max_retries=0, timeout=120,
+            _strict_response_validation=True,
+        )
+        cls.model = cls.client.models.list().data[0].id
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.client.close()
+        cls.server.send_signal(signal.SIGINT)
+        code = cls.server.wait(timeout=30)
+        cls.log.close()
+        cls.folder.cleanup()
+        assert code == 0, f"the server ended with {code} after Ctrl-C"
+
+    def create(self, messages, **more):
+        more = {"max_tokens": 12, "temperature": 0, **more}
+        return self.client.chat.completions.create(model=self.model, messages=messages, **more)
+
+    def stream(self, messages, **more):
+        chunks = list(self.create(messages, stream=True, stream_options={"include_usage": True}, **more))
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        reasons = [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason]
+        return chunks, text, reasons
+
+    def test_a_photo_as_jpeg_png_and_webp_streaming_and_not(self):
+        answers = {}
+        for name, mime in [("cat.jpg", "image/jpeg"), ("cat.png", "image/png"), ("cat.webp", "image/webp")]:
+            with self.subTest(name):
+                messages = ask(data_uri(name, mime))
+                whole = self.create(messages)
+                chunks, text, reasons = self.stream(messages)
+                self.assertEqual(whole.choices[0].message.content, text)
+                self.assertEqual(reasons, [whole.choices[0].finish_reason])
+                self.assertEqual(len({c.id for c in chunks}), 1)
+                self.assertEqual(chunks[-1].choices, [])
+                self.assertEqual(chunks[-1].usage.total_tokens, whole.usage.total_tokens)
+                self.assertGreater(whole.usage.prompt_tokens, 313)
+                self.assertLessEqual(whole.usage.completion_tokens, 12)
+                answers[name] = text
+        # The same pixels in two lossless formats are the same question.
+        self.assertEqual(answers["cat.png"], answers["cat.webp"])
+
+    def test_a_lying_content_type_is_sniffed(self):
+        honest = self.create(ask(data_uri("cat.png", "image/png")))
+        lying = self.create(ask(data_uri("cat.png", "image/jpeg")))
+        self.assertEqual(honest.choices[0].message.content, lying.choices[0].message.content)
+
+    def test_several_images_turns_and_a_system_message(self):
+        uri = data_uri("cat.jpg", "image/jpeg")
+        one = self.create(ask(uri)).usage.prompt_tokens
+        two = self.create(ask(uri, uri)).usage.prompt_tokens
+        self.assertGreater(two, one + 313)
+        messages = [{"role": "system", "content": "Be brief."}, *ask(uri),
+                    {"role": "assistant", "content": "A cat."},
+                    {"role": "user", "content": "What colour is it?"}]
+        self.assertTrue(self.create(messages).choices[0].message.content)
+
+    def test_text_only_with_plain_string_content(self):
+        reply = self.create([{"role": "user", "content": "Hello"}], max_tokens=3)
+        self.assertEqual(reply.usage.completion_tokens, 3)
+        self.assertEqual(reply.choices[0].finish_reason, "length")
+
+    def test_sampling_is_deterministic_given_a_seed(self):
+        messages = [{"role": "user", "content": "Tell me a story"}]
+        same = {self.create(messages, temperature=1.0, seed=7).choices[0].message.content for _ in range(3)}
+        other = {self.create(messages, temperature=1.0, seed=s).choices[0].message.content for s in range(8, 12)}
+        self.assertEqual(len(same), 1)
+        self.assertGreater(len(other), 1)
+
+    def test_detail_low_costs_fewer_tokens(self):
+        def cost(detail):
+            part = {"type": "image_url", "image_url": {"url": data_uri("cat.jpg", "image/jpeg"), "detail": detail}}
+            return self.create([{"role": "user", "content": [part]}], max_tokens=1).usage.prompt_tokens
+        self.assertLess(cost("low"), cost("auto"))
+        self.assertLess(cost("auto"), cost("high"))
+
+    def test_errors_are_typed(self):
+        with self.assertRaises(openai.BadRequestError) as bad:
+            self.create(ask("data:image/png;base64,bm90IGFuIGltYWdl"))
+        self.assertIn("content[1]", bad.exception.body["param"])
+        with self.assertRaises(openai.BadRequestError):
+            self.create(ask("http://127.0.0.1:1/cat.png"))
+        with self.assertRaises(openai.NotFoundError):
+            self.client.chat.completions.create(model="no-such-model", messages=[{"role": "user", "content": "hi"}])
+        with self.assertRaises(openai.BadRequestError) as bad:
+            self.create([{"role": "user", "content": "hi"}], temperature=9)
+        self.assertEqual(bad.exception.body["param"], "temperature")
+        for error in [bad.exception.body]:
+            self.assertEqual(set(error), {"message", "type", "param", "code"})
+        with self.assertRaises(openai.BadRequestError) as bad:
+            self.create([{"role": "user", "content": "word " * 6000}])
+        self.assertEqual(bad.exception.body["code"], "context_length_exceeded")
+
+    def test_a_closed_stream_is_counted_as_an_abort(self):
+        def aborts():
+            with urllib.request.urlopen(self.base + "/stats") as reply:
+                return json.load(reply)["engine"]["aborted"]
+        before = aborts()
+        stream = self.create([{"role": "user", "content": "Go on and on"}], max_tokens=3000, stream=True)
+        next(iter(stream))
+        stream.close()
+        deadline = time.monotonic() + 20
+        while aborts() == before:
+            self.assertLess(time.monotonic(), deadline, "the abort was not noticed")
+            time.sleep(0.05)
+
+    def test_curl(self):
+        body = pathlib.Path(self.folder.name) / "body.json"
+        body.write_text(json.dumps({"messages": ask(data_uri("cat.jpg", "image/jpeg")), "max_tokens": 4, "stream": True}))
+        reply = subprocess.run(
+            ["curl", "-sSN", self.base + "/v1/chat/completions", "-H", "content-type: application/json", "-d", f"@{body}"],
+            capture_output=True, text=True, timeout=60, check=True).stdout
+        events = [line for line in reply.split("\n\n") if line]
+        self.assertTrue(all(e.startswith("data: ") for e in events), reply)
+        self.assertEqual(events[-1], "data: [DONE]")
+        self.assertEqual(json.loads(events[0][6:])["object"], "chat.completion.chunk")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: test_openai.py PATH/TO/visor")
+    BINARY = str(pathlib.Path(sys.argv.pop(1)).resolve())
+    unittest.main(verbosity=2)
