@@ -211,3 +211,35 @@ fn unknown_paths_are_404_and_wrong_methods_405() {
     assert_eq!(wrong.header("allow"), Some("POST"));
     server.send("DELETE", "/v1/models", b"").error(405);
 }
+
+/// Whatever a client piles up, it is the client that is told: no plugin is made to fail by it.
+#[test]
+fn endless_small_pieces_are_the_clients_fault() {
+    let server = Server::start();
+    for (count, content) in [
+        (1000, "a"),
+        (3000, "a"),
+        (1024, ""),
+        (20_000, "a"),
+        (200_000, ""),
+    ] {
+        let answer = server.chat(&chat(&vec![text(content); count]));
+        assert!(
+            [400, 413].contains(&answer.status),
+            "{count}: {}",
+            answer.text()
+        );
+        answer.error(answer.status);
+    }
+    for (count, content) in [(4000, "a"), (6000, ""), (100_000, "a")] {
+        let parts = vec![json!({"type": "text", "text": content}); count];
+        let answer = server.chat(&chat(&[json!({"role": "user", "content": parts})]));
+        assert!(
+            [200, 400, 413].contains(&answer.status),
+            "{count}: {}",
+            answer.text()
+        );
+    }
+    let faults = &server.stats()["requests"]["outcomes"]["guest_fault"];
+    assert!([json!(0), Value::Null].contains(faults), "{faults}");
+}

@@ -153,12 +153,10 @@ fn a_flood_of_log_lines_is_dropped_and_counted() {
 #[test]
 fn a_template_over_its_limits_costs_its_own_request_only() {
     let server = launch(&[], "[plugins.phi3.limits]\nhostcall_kib_max = 4\n");
-    let error = ask_beside(
-        &server,
-        "/v1/chat/completions",
-        &chat(&[text(&"word ".repeat(2000))]),
-    )
-    .error(500);
+    // Little text in so many turns that the template's answer is more than it may hand over.
+    let turns: Vec<Value> = (0..200).map(|number| text(&number.to_string())).collect();
+    let long = chat(&turns);
+    let error = ask_beside(&server, "/v1/chat/completions", &long).error(500);
     assert!(
         error["message"]
             .as_str()
@@ -167,11 +165,7 @@ fn a_template_over_its_limits_costs_its_own_request_only() {
         "{error}"
     );
     assert_eq!(faults(&server, "phi3", "render"), 1);
-    let streamed = with(
-        chat(&[text(&"word ".repeat(2000))]),
-        json!({"stream": true}),
-    );
-    server.chat(&streamed).error(500);
+    server.chat(&with(long, json!({"stream": true}))).error(500);
 }
 
 #[test]

@@ -17,6 +17,8 @@ pub struct LiftLimits {
     pub lift_bytes_min: usize,
     /// Most brackets open at once.
     pub depth_max: usize,
+    /// Most values in a JSON body, members and elements together.
+    pub values_max: usize,
     /// Most strings lifted from one body.
     pub blobs_max: usize,
     /// Most bytes of text left for the adapter.
@@ -60,6 +62,12 @@ pub enum LiftError {
     TooDeep {
         /// The limit.
         depth_max: usize,
+    },
+    /// So many small values that parsing them costs more than any request is worth.
+    #[error("the JSON body has more than {values_max} values")]
+    TooManyValues {
+        /// The limit.
+        values_max: usize,
     },
     /// More base64 strings than any request needs.
     #[error("the body has more than {blobs_max} long base64 strings")]
@@ -147,6 +155,8 @@ struct Scan<'a> {
     text: &'a str,
     limits: &'a LiftLimits,
     depth: usize,
+    /// Values met so far, give or take one per bracket.
+    values: usize,
     /// Everything before this offset is in `out` already.
     copied: usize,
     out: String,
@@ -161,6 +171,7 @@ impl<'a> Scan<'a> {
             text,
             limits,
             depth: 0,
+            values: 0,
             copied: 0,
             out: String::new(),
             marker,
@@ -173,7 +184,9 @@ impl<'a> Scan<'a> {
         let mut at = 0;
         while at < bytes.len() {
             match bytes[at] {
+                b',' => self.value()?,
                 b'{' | b'[' => {
+                    self.value()?;
                     self.depth += 1;
                     if self.depth > self.limits.depth_max {
                         return Err(LiftError::TooDeep {
@@ -200,6 +213,15 @@ impl<'a> Scan<'a> {
             marker: self.marker,
             blobs: self.blobs,
         })
+    }
+
+    fn value(&mut self) -> Result<(), LiftError> {
+        let values_max = self.limits.values_max;
+        self.values += 1;
+        if self.values > values_max {
+            return Err(LiftError::TooManyValues { values_max });
+        }
+        Ok(())
     }
 
     /// Considers the string whose content is `start..end`; both are the offsets beside a quote, so

@@ -1,3 +1,5 @@
+//! Config quirks that people have, and configs that are refused.
+
 use super::*;
 use serde_json::json;
 

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 const LIMITS: LiftLimits = LiftLimits {
     lift_bytes_min: 64,
     depth_max: 32,
+    values_max: 1000,
     blobs_max: 8,
     text_bytes_max: 100_000,
 };
@@ -95,6 +96,23 @@ fn ten_thousand_brackets_are_refused_without_recursion() {
 }
 
 #[test]
+fn a_body_of_countless_small_values_is_refused() {
+    let check = |body: String| lift(&Bytes::from(body), "M".to_owned(), &LIMITS).map(|_| ());
+    let error = LiftError::TooManyValues { values_max: 1000 };
+    assert_eq!(
+        check(format!("[{}0]", "0,".repeat(1000))),
+        Err(error.clone())
+    );
+    assert_eq!(check(format!("[{}{{}}]", "{},".repeat(500))), Err(error));
+    assert_eq!(check(format!("[{}0]", "0,".repeat(999))), Ok(()));
+    assert_eq!(
+        check(format!("[\"{}\"]", ",".repeat(5000))),
+        Ok(()),
+        "text is not counted"
+    );
+}
+
+#[test]
 fn limits_on_count_and_text_and_the_encoding_are_errors() {
     let many = json!(vec!["A".repeat(200); 9]).to_string();
     let wide = json!("a b".repeat(50_000)).to_string();
@@ -141,6 +159,7 @@ fn lifting_random_bodies_and_restoring_them_is_the_identity() {
         };
         let marker = random_marker();
         let limits = LiftLimits {
+            values_max: usize::MAX,
             blobs_max: 10_000,
             text_bytes_max: usize::MAX,
             ..LIMITS

@@ -10,8 +10,8 @@ use super::{Config, PluginLimits, RouteConfig};
 
 /// Positions of the longest context Phi-3.5 was trained for.
 const CONTEXT_TOKENS_MAX: u32 = 131_072;
-/// Prompt tokens of the smallest picture; a context below it can answer nothing.
-const CONTEXT_TOKENS_MIN: u32 = 64;
+/// A picture in one crop (313 tokens), a question and a short answer; plugins are tried with it.
+const CONTEXT_TOKENS_MIN: u32 = 512;
 
 /// Highest value of `server.generations_per_request_max`.
 pub const GENERATIONS_PER_REQUEST_MAX: u32 = 128;

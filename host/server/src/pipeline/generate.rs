@@ -8,7 +8,7 @@ use visor_engine::{
     CacheAccess, CacheKey, EngineError, EventReceiver, GenerateRequest, Lookup, Sampling,
 };
 use visor_model::{ModelError, Prompt};
-use visor_sandbox::{ErrorCode, Extensions, Generation, Input};
+use visor_sandbox::{ErrorCode, Extensions, Generation};
 
 use super::cached::{self, Answer, AnswerKey, Sharing};
 use super::failure::Failure;
@@ -99,9 +99,14 @@ fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
     let wish = plan::check(&generation, &config, &model)?;
     let sources = vision::decode(work, &generation.images, &generation.extensions)?;
     let budget_tokens = prompt_budget(work, &wish);
-    let text_tokens = text_estimate(work, &generation.input, sources.len());
+    let text_tokens = prompt::text_tokens(work, &generation.input);
     let image_budget = budget_tokens.saturating_sub(text_tokens);
     let planned = vision::plan(work, sources, &generation.extensions, image_budget)?;
+    let image_tokens = planned
+        .iter()
+        .fold(0_u32, |sum, image| sum.saturating_add(image.tokens));
+    let tokens_max = plan::prompt_tokens_max(&config, &model);
+    plan::check_least(&generation.input, text_tokens, image_tokens, tokens_max)?;
     work.check()?;
     let task = Task {
         input: generation.input,
@@ -178,15 +183,6 @@ fn prompt_budget(work: &Work, wish: &Wish) -> u32 {
     let context = work.call.house.model.context_tokens;
     let beside_answer = context.saturating_sub(wish.tokens_wanted.unwrap_or(1));
     prompt_max.min(beside_answer).max(1)
-}
-
-/// What the text of an input will take, counted only where pictures compete with it.
-fn text_estimate(work: &Work, input: &Input, image_count: usize) -> u32 {
-    if image_count == 0 {
-        0
-    } else {
-        prompt::text_tokens(work, input)
-    }
 }
 
 /// An error of the engine, as the client is told.

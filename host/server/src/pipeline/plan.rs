@@ -2,12 +2,18 @@
 
 use visor_engine::Sampling;
 use visor_model::Prompt;
-use visor_sandbox::{ErrorCode, Generation, OutputFormat, Sampling as Wishes};
+use visor_sandbox::{ErrorCode, Generation, Input, OutputFormat, Sampling as Wishes};
 
 use super::failure::Failure;
 use crate::config::{Config, GenerationConfig};
 use crate::services::ServedModel;
 
+/// Most messages of one conversation.
+const MESSAGES_MAX: usize = 1024;
+/// Most parts of all its messages together.
+const PARTS_MAX: usize = 4096;
+/// Tokens that a message takes beside its text: something opens it and something closes it.
+const MESSAGE_TOKENS_MIN: u32 = 2;
 /// Most stop strings a client may give; the engine takes more, for those of the template.
 const STOPS_MAX: usize = 8;
 /// Longest stop string in bytes: that much text is held back while it may still match.
@@ -46,6 +52,7 @@ pub(super) fn check(
     check_features(generation)?;
     check_images(generation.images.len(), config)?;
     check_stops(&generation.stop)?;
+    check_conversation(&generation.input)?;
     if generation.tokens_max == Some(0) {
         return Err(
             Failure::invalid("at least one output token has to be asked for").at("max_tokens"),
@@ -84,6 +91,25 @@ pub(super) fn check_images(count: usize, config: &Config) -> Result<(), Failure>
     if count as u64 > u64::from(count_max) {
         let message = format!("the request has {count} images; {count_max} are allowed");
         return Err(Failure::new(ErrorCode::TooLarge, message).at("messages"));
+    }
+    Ok(())
+}
+
+/// Refuses conversations of more pieces than any template can be asked to render.
+fn check_conversation(input: &Input) -> Result<(), Failure> {
+    let Input::Chat(messages) = input else {
+        return Ok(());
+    };
+    let parts: usize = messages.iter().map(|message| message.parts.len()).sum();
+    let limits = [
+        ("messages", messages.len(), MESSAGES_MAX),
+        ("parts", parts, PARTS_MAX),
+    ];
+    for (what, count, count_max) in limits {
+        if count > count_max {
+            let message = format!("the conversation has {count} {what}; {count_max} are allowed");
+            return Err(Failure::new(ErrorCode::TooLarge, message).at("messages"));
+        }
     }
     Ok(())
 }
@@ -148,6 +174,32 @@ pub(super) fn prompt_tokens_max(config: &Config, model: &ServedModel) -> u32 {
         0 => context,
         limit => limit.min(context),
     }
+}
+
+/// Refuses an input that cannot fit however it is rendered, before a template is bothered with it.
+///
+/// # Errors
+/// More tokens than a prompt may have; all numbers are in the message.
+pub(super) fn check_least(
+    input: &Input,
+    text_tokens: u32,
+    image_tokens: u32,
+    tokens_max: u32,
+) -> Result<(), Failure> {
+    let messages = match input {
+        Input::Chat(messages) => u32::try_from(messages.len()).unwrap_or(u32::MAX),
+        Input::Text(_) => 0,
+    };
+    let text_tokens = text_tokens.saturating_add(messages.saturating_mul(MESSAGE_TOKENS_MIN));
+    let least = text_tokens.saturating_add(image_tokens);
+    if least <= tokens_max {
+        return Ok(());
+    }
+    let message = format!(
+        "the prompt is at least {least} tokens ({image_tokens} of images, {text_tokens} of text); \
+         {tokens_max} fit beside one token of answer"
+    );
+    Err(Failure::new(ErrorCode::ContextOverflow, message).at("messages"))
 }
 
 /// Output tokens a prompt leaves room for: what was asked, or the operator's default cut to fit.

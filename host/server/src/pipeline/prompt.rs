@@ -25,23 +25,25 @@ pub(super) struct Rendered {
     pub prefill: Option<String>,
 }
 
-/// Tokens of all the text in an input, an estimate of what is left for pictures.
+/// Tokens of all the text in an input: the least a prompt made of it can take. The parts of a
+/// message are counted as one text, for a template may join them.
 pub(super) fn text_tokens(work: &Work, input: &Input) -> u32 {
-    let count = |text: &str| work.call.house.model.tokenizer.count(text);
+    let tokenizer = &work.call.house.model.tokenizer;
     match input {
-        Input::Text(text) => count(text),
+        Input::Text(text) => tokenizer.count(text),
         Input::Chat(messages) => {
-            messages
-                .iter()
-                .flat_map(|message| &message.parts)
-                .fold(0, |sum, part| {
-                    sum.saturating_add(match part {
-                        Part::Text(text) => count(text),
-                        Part::Image(_) | Part::ToolCall(_) | Part::ToolResult { .. } => 0,
-                    })
-                })
+            let count = |message: &Message| tokenizer.count(&joined_text(message));
+            messages.iter().map(count).fold(0, u32::saturating_add)
         }
     }
+}
+
+fn joined_text(message: &Message) -> String {
+    let text = message.parts.iter().filter_map(|part| match part {
+        Part::Text(text) => Some(text.as_str()),
+        Part::Image(_) | Part::ToolCall(_) | Part::ToolResult { .. } => None,
+    });
+    text.collect()
 }
 
 /// What the template is asked to render.

@@ -14,6 +14,9 @@ use crate::images::data_url;
 
 /// Most strings lifted from one body: far more than any request may have pictures.
 const BLOBS_MAX: usize = 256;
+/// Most values of a JSON body. An adapter hands on about 100 bytes for each message of a chat, and
+/// what it may hand over at once is limited.
+const JSON_VALUES_MAX: usize = 32_768;
 /// Most parts of a form.
 const FORM_PARTS_MAX: usize = 64;
 /// Most text beside pictures that an adapter has to parse, in bytes.
@@ -87,6 +90,7 @@ fn lift(
     let limits = LiftLimits {
         lift_bytes_min: usize::try_from(config.lift_bytes_min).unwrap_or(usize::MAX),
         depth_max: config.json_depth_max as usize,
+        values_max: JSON_VALUES_MAX,
         blobs_max: BLOBS_MAX,
         text_bytes_max: TEXT_BYTES_MAX,
     };
@@ -101,9 +105,7 @@ fn lift(
             Vec::new(),
         )),
         Err(error @ LiftError::TooDeep { .. }) => Err(Failure::invalid(error.to_string())),
-        Err(error @ (LiftError::TooManyBlobs { .. } | LiftError::TooMuchText { .. })) => {
-            Err(Failure::new(ErrorCode::TooLarge, error.to_string()))
-        }
+        Err(error) => Err(Failure::new(ErrorCode::TooLarge, error.to_string())),
     }
 }
 

@@ -3,7 +3,7 @@
 use super::*;
 use std::sync::Arc;
 use visor_model::{CheckpointFacts, Tokenizer};
-use visor_sandbox::{Input, ToolSpec};
+use visor_sandbox::{ChatRole, Message, Part, ToolSpec};
 
 fn model(context_tokens: u32) -> ServedModel {
     let tokenizer = Tokenizer::from_bytes(include_bytes!("../../../../model/demo/tokenizer.json"));
@@ -164,4 +164,44 @@ fn the_operators_prompt_limit_counts_too() {
     config.generation.prompt_tokens_max = 50;
     assert!(output_tokens(&prompt(51, 0), &wish(None), &config, &model(1000)).is_err());
     assert!(output_tokens(&prompt(50, 0), &wish(None), &config, &model(1000)).is_ok());
+}
+
+fn conversation(messages: usize, parts: usize) -> Input {
+    let parts = vec![Part::Text(String::new()); parts];
+    let role = ChatRole::User;
+    Input::Chat(vec![Message { role, parts }; messages])
+}
+
+#[test]
+fn a_conversation_of_countless_pieces_is_too_large() {
+    for (input, says) in [
+        (conversation(1025, 1), "1025 messages; 1024"),
+        (conversation(1, 4097), "4097 parts; 4096"),
+    ] {
+        let generation = Generation {
+            input,
+            ..generation()
+        };
+        let failure = check(&generation, &Config::default(), &model(100)).expect_err(says);
+        assert_eq!(failure.error.code, ErrorCode::TooLarge);
+        assert!(
+            failure.error.message.contains(says),
+            "{}",
+            failure.error.message
+        );
+    }
+}
+
+#[test]
+fn what_cannot_fit_is_refused_before_it_is_rendered() {
+    let input = conversation(10, 1);
+    assert!(check_least(&input, 50, 30, 100).is_ok());
+    let failure = check_least(&input, 51, 30, 100).expect_err("101 tokens");
+    assert_eq!(failure.error.code, ErrorCode::ContextOverflow);
+    assert!(
+        failure
+            .error
+            .message
+            .contains("101 tokens (30 of images, 71 of text); 100 fit")
+    );
 }
