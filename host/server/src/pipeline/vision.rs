@@ -199,4 +199,45 @@ mod tests {
         assert_eq!(param(1, &extensions), "messages[0].content[2].image_url");
         assert_eq!(param(0, &extensions), "images[0]");
     }
+
+    /// The shipped policy against the reference's transform, which the goldens hold: equal keys are
+    /// equal operations on equal pixels.
+    #[test]
+    fn the_shipped_policy_records_the_reference_transform() {
+        let options = crate::wiring::HouseOptions {
+            source: None,
+            progress: Box::new(|_| {}),
+        };
+        let config = crate::config::Config::default();
+        let house = crate::wiring::House::open(config, options).expect("the defaults open");
+        let pinned = house
+            .pin("/v1/chat/completions")
+            .expect("the default route");
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/images");
+        let mut compared = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let bytes = std::fs::read(entry.unwrap().path()).unwrap();
+            let limits = visor_model::image::ImageLimits::default();
+            let source = visor_model::image::decode(&bytes, &limits, true).unwrap();
+            let source = Arc::new(source);
+            for crops in [1, 4, 16] {
+                let context = ImageContext {
+                    index: 0,
+                    count: 1,
+                    budget_tokens: 4096,
+                    extensions: pairs(&[("num_crops", &crops.to_string())]),
+                    model: Arc::clone(&house.model) as Arc<dyn ModelFacts>,
+                    request_id: "test".to_owned(),
+                };
+                let image = Arc::new(HostImage(Arc::clone(&source)));
+                let view = pinned.image_policy.prepare(image, context).unwrap();
+                let (width, height) = (source.width_px(), source.height_px());
+                let want = visor_model::image::hd_plan(width, height, crops).unwrap();
+                let have = view_plan(&view);
+                assert_eq!(have.key(&source.digest), want.key(&source.digest));
+                compared += 1;
+            }
+        }
+        assert_eq!(compared, 27);
+    }
 }
