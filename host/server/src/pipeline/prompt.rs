@@ -203,4 +203,43 @@ mod tests {
             assert!(message.contains(says), "{message}");
         }
     }
+
+    /// What the real processor made of the real prompt, with a picture of 757 tokens in front.
+    #[test]
+    fn the_shipped_template_makes_the_real_models_ids() {
+        let path = "/../../tests/golden/real/phi3_5-vision-instruct.json";
+        let text = std::fs::read(format!("{}{path}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        let golden: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        let want: Vec<i64> = serde_json::from_value(golden["input_ids"].clone()).unwrap();
+
+        let options = crate::wiring::HouseOptions {
+            source: None,
+            progress: Box::new(|_| {}),
+        };
+        let config = crate::config::Config::default();
+        let house = crate::wiring::House::open(config, options).expect("the defaults open");
+        let pinned = house
+            .pin("/v1/chat/completions")
+            .expect("the default route");
+        let question = Part::Text("What is shown in this image?".to_owned());
+        let conversation = Conversation {
+            // The picture comes after the text, as many clients send it; the template moves it.
+            messages: vec![Message {
+                role: visor_sandbox::ChatRole::User,
+                parts: vec![question, Part::Image(0)],
+            }],
+            tools: Vec::new(),
+            image_tokens: vec![757],
+            budget_tokens: 4096,
+            open_turn: true,
+            extensions: Vec::new(),
+            model: Arc::clone(&house.model) as Arc<dyn ModelFacts>,
+            request_id: "test".to_owned(),
+        };
+        let segments = pinned.template.render(conversation).unwrap().segments;
+        let parts = segments.into_iter().filter_map(|s| part(s, &[757]));
+        let parts: Vec<PromptPart> = parts.collect();
+        let prompt = house.model.tokenizer.assemble(&parts).unwrap();
+        assert_eq!((prompt.ids, prompt.image_tokens), (want, 757));
+    }
 }
