@@ -13,6 +13,7 @@
 mod chat;
 mod client;
 mod errors;
+mod eval;
 mod hostile;
 mod images;
 mod lifecycle;

@@ -2,12 +2,13 @@
 //!
 //! Exit codes: 0 done; 1 done, and the answer is no (a check failed, a comparison missed, a request
 //! was refused); 2 the command line or the configuration is wrong; 3 it could not start (address in
-//! use, checkpoint unreadable); 130 stopped by a second Ctrl-C.
+//! use, checkpoint unreadable); 130 stopped by Ctrl-C (a server by the second).
 
 mod ask;
 mod bench;
 mod client;
 mod config;
+mod eval;
 mod models;
 mod plugin;
 mod progress;
@@ -21,6 +22,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use visor_model::DeviceChoice;
 
+use crate::eval::Floor;
+
 /// Done.
 pub const EXIT_DONE: u8 = 0;
 /// Done, and the answer is no.
@@ -29,7 +32,7 @@ pub const EXIT_NO: u8 = 1;
 pub const EXIT_USAGE: u8 = 2;
 /// It could not start.
 pub const EXIT_START: u8 = 3;
-/// Stopped by a second Ctrl-C.
+/// Stopped by Ctrl-C before it was done; a server by the second.
 pub const EXIT_STOPPED: u8 = 130;
 
 const EXAMPLES: &str = "\
@@ -41,13 +44,14 @@ Examples:
   visor config check visor.toml             what is wrong with it, with line and key
   visor plugin check my-template.wasm       the checks the server runs before using it
   visor verify --golden tests/golden        compare this machine with the reference
+  visor eval --suite tests/suite            how many questions about pictures are answered right
 
 Exit codes:
   0  done
   1  done, and the answer is no: a check failed, a comparison missed, a request was refused
   2  the command line or the configuration is wrong
   3  it could not start: address in use, checkpoint unreadable
-  130  stopped by a second Ctrl-C
+  130  stopped by Ctrl-C before it was done; a server by the second
 
 The HTTP side: POST /v1/chat/completions, GET /v1/models, /health, /ready, /stats, /metrics.";
 
@@ -82,6 +86,9 @@ enum Command {
     Models(ModelsArgs),
     /// Measure on this machine: load time, first token, tokens a second, memory.
     Bench(BenchArgs),
+    /// Ask a suite of questions about pictures, and tell how many answers are right.
+    #[command(after_help = eval::HELP, mut_arg("model", |model| model.visible_alias("checkpoint")))]
+    Eval(EvalArgs),
 }
 
 /// What overrides the configuration file; flags win over the environment.
@@ -219,6 +226,30 @@ struct BenchArgs {
     overrides: Overrides,
 }
 
+#[derive(Debug, clap::Args)]
+struct EvalArgs {
+    /// Folder with cases.jsonl and its pictures
+    #[arg(long, value_name = "DIR")]
+    suite: Option<PathBuf>,
+    /// A second configuration file, to be compared with the first
+    #[arg(long, value_name = "FILE")]
+    against: Option<PathBuf>,
+    /// Write a page with every picture, question, answer and verdict
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Exit with 1 when a category (or `all`) has fewer percent right (repeatable)
+    #[arg(long, value_name = "CATEGORY=PERCENT")]
+    min: Vec<Floor>,
+    /// Most tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: u32,
+    /// One JSON document, with every answer, instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    overrides: Overrides,
+}
+
 /// A failure and the exit code it ends with.
 #[derive(Debug)]
 pub struct Failure {
@@ -276,6 +307,7 @@ pub fn run(args: Args) -> ExitCode {
         })) => plugin::check(&file, json, &overrides),
         Some(Command::Models(args)) => models::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
+        Some(Command::Eval(args)) => eval::run(&args),
     };
     match done {
         Ok(code) => ExitCode::from(code),

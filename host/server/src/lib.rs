@@ -2,11 +2,12 @@
 //!
 //! Rooms, in the order a request meets them: `http` (routes, body, error), `pipeline` (READ THIS FIRST),
 //! `blobs`, `images`, `services`; and what stands around them: `config`, `wiring`, `strategy`, `metrics`,
-//! `stats`, `cli`.
+//! `stats`, `cli`, and `eval`, which judges the answers.
 
 pub mod blobs;
 pub mod cli;
 pub mod config;
+pub mod eval;
 pub mod http;
 pub mod images;
 pub mod metrics;

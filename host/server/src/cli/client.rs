@@ -36,7 +36,11 @@ pub(super) struct Question {
     /// Encoded pictures, in order.
     pub(super) images: Vec<Vec<u8>>,
     pub(super) system: Option<String>,
+    /// Earlier turns, question and answer; the pictures belong to the first.
+    pub(super) history: Vec<(String, String)>,
     pub(super) detail: Option<String>,
+    /// Most crops of each picture.
+    pub(super) crops: Option<u32>,
     pub(super) max_tokens: Option<u32>,
     pub(super) temperature: Option<f32>,
     pub(super) seed: Option<u64>,
@@ -47,6 +51,8 @@ pub(super) struct Question {
 pub(super) struct Ending {
     pub(super) finish_reason: Option<String>,
     pub(super) prompt_tokens: u64,
+    /// Those of the prompt that came from pictures.
+    pub(super) image_tokens: u64,
     pub(super) completion_tokens: u64,
 }
 
@@ -69,6 +75,11 @@ impl Client {
         })
     }
 
+    /// The path it asks on.
+    pub(super) fn path(&self) -> &str {
+        &self.path
+    }
+
     /// Asks, and hands over every piece of the answer as it comes.
     ///
     /// # Errors
@@ -78,6 +89,20 @@ impl Client {
         question: &Question,
         piece: &mut dyn FnMut(&str),
     ) -> anyhow::Result<Ending> {
+        let asked = self.ask_unless(question, piece, std::future::pending())?;
+        Ok(asked.expect("a question that nothing stops comes to an end"))
+    }
+
+    /// As [`Client::ask`]; leaves as a client does, and gives none, once `stop` resolves.
+    ///
+    /// # Errors
+    /// As [`Client::ask`].
+    pub(super) fn ask_unless(
+        &self,
+        question: &Question,
+        piece: &mut dyn FnMut(&str),
+        stop: impl Future<Output = ()>,
+    ) -> anyhow::Result<Option<Ending>> {
         let request = Request::post(&self.path)
             .header(header::CONTENT_TYPE, "application/json")
             .header(header::ACCEPT, "text/event-stream")
@@ -85,10 +110,17 @@ impl Client {
             .context("the request cannot be built")?;
         self.runtime.block_on(async {
             let mut router = self.router.clone();
-            let response = Service::call(&mut router, request)
-                .await
-                .unwrap_or_else(|never| match never {});
-            read_answer(response, piece).await
+            let answered = async {
+                let response = Service::call(&mut router, request)
+                    .await
+                    .unwrap_or_else(|never| match never {});
+                read_answer(response, piece).await
+            };
+            tokio::select! {
+                biased;
+                () = stop => Ok(None),
+                ending = answered => ending.map(Some),
+            }
         })
     }
 }
@@ -121,16 +153,24 @@ impl Question {
             json!({ "type": "image_url", "image_url": part })
         };
         let mut content: Vec<Value> = self.images.iter().map(image).collect();
-        content.push(json!({ "type": "text", "text": self.text }));
+        let mut user = |text: &str| {
+            content.push(json!({ "type": "text", "text": text }));
+            json!({ "role": "user", "content": std::mem::take(&mut content) })
+        };
         let mut messages = Vec::new();
         if let Some(system) = &self.system {
             messages.push(json!({ "role": "system", "content": system }));
         }
-        messages.push(json!({ "role": "user", "content": content }));
+        for (question, answer) in &self.history {
+            messages.push(user(question));
+            messages.push(json!({ "role": "assistant", "content": answer }));
+        }
+        messages.push(user(&self.text));
         let mut body = json!({
             "messages": messages, "stream": true, "stream_options": { "include_usage": true },
         });
         let settings = [
+            ("num_crops", self.crops.map(Value::from)),
             ("max_tokens", self.max_tokens.map(Value::from)),
             ("temperature", self.temperature.map(Value::from)),
             ("seed", self.seed.map(Value::from)),
@@ -206,6 +246,10 @@ fn take_event(
             .get("prompt_tokens")
             .and_then(Value::as_u64)
             .unwrap_or(0);
+        let details = usage.get("prompt_tokens_details");
+        ending.image_tokens = details
+            .and_then(|details| details["image_tokens"].as_u64())
+            .unwrap_or(0);
         ending.completion_tokens = usage
             .get("completion_tokens")
             .and_then(Value::as_u64)
@@ -237,7 +281,7 @@ mod tests {
             "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n",
             "data: {\"choices\":[{\"delta\":{\"content\":\"A cat\"},\"finish_reason\":null}]}\n\n",
             "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n",
-            "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":9,\"completion_tokens\":2}}\n\n",
+            "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":9,\"completion_tokens\":2,\"prompt_tokens_details\":{\"image_tokens\":5}}}\n\n",
             "data: [DONE]\n\n",
         ];
         for event in events {
@@ -250,6 +294,7 @@ mod tests {
         assert_eq!((text.as_str(), pieces), ("A cat", 1));
         assert_eq!(ending.finish_reason.as_deref(), Some("stop"));
         assert_eq!((ending.prompt_tokens, ending.completion_tokens), (9, 2));
+        assert_eq!(ending.image_tokens, 5);
     }
 
     #[test]
@@ -279,6 +324,28 @@ mod tests {
         assert_eq!(content[1]["image_url"]["detail"], "low");
         assert_eq!(content[2]["text"], "what?");
         assert_eq!(body["max_tokens"], 3);
-        assert!(body.get("temperature").is_none());
+        assert!(body.get("temperature").is_none() && body.get("num_crops").is_none());
+    }
+
+    #[test]
+    fn a_follow_up_has_its_pictures_in_the_first_turn() {
+        let question = Question {
+            text: "and now?".to_owned(),
+            images: vec![vec![1]],
+            history: vec![("what?".to_owned(), "a cup".to_owned())],
+            crops: Some(4),
+            ..Question::default()
+        };
+        let body = question.to_json();
+        let messages = body["messages"].as_array().unwrap();
+        let roles: Vec<_> = messages.iter().map(|message| &message["role"]).collect();
+        assert_eq!(roles, ["user", "assistant", "user"]);
+        assert_eq!(messages[0]["content"][0]["type"], "image_url");
+        assert_eq!(messages[1]["content"], "a cup");
+        assert_eq!(
+            messages[2]["content"],
+            json!([{ "type": "text", "text": "and now?" }])
+        );
+        assert_eq!(body["num_crops"], 4);
     }
 }

@@ -1,4 +1,4 @@
-//! Lines for a person on standard error, and a bar while the model loads.
+//! Lines for a person on standard error, and a bar while something takes long.
 
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
@@ -58,6 +58,49 @@ impl Loading {
             *logged = Instant::now();
             let percent = bytes_done.saturating_mul(100) / bytes_total.max(1);
             tracing::info!(bytes_done, bytes_total, percent, "loading model");
+        }
+    }
+}
+
+/// How far a list of questions is: a bar on a terminal, else a line now and then.
+pub(super) struct Counting {
+    bar: Option<ProgressBar>,
+    total: usize,
+    said: Instant,
+}
+
+impl Counting {
+    pub(super) fn new(total: usize) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar =
+                ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
+            let style = "asking {bar:40} {pos}/{len} {eta}";
+            if let Ok(style) = ProgressStyle::with_template(style) {
+                bar.set_style(style);
+            }
+            bar
+        });
+        Self {
+            bar,
+            total,
+            said: Instant::now(),
+        }
+    }
+
+    /// Shows how many are done.
+    pub(super) fn step(&mut self, done: usize) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(done as u64);
+        } else if self.said.elapsed() >= LOG_INTERVAL {
+            self.said = Instant::now();
+            line(&format!("asked {done} of {}", self.total));
+        }
+    }
+
+    /// Takes the bar away.
+    pub(super) fn finish(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
         }
     }
 }

@@ -84,11 +84,20 @@ pub(super) fn start_log(config: &Config) -> Result<(), Failure> {
 
 /// A house that answers this process only: nothing is watched, the log says warnings unless asked.
 pub(super) fn private_house(overrides: &Overrides) -> Result<Arc<House>, Failure> {
+    let (config, _) = private_config(overrides)?;
+    start_log(&config)?;
+    ready_house(config)
+}
+
+/// What [`private_house`] opens with, and the file it came from, if any.
+pub(super) fn private_config(overrides: &Overrides) -> Result<(Config, Option<PathBuf>), Failure> {
     let mut quiet = overrides.clone();
     quiet.log.get_or_insert_with(|| "warn".to_owned());
-    let source = config_source(&quiet, None);
-    let config = source.read().map_err(Failure::usage)?;
-    start_log(&config)?;
+    load_config(&quiet, None)
+}
+
+/// A house that watches no configuration, with its model loaded and warm.
+pub(super) fn ready_house(config: Config) -> Result<Arc<House>, Failure> {
     let house = open_house(config, None)?;
     wait_ready(&house)?;
     Ok(house)
