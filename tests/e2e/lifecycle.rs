@@ -139,7 +139,7 @@ fn a_checkpoint_folder_is_served_under_its_name() {
         "[model]\npath = {:?}\naliases = [\"phi\"]\n",
         checkpoint.display().to_string()
     );
-    let server = Server::start_with(&config);
+    let server = Server::start_without_flag(&config);
     let id = server.get("/v1/models").ok()["data"][0]["id"].clone();
     assert_eq!(id, "ckpt_mha");
     let answer = server

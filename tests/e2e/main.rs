@@ -1,6 +1,6 @@
 //! The real binary, asked over real sockets: what a client sees, what an operator sees.
 //!
-//! The model is the embedded demo, whose weights are random: its answers are noise, so the tests
+//! The model is a golden checkpoint, whose weights are random: its answers are noise, so the tests
 //! look at structure, counts, equality and difference, never at what is said.
 
 #![expect(

@@ -24,12 +24,14 @@ fn metric(server: &Server, name: &str) -> f64 {
         .sum()
 }
 
-/// Waits until one abort is counted, and checks that the engine gave the work up halfway.
+/// Waits until one abort is counted, by the server at once and by the engine after the step it is in, and checks that
+/// the engine gave the work up halfway.
 #[track_caller]
 fn assert_given_up(server: &Server) {
     let stats = until("the abort is counted", || {
         let stats = server.stats();
-        (stats["requests"]["outcomes"]["aborted"] == 1).then_some(stats)
+        let counts = [&stats["requests"]["outcomes"], &stats["engine"]];
+        (counts.iter().all(|count| count["aborted"] == 1)).then_some(stats)
     });
     let engine = &stats["engine"];
     assert_eq!(

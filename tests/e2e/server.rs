@@ -53,8 +53,15 @@ impl Log {
     }
 }
 
+/// The golden checkpoint that most tests serve.
+pub fn random_checkpoint() -> PathBuf {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden");
+    Path::new(root).join("ckpt_mha_int4")
+}
+
 impl Server {
-    /// A ready server with the shipped configuration.
+    /// A ready server with the shipped configuration, serving the golden INT4 checkpoint: its weights are random, so
+    /// that its answers never end by themselves, and its tokenizer is the published model's.
     pub fn start() -> Self {
         Self::start_with("")
     }
@@ -66,14 +73,29 @@ impl Server {
         server
     }
 
+    /// A ready server whose configuration says which model; with none, as a new user starts it: with the demo inside
+    /// the binary.
+    pub fn start_without_flag(config: &str) -> Self {
+        let server = Self::launch_model(config, None, |_| {});
+        server.wait_ready();
+        server
+    }
+
     /// A server that may not be ready yet; `prepare` fills its folder before it starts.
     pub fn launch(config: &str, prepare: impl FnOnce(&Path)) -> Self {
+        Self::launch_model(config, Some(random_checkpoint()), prepare)
+    }
+
+    fn launch_model(config: &str, model: Option<PathBuf>, prepare: impl FnOnce(&Path)) -> Self {
         let folder = tempfile::tempdir().expect("a folder can be made");
         fs::write(folder.path().join("visor.toml"), config).expect("the config can be written");
         fs::create_dir(folder.path().join("visor-plugins")).expect("a folder can be made");
         prepare(folder.path());
         let mut command = Command::new(env!("CARGO_BIN_EXE_visor"));
         command.args(["serve", "--listen", "127.0.0.1:0", "--config", "visor.toml"]);
+        if let Some(model) = model {
+            command.arg("--model").arg(model);
+        }
         Self::spawn(command, folder)
     }
 

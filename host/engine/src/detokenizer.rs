@@ -88,7 +88,7 @@ pub(crate) mod tests {
     pub(crate) fn tokenizer() -> Arc<Tokenizer> {
         static TOKENIZER: OnceLock<Arc<Tokenizer>> = OnceLock::new();
         let load = || {
-            let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../model/demo/tokenizer.json");
+            let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../model/phi3/tokenizer.json");
             Arc::new(Tokenizer::from_file(path.as_ref()).unwrap())
         };
         Arc::clone(TOKENIZER.get_or_init(load))

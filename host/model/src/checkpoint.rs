@@ -15,7 +15,7 @@ const CONFIG: &[u8] = include_bytes!("../demo/config.json");
 const GENERATION_CONFIG: &[u8] = include_bytes!("../demo/generation_config.json");
 const PREPROCESSOR_CONFIG: &[u8] = include_bytes!("../demo/preprocessor_config.json");
 const MODEL: &[u8] = include_bytes!("../demo/model.safetensors");
-const TOKENIZER: &[u8] = include_bytes!("../demo/tokenizer.json");
+const TOKENIZER: &[u8] = include_bytes!("../phi3/tokenizer.json");
 
 /// Name of the model inside the binary.
 const EMBEDDED_ID: &str = "visor-demo-noise";

@@ -8,7 +8,7 @@ use serde_json::Value;
 use visor_model::{ModelError, Prompt, PromptPart, Tokenizer};
 
 static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/tokenizer.json");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("phi3/tokenizer.json");
     Tokenizer::from_file(&path).expect("the embedded tokenizer is sound")
 });
 
@@ -259,7 +259,7 @@ fn the_real_model_s_ids_and_answer_are_reproduced() {
 #[test]
 fn a_client_cannot_type_a_control_token() {
     let vocabulary: Value =
-        json(&Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/tokenizer.json"));
+        json(&Path::new(env!("CARGO_MANIFEST_DIR")).join("phi3/tokenizer.json"));
     let added = vocabulary["added_tokens"].as_array().unwrap();
     assert_eq!(added.len(), 48);
     let is_control = |id: i64| added.iter().any(|token| token["id"].as_i64() == Some(id));

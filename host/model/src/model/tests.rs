@@ -10,7 +10,11 @@ fn load(stored: bool, dtype: DType) -> Phi3V {
         dtype,
         stored,
     };
-    let checkpoint = Checkpoint::embedded().unwrap();
+    let dir = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../tests/golden/ckpt_mha_int4"
+    );
+    let checkpoint = Checkpoint::open(dir.as_ref()).unwrap();
     Phi3V::load_at(&checkpoint, DeviceKind::Cpu, placement, &|_| ()).unwrap()
 }
 

@@ -191,7 +191,9 @@ fn measure(
     let load_s = loading.elapsed().as_secs_f64();
     check_plugins(&house, &name)?;
     if house.model_is_noise() {
-        progress::line("note: this is the demo model inside the binary; its answers are noise (see --model)");
+        progress::line(
+            "note: this is the demo model inside the binary; its answers are noise (see --model)",
+        );
     }
     let client = Client::new(&house).map_err(Failure::start)?;
     let total = suite.cases.len();

@@ -216,7 +216,12 @@ mod tests {
             source: None,
             progress: Box::new(|_| {}),
         };
-        let config = crate::config::Config::default();
+        let mut config = crate::config::Config::default();
+        let golden = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../tests/golden/ckpt_mha_int4"
+        );
+        config.model.path = golden.into();
         let house = crate::wiring::House::open(config, options).expect("the defaults open");
         let pinned = house
             .pin("/v1/chat/completions")

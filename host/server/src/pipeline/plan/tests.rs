@@ -6,7 +6,7 @@ use visor_model::{CheckpointFacts, Tokenizer};
 use visor_sandbox::{ChatRole, Message, Part, ToolSpec};
 
 fn model(context_tokens: u32) -> ServedModel {
-    let tokenizer = Tokenizer::from_bytes(include_bytes!("../../../../model/demo/tokenizer.json"));
+    let tokenizer = Tokenizer::from_bytes(include_bytes!("../../../../model/phi3/tokenizer.json"));
     ServedModel {
         id: "phi".to_owned(),
         aliases: vec!["gpt".to_owned()],
