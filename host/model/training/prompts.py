@@ -1,0 +1,71 @@
+"""Token ids of prompts as the server assembles them, and training sequences of several turns about one picture.
+
+`<|user|>\\n<|image_1|>\\nQUESTION<|end|>\\n<|assistant|>\\n`: the text is cut at the image tags and every piece is encoded on
+its own with BOS in front (spec of the real processor)."""
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+IGNORE = -100
+
+
+class Prompts:
+    def __init__(self, path):
+        self.tokenizer = Tokenizer.from_file(str(path))
+        self.end = self.tokenizer.token_to_id("<|end|>")
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def before(self, image):
+        """Ids in front of image `image` (0, 1, ...)."""
+        return [1] + self.encode("<|user|>\n" if image == 0 else "\n")
+
+    def opening(self, question, images):
+        """Ids from the last image (or the beginning) to where the answer starts."""
+        return [1] + self.encode(("\n" if images else "<|user|>\n") + question + "<|end|>\n<|assistant|>\n")
+
+    def next(self, question):
+        """Ids between one answer's <|end|> and the next answer."""
+        return self.encode("\n<|user|>\n" + question + "<|end|>\n<|assistant|>\n")
+
+    def answer(self, text):
+        return self.encode(text) + [self.end]
+
+    def independent(self, turns, images=1):
+        """Every turn as if it were the first: ids, targets, segment numbers, positions after the prefix."""
+        ids, targets, segments, positions = [], [], [], []
+        for s, t in enumerate(turns):
+            q, a = self.opening(t.question, images), self.answer(t.answer)
+            ids += q + a
+            targets += [IGNORE] * (len(q) - 1) + a + [IGNORE]
+            segments += [s] * (len(q) + len(a))
+            positions += range(len(q) + len(a))
+        return ids, targets, segments, positions
+
+    def conversation(self, turns, images=1):
+        """The turns one after the other, as a client sends them."""
+        ids, targets = [], []
+        for s, t in enumerate(turns):
+            q = self.opening(t.question, images) if s == 0 else self.next(t.question)
+            a = self.answer(t.answer)
+            ids += q + a
+            targets += [IGNORE] * (len(q) - 1) + a + [IGNORE]
+        return ids, targets, [0] * len(ids), list(range(len(ids)))
+
+
+def collate(rows, prefix):
+    """Stacks sequences behind a prefix of `prefix` positions: ids and targets (batch, n), positions and the additive mask
+    (batch, 1, prefix + n, prefix + n) of the whole."""
+    n = max(len(r[0]) for r in rows)
+    b = len(rows)
+    ids, targets = torch.zeros(b, n, dtype=torch.long), torch.full((b, n), IGNORE)
+    segments, positions = torch.full((b, n), -1), torch.zeros(b, n, dtype=torch.long)
+    for i, (a, t, s, p) in enumerate(rows):
+        ids[i, :len(a)], targets[i, :len(a)], segments[i, :len(a)], positions[i, :len(a)] = map(torch.tensor, (a, t, s, p))
+    whole = torch.cat([torch.full((b, prefix), -2), segments], 1)
+    see = (whole[:, None, :] == whole[:, :, None]) | (whole[:, None, :] == -2)
+    see &= torch.ones(prefix + n, prefix + n).tril().bool()
+    mask = torch.zeros(b, 1, prefix + n, prefix + n).masked_fill_(~see[:, None], float("-inf"))
+    at = torch.cat([torch.arange(prefix).expand(b, -1), positions + prefix], 1)
+    return ids, targets, at, mask

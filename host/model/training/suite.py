@@ -1,0 +1,183 @@
+"""The evaluation suite of the repository: pictures from a held-out seed, held-out fonts and photographs, one question each.
+
+usage: suite.py WORK_DIR OUT_DIR [--style STYLE] [--seed N] [--scale K]
+`--style openmoji` draws every emoji in the style that no training picture had (not for the repository: CC-BY-SA);
+`--scale 5` makes five times as many cases, for tighter figures. The format is that of tests/suite/README.md."""
+import argparse, json, os
+import numpy as np
+from PIL import Image
+import pictures as P
+import questions as Q
+import scenes as S
+
+COUNTS = dict(name=24, colour=16, shape=14, position=20, count=18, read=20, detail=18, clothing=20, describe=8)
+COUNTS |= {"yes-no": 28, "two-image": 16, "follow-up": 8, "text-only": 8, "cannot-know": 4, "formats": 12}
+
+
+class Suite:
+    def __init__(self, a):
+        self.rng = np.random.default_rng(a.seed)
+        self.library = S.Library(a.work, held_out=True, style=a.style)
+        self.out, self.cases, self.pictures = a.out, [], 0
+        os.makedirs(f"{a.out}/pictures", exist_ok=True)
+
+    def save(self, picture, how=None):
+        """Writes a picture; most as lossy WebP or JPEG, as pictures come."""
+        rng, self.pictures = self.rng, self.pictures + 1
+        how = how or ("webp", "webp", "jpg")[rng.integers(3)]
+        path = f"pictures/{self.pictures:04}.{how}"
+        options = {"webp": dict(quality=88, method=6), "jpg": dict(quality=88), "png": dict(optimize=True)}[how]
+        (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(f"{self.out}/{path}", **options)
+        return path
+
+    def add(self, turn, images, category=None, history=(), **more):
+        category = category or turn.category
+        case = dict(id=f"{category}-{1 + sum(c['category'] == category for c in self.cases):03}", category=category, images=images,
+                    question=turn.question, accept=turn.accepted)
+        if turn.match != "words":
+            case["match"] = turn.match
+        if history:
+            case["history"] = [dict(question=h.question, answer=h.answer) for h in history]
+        self.cases.append(case | more)
+
+    def cropped(self, scene, frame):
+        """The picture without the padding that the server will add itself."""
+        x, y, w, h = frame
+        return scene.picture[y:y + h, x:x + w]
+
+    def draw(self, kind, wanted):
+        """A picture of that kind and a turn for which `wanted` holds."""
+        for _ in range(400):
+            scene, frame = P.picture(self.rng, self.library, kind, augment=False, worn=.3)
+            for turn in Q.turns(self.rng, scene, frame, 6):
+                if wanted(turn, scene):
+                    return scene, frame, turn
+        raise SystemExit(f"no picture of kind {kind} for this question")
+
+
+def single(scene):
+    return len(scene.things) == 1
+
+
+RULES = {
+    "name": ("single", lambda t, s: t.category == "name"),
+    "shape": ("single", lambda t, s: t.category == "shape"),
+    "colour": ("shapes", lambda t, s: t.category == "colour"),
+    "position": ("several", lambda t, s: t.category == "position"),
+    "count": ("heap", lambda t, s: t.category == "count"),
+    "read": ("text", lambda t, s: t.category == "read" and t.match == "text" and len(t.accepted[0]) <= 3
+             and all(g[4] >= 40 for th in s.things for g in th.glyphs)),
+    "describe": ("several", lambda t, s: t.category == "describe" and len(s.things) in (2, 3) and t.match == "all"),
+    "clothing": ("clothing", lambda t, s: t.category == "clothing"),
+}
+
+
+def make(suite, scale):
+    rng = suite.rng
+    for category, (kind, wanted) in RULES.items():
+        for _ in range(COUNTS[category] * scale):
+            scene, frame, turn = suite.draw(kind, wanted)
+            suite.add(turn, [suite.save(suite.cropped(scene, frame))], category)
+    wish = {"yes": 0, "no": 0}
+    while sum(wish.values()) < COUNTS["yes-no"] * scale:       # as many yes as no
+        scene, frame, turn = suite.draw(None, lambda t, s: t.category == "yes-no" and wish[t.accepted[0]] <= min(wish.values()))
+        wish[turn.accepted[0]] += 1
+        suite.add(turn, [suite.save(suite.cropped(scene, frame))])
+    details(suite, COUNTS["detail"] * scale)
+    pairs(suite, COUNTS["two-image"] * scale)
+    follow_ups(suite, COUNTS["follow-up"] * scale)
+    formats(suite, COUNTS["formats"] * scale)
+    for _ in range(COUNTS["text-only"] * scale):
+        suite.add(Q.talk(rng), [])
+    for _ in range(COUNTS["cannot-know"] * scale):
+        scene, frame = P.picture(rng, suite.library, "several")
+        turn = Q.Turn(Q.pick(rng, Q.UNKNOWABLE), "", "cannot-know", ["cannot"])
+        suite.add(turn, [suite.save(suite.cropped(scene, frame))])
+
+
+def details(suite, n):
+    from train_language import small_thing
+    done = 0
+    while done < n:
+        scene, _, rows, columns, small = P.detailed(suite.rng, suite.library)
+        if small is None or rows * columns != 4 or small.kind == "shape" or (small.kind == "text" and len(small.name) > 2):
+            continue
+        if sum(Q.noun(t) == Q.noun(small) for t in scene.things) != 1:
+            continue
+        turn = Q.read(suite.rng, small) if small.kind == "text" else small_thing(suite.rng, small)
+        suite.add(turn, [suite.save(scene.picture)], "detail")
+        done += 1
+
+
+def alone(suite):
+    while True:
+        scene, frame = P.picture(suite.rng, suite.library, "single")
+        if single(scene):
+            return scene, frame
+
+
+def pairs(suite, n):
+    for _ in range(n):
+        (a, fa), (b, fb) = alone(suite), alone(suite)
+        turn = next(t for _ in range(99) for t in Q.compare(suite.rng, a.things[0], b.things[0]))
+        suite.add(turn, [suite.save(suite.cropped(a, fa)), suite.save(suite.cropped(b, fb))])
+
+
+def follow_ups(suite, n):
+    for _ in range(n):
+        while True:
+            scene, frame = P.picture(suite.rng, suite.library, "several", worn=.3)
+            turns = Q.turns(suite.rng, scene, frame, 4)
+            if len(turns) >= 2 and turns[-1].category != "describe":
+                break
+        suite.add(turns[-1], [suite.save(suite.cropped(scene, frame))], "follow-up", turns[:-1][:2])
+
+
+def formats(suite, n):
+    """Grey, alpha, palette, turned by EXIF, tiny, large, very wide and very tall: the thing must still be named."""
+    kinds = ["grey", "alpha", "palette", "exif", "tiny", "large", "wide", "tall"]
+    for k in range(n):
+        kind = kinds[k % len(kinds)]
+        index = int(suite.rng.integers(len(S.CONCEPTS)))
+        w, h = {"wide": (336, 120), "tall": (120, 336), "large": (1200, 1200)}.get(kind, (336, 336))
+        canvas = S.Canvas(suite.rng, w, h)
+        canvas.picture, canvas.background = np.full((h, w, 3), 255, np.float32), "white"
+        canvas.add_concept(suite.library, index, min(w, h) * .8)
+        image = Image.fromarray(canvas.scene(0).picture)
+        turn = Q.Turn("What is this?", "", "formats", [S.NOUNS[index]])
+        if kind == "grey":
+            path = suite.save(image.convert("L"), "png")
+        elif kind == "alpha":
+            image.putalpha(Image.new("L", image.size, 255))
+            path = suite.save(image, "png")
+        elif kind == "palette":
+            path = suite.save(image.quantize(64), "png")
+        elif kind == "exif":
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            path = f"pictures/exif{k:02}.jpg"
+            image.transpose(Image.ROTATE_90).save(f"{suite.out}/{path}", quality=90, exif=exif)
+        elif kind == "tiny":
+            path = suite.save(image.resize((64, 64), Image.LANCZOS), "png")
+        else:
+            path = suite.save(image)
+        suite.add(turn, [path])
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument("work"), p.add_argument("out"), p.add_argument("--style")
+    p.add_argument("--seed", type=int, default=20261123)
+    p.add_argument("--scale", type=int, default=1)
+    a = p.parse_args()
+    suite = Suite(a)
+    make(suite, a.scale)
+    with open(f"{a.out}/cases.jsonl", "w") as f:
+        for c in suite.cases:
+            print(json.dumps(c, ensure_ascii=False), file=f)
+    size = sum(os.path.getsize(f"{a.out}/pictures/{x}") for x in os.listdir(f"{a.out}/pictures"))
+    print(len(suite.cases), "cases,", size, "bytes of pictures")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""Teaches the decoder to answer questions about pictures, on the features of the trained tower, or of its teacher while
+the tower is still learning (`glue.py` then puts the tower in); with --joint the tower goes on learning with it.
+
+usage: train_language.py WORK_DIR NAME --tower NAME | --teacher NAME [--minutes M] [--joint] [--mix global=..,single=..,detail=..,pair=..,talk=..]
+Resumes WORK_DIR/NAME.pt. Every picture goes through the tower once and is asked about several times from a pool."""
+import argparse, json, os, time
+import numpy as np
+import torch
+import torch.nn.functional as F
+import pictures as P
+import questions as Q
+import scenes as S
+from config import CONFIG
+from model import Phi3V
+from optimise import Both, agreed, join
+from quantise import Straight
+from prompts import IGNORE, Prompts, collate
+from train_tower import Heads, cell_targets, loss_and_marks, normalise
+
+TURNS = 5
+
+
+class Pictures(torch.utils.data.IterableDataset):
+    """Batches of scenes, drawn in a process of its own: ("single", ...) or ("detail", ...)."""
+
+    def __init__(self, work, seed, detail_share, batch=8, labelled=False):
+        self.work, self.seed, self.detail_share, self.batch, self.labelled = work, seed, detail_share, batch, labelled
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        rng = np.random.default_rng([self.seed, info.id if info else 0])
+        library = S.Library(self.work)
+        while True:
+            if rng.random() < self.detail_share:
+                yield "detail", [detail_sample(rng, library) for _ in range(2)]
+            else:
+                yield "single", [single_sample(rng, library, labelled=self.labelled) for _ in range(self.batch)]
+
+
+def single_sample(rng, library, kind=None, augment=True, worn=.5, labelled=False):
+    scene, frame = P.picture(rng, library, kind, augment=augment, worn=worn)
+    picture = torch.from_numpy(np.ascontiguousarray(scene.picture))
+    taught = S.labels(scene) if labelled else None
+    scene.picture = scene.owner = None
+    return picture, scene, frame, taught
+
+
+def detail_sample(rng, library):
+    """Crops and global view, normalised, (1 + rows * columns, 3, 336, 336) f16; the scene; its frame, grid and small thing."""
+    if rng.random() < .6:
+        scene, frame, rows, columns, small = P.detailed(rng, library)
+    else:                                          # any picture as `num_crops` 4 enlarges it
+        scene, frame = P.picture(rng, library)
+        import cv2
+        scene.picture = cv2.resize(scene.picture, (672, 672), interpolation=cv2.INTER_LINEAR)
+        rows = columns = 2
+        small = None
+    crops = scene.picture.reshape(rows, 336, columns, 336, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 336, 336, 3)
+    pixels = torch.cat([P.global_view(scene.picture), torch.from_numpy(crops).permute(0, 3, 1, 2).float()])
+    scene.picture = scene.owner = None
+    return pixels.half(), scene, frame, (rows, columns), small
+
+
+def from_255(pixels):
+    from train_tower import MEAN, STD
+    return (pixels.float() / 255 - MEAN) / STD
+
+
+def ask(rng, scene, frame, n, small=None):
+    turns = Q.turns(rng, scene, frame, n)
+    if small is not None:                          # the small thing is asked about for sure
+        about = [Q.read(rng, small)] if small.kind == "text" else []
+        if small.kind != "text" and sum(Q.noun(t) == Q.noun(small) for t in scene.things) == 1:
+            about = [Q.coloured(rng, small, scene.things)] if small.colour and rng.random() < .5 else []
+            about += [small_thing(rng, small)]
+        turns = [Q.vary(rng, t) for t in about] + turns
+        turns = turns[:n]
+    if rng.random() < .12:
+        turns.append(Q.talk_beside(rng))
+    return turns
+
+
+def small_thing(rng, t):
+    q = Q.pick(rng, ["What is the small object?", "What is the smallest object?", "What small thing do you see?", "What is the tiny thing?", "Name the small object."])
+    return Q.Turn(q, f"The small object is {Q.phrase(t, False)}.", "detail", [Q.noun(t)])
+
+
+class Trainer:
+    def __init__(self, a):
+        self.a = a
+        self.rng = np.random.default_rng(a.seed)
+        self.prompts = Prompts(f"{a.work}/tokenizer.json")
+        config = CONFIG
+        if a.teacher:
+            from teacher import WIDTH
+            config = CONFIG | {"img_processor": CONFIG["img_processor"] | {"hidden_size": WIDTH, "num_attention_heads": 8, "num_hidden_layers": 1}}
+        self.model = Phi3V(config)
+        self.heads = Heads(config["img_processor"]["hidden_size"])
+        self.model.see = teacher_eyes(f"{a.work}/{a.teacher}.pt") if a.teacher else lambda pixels: self.model.vision.tower(pixels)
+        self.state = dict(step=0, seconds=0., sequences=0)
+        self.path = f"{a.work}/{a.name}.pt"
+        saved = torch.load(self.path if os.path.exists(self.path) else a.start) if os.path.exists(self.path) or a.start else None
+        if saved:
+            self.model.load_state_dict(saved["model"])
+            self.heads.load_state_dict(saved["heads"])
+        if a.tower and (not saved or a.new_tower):
+            tower = torch.load(f"{a.work}/{a.tower}.pt")
+            self.model.vision.tower.load_state_dict(tower["tower"])
+            self.heads.load_state_dict(tower["heads"])
+        trained = [(n, p) for n, p in self.model.named_parameters() if not n.endswith("post_layernorm.weight")]
+        if not a.joint:
+            for p in self.model.vision.tower.parameters():
+                p.requires_grad = False
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        matrix = lambda n, p: p.dim() == 2 and ("layers." in n or "img_projection" in n)
+        self.optimiser = Both([p for n, p in trained if matrix(n, p)], [p for n, p in trained if not matrix(n, p)], a.muon, a.adam)
+        if saved and os.path.exists(self.path):
+            self.state = saved["state"]
+            if saved.get("joint") == a.joint:
+                self.optimiser.load_state_dict(saved["optimiser"])
+        self.pools = {"single": [], "detail": []}
+
+    def save(self, seconds):
+        state = dict(self.state, seconds=self.state["seconds"] + seconds)
+        torch.save(dict(model=self.model.state_dict(), heads=self.heads.state_dict(), optimiser=self.optimiser.state_dict(), state=state, joint=self.a.joint), self.path + ".tmp")
+        os.replace(self.path + ".tmp", self.path)
+
+    def encode(self, kind, samples):
+        """Runs the tower over drawn pictures and adds them to the pool."""
+        with torch.no_grad():
+            if kind == "single":
+                features = self.model.see(normalise(torch.stack([s[0] for s in samples]))).half()
+                self.pools[kind] += [(f, *s[1:]) for f, s in zip(features, samples)]
+            else:
+                for s in samples:
+                    self.pools[kind].append((self.model.see(from_255(s[0])).half(), *s[1:]))
+        limit = self.a.pool if kind == "single" else self.a.pool // 8
+        if len(self.pools[kind]) > limit:
+            del self.pools[kind][:len(self.pools[kind]) - limit]
+
+    def joint_step(self, samples):
+        """The whole model on fresh pictures: what their cells hold, and questions about them. Returns both losses and the
+        share of answer tokens that were right."""
+        features = self.model.vision.tower(normalise(torch.stack([s[0] for s in samples])))
+        taught, box = cell_targets([s[3] for s in samples], np.zeros((len(samples), 2), int))
+        cells, _ = loss_and_marks(self.heads(features), taught, box)
+        self.pools["single"] += [(f, *s[1:]) for f, s in zip(features.detach().half(), samples)]
+        del self.pools["single"][:-self.a.pool]
+        turns = [ask(self.rng, s[1], s[2], TURNS) for s in samples]
+        keep = [i for i, t in enumerate(turns) if t]
+        tokens = self.model.vision.single(features[keep])
+        tokens = tokens[:, 156:] if self.rng.random() < .5 else tokens
+        before = self.model.model.embed_tokens(torch.tensor(self.prompts.before(0))).expand(len(keep), -1, -1)
+        words, hit = self.loss(torch.cat([before, tokens], 1), self.rows([turns[i] for i in keep]))
+        return self.a.cells * cells, words, hit
+
+    def sample(self, kind, n):
+        pool = self.pools[kind]
+        recent = list(range(max(0, len(pool) - n), len(pool)))
+        return [pool[i] for i in ([*recent[-n // 2:], *self.rng.integers(0, len(pool), n - len(recent[-n // 2:]))])]
+
+    def rows(self, turn_lists, images=1):
+        out = []
+        for turns in turn_lists:
+            chain = self.rng.random() < .25
+            out.append((self.prompts.conversation if chain else self.prompts.independent)(turns, images))
+        return out
+
+    def batch(self, kind):
+        """(prefix embeddings (batch, positions, hidden) or None, rows, categories)"""
+        v, emb = self.model.vision, self.model.model.embed_tokens
+        before = emb(torch.tensor(self.prompts.before(0)))
+        if kind in ("global", "single"):
+            chosen = self.sample("single", self.a.batch)
+            turns = [ask(self.rng, s, f, TURNS) for _, s, f, _ in chosen]
+            keep = [i for i, t in enumerate(turns) if t]
+            features = torch.stack([chosen[i][0] for i in keep]).float()
+            tokens = v.single(features)
+            tokens = tokens[:, 156:] if kind == "global" else tokens
+            return torch.cat([before.expand(len(keep), -1, -1), tokens], 1), self.rows([turns[i] for i in keep])
+        if kind == "detail":
+            grid = self.pools["detail"][self.rng.integers(len(self.pools["detail"]))][3]
+            alike = [d for d in self.pools["detail"] if d[3] == grid]
+            chosen = [alike[i] for i in self.rng.permutation(len(alike))[:max(2, self.a.batch // 3)]]
+            turns = [ask(self.rng, s, f, TURNS, small) for _, s, f, _, small in chosen]
+            tokens = torch.stack([v.sequence(x[0].float(), x[1:].float(), *grid) for x, *_ in chosen])
+            return torch.cat([before.expand(len(chosen), -1, -1), tokens], 1), self.rows(turns)
+        if kind == "pair":
+            alone = [p for p in self.pools["single"][-1500:] if len(p[1].things) == 1]
+            n = max(2, self.a.batch // 3)
+            picks = [(alone[i], alone[j]) for i, j in self.rng.integers(0, len(alone), (n, 2))]
+            by_name = {}
+            for p in alone:
+                by_name.setdefault(p[1].things[0].name, []).append(p)
+            for k in range(n):                     # now and then the same thing twice
+                if self.rng.random() < .2:
+                    same = by_name[picks[k][0][1].things[0].name]
+                    picks[k] = picks[k][0], same[self.rng.integers(len(same))]
+            turns = [[t for _ in range(3) for t in Q.compare(self.rng, a[1].things[0], b[1].things[0])] for a, b in picks]
+            one, two = (v.single(torch.stack([p[k][0] for p in picks]).float()) for k in (0, 1))
+            between = emb(torch.tensor(self.prompts.before(1))).expand(n, -1, -1)
+            return torch.cat([before.expand(n, -1, -1), one, between, two], 1), [self.prompts.independent(t, 1) for t in turns]
+        turns = [[Q.talk(self.rng)] for _ in range(2 * self.a.batch)]
+        return None, [self.prompts.independent(t, 0) for t in turns]
+
+    def loss(self, prefix, rows):
+        n = prefix.shape[1] if prefix is not None else 0
+        ids, targets, at, mask = collate(rows, n)
+        x = self.model.model.embed_tokens(ids)
+        x = torch.cat([prefix, x], 1) if prefix is not None else x
+        h = self.model.hidden(x, at, mask)[:, n:]
+        asked = targets != IGNORE
+        logits = self.model.lm_head(h[asked])
+        return F.cross_entropy(logits, targets[asked]), (logits.argmax(-1) == targets[asked]).float().mean().item()
+
+
+def teacher_eyes(path):
+    """The teacher's normalised features, merged as the tower's are."""
+    from teacher import Teacher
+    net = Teacher().to(memory_format=torch.channels_last)
+    net.load_state_dict(torch.load(path)["net"])
+    net.eval()
+
+    def see(pixels):
+        x = net(pixels)
+        return F.layer_norm(x.view(*x.shape[:3], 4, -1), (x.shape[3] // 4,)).reshape(x.shape)
+    return see
+
+
+def exact(model, prompts, prefix, turns, images=1):
+    """For each turn whether every token of its answer is the most likely one: greedy decoding would give it exactly."""
+    rows = [prompts.independent([t], images) for t in turns]
+    n = prefix.shape[0] if prefix is not None else 0
+    ids, targets, at, mask = collate(rows, n)
+    x = model.model.embed_tokens(ids)
+    if prefix is not None:
+        x = torch.cat([prefix.expand(len(rows), -1, -1), x], 1)
+    said = model.lm_head(model.hidden(x, at, mask)[:, n:]).argmax(-1)
+    return [bool(((said[i] == targets[i]) | (targets[i] == IGNORE)).all()) for i in range(len(rows))]
+
+
+@torch.no_grad()
+def evaluate(model, prompts, library, n=150, kind="single", seed=10 ** 6):
+    """Percent of answers that are exactly right, by category, on held-out pictures, fonts, photographs."""
+    rng, marks = np.random.default_rng(seed), {}
+    model.eval()
+    v, before = model.vision, model.model.embed_tokens(torch.tensor(prompts.before(0)))
+    for _ in range(n):
+        if kind == "detail":
+            pixels, scene, frame, grid, small = detail_sample(rng, library)
+            f = model.see(from_255(pixels))
+            tokens, turns = v.sequence(f[0], f[1:], *grid), ask(rng, scene, frame, 4, small)
+        else:
+            picture, scene, frame, _ = single_sample(rng, library, augment=False)
+            tokens = v.single(model.see(normalise(picture[None])))[0]
+            tokens, turns = tokens[156:] if kind == "global" else tokens, ask(rng, scene, frame, 4)
+        if not turns:
+            continue
+        for t, right in zip(turns, exact(model, prompts, torch.cat([before, tokens]), turns)):
+            m = marks.setdefault(t.category, [0, 0])
+            m[0] += right
+            m[1] += 1
+    model.train()
+    return {k: (round(100 * r / c, 1), c) for k, (r, c) in sorted(marks.items())}
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument("work"), p.add_argument("name"), p.add_argument("--tower"), p.add_argument("--start")
+    p.add_argument("--teacher"), p.add_argument("--new-tower", action="store_true")
+    p.add_argument("--minutes", type=float, default=60)
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--muon", type=float, default=.02)
+    p.add_argument("--adam", type=float, default=2e-3)
+    p.add_argument("--drawn", type=int, default=8, help="pictures drawn at a time")
+    p.add_argument("--pool", type=int, default=12000)
+    p.add_argument("--mix", default="global=.9,talk=.1")
+    p.add_argument("--every", type=int, default=1, help="a new batch of pictures every so many steps")
+    p.add_argument("--joint", action="store_true", help="the tower learns too, from the questions and from its cells")
+    p.add_argument("--cells", type=float, default=.5, help="weight of the cells' loss when training jointly")
+    p.add_argument("--int4", action="store_true", help="answer with weights rounded to four bits while training")
+    p.add_argument("--decay", action="store_true")
+    p.add_argument("--evaluate", type=float, default=10, help="minutes between evaluations")
+    a = p.parse_args()
+    rank, world = join()
+    torch.set_num_threads(a.threads)
+    torch.manual_seed(a.seed)
+    torch.set_flush_denormal(True)
+    from contextlib import nullcontext
+    mix = {k: float(v) for k, v in (m.split("=") for m in a.mix.split(","))}
+    t = Trainer(a)
+    t.rng = np.random.default_rng([a.seed, rank, t.state["step"]])
+    log = open(f"{a.work}/{a.name}.log" if rank == 0 else os.devnull, "a")
+    share = min(.5, mix.get("detail", 0) * 1.2)
+    loader = iter(torch.utils.data.DataLoader(Pictures(a.work, a.seed * 10 ** 6 + t.state["step"] * 10 + rank, share, a.drawn, a.joint), batch_size=None, num_workers=1, prefetch_factor=8))
+    quantising = Straight(t.model) if a.int4 else None
+    test = S.Library(a.work, held_out=True)
+    while len(t.pools["single"]) < 64 or ("detail" in mix and len(t.pools["detail"]) < 12):
+        t.encode(*next(loader))
+    begin = saved_at = tested_at = time.time()
+    sums = {}
+    first_step = t.state["step"]
+    while (now := agreed(time.time() - begin)) < a.minutes * 60:
+        drawn = next(loader) if t.state["step"] % a.every == 0 else None
+        if drawn and not (a.joint and drawn[0] == "single"):
+            t.encode(*drawn)
+        same = np.random.default_rng([a.seed, t.state["step"]])            # every process takes the same kind of step
+        kind = str(same.choice(list(mix), p=np.array(list(mix.values())) / sum(mix.values())))
+        with quantising if quantising else nullcontext():
+            if a.joint and kind == "single":
+                while drawn is None or drawn[0] != "single":
+                    drawn = next(loader)
+                cells, loss, hit = t.joint_step(drawn[1])
+                (cells + loss).backward()
+                count = len(drawn[1])
+            else:
+                prefix, rows = t.batch(kind)
+                loss, hit = t.loss(prefix, rows)
+                loss.backward()
+                count = len(rows)
+        rate = min(1., (t.state["step"] - first_step + 1) / 60)
+        if a.decay:
+            rate *= max(.02, 1 - now / (a.minutes * 60))
+        t.optimiser.step(rate)
+        t.state["step"] += 1
+        t.state["sequences"] += count * world
+        s = sums.setdefault(kind, [[], []])
+        s[0].append(loss.item()), s[1].append(hit)
+        if t.state["step"] % 100 == 0:
+            line = dict(step=t.state["step"], sequences=t.state["sequences"], minutes=round((t.state["seconds"] + now) / 60, 1), pool={k: len(v) for k, v in t.pools.items()},
+                        loss={k: round(float(np.mean(x)), 4) for k, (x, _) in sums.items()}, tokens={k: round(100 * float(np.mean(x)), 1) for k, (_, x) in sums.items()})
+            sums = {}
+            print(json.dumps(line), file=log, flush=True)
+        if time.time() - tested_at > a.evaluate * 60 and rank == 0:
+            report(log, t, test, mix, 60)
+            tested_at = time.time()
+        if time.time() - saved_at > 60 and rank == 0:
+            t.save(now)
+            saved_at = time.time()
+    if rank:
+        return
+    t.save(time.time() - begin)
+    report(log, t, test, mix, 200)
+
+
+def report(log, t, test, mix, n):
+    if t.a.int4:
+        with Straight(t.model):
+            return print(json.dumps(dict(step=t.state["step"], int4={k: evaluate(t.model, t.prompts, test, n if k != "detail" else n // 3, k) for k in ("single", "detail") if k in mix})), file=log, flush=True)
+    kinds = [k for k in ("global", "single", "detail") if k in mix]
+    print(json.dumps(dict(step=t.state["step"], held_out={k: evaluate(t.model, t.prompts, test, n if k != "detail" else n // 3, k) for k in kinds})), file=log, flush=True)
+
+
+if __name__ == "__main__":
+    main()
