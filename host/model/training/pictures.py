@@ -101,31 +101,44 @@ def padded(scene, side):
     return S.Scene(picture, scene.things, owner, scene.background), (x, y, w, h)
 
 
-def detailed(rng, library):
-    """A large picture whose small things only the crops show: rows x columns crops of 336 px, a scene of that size, its
-    frame, and the small thing."""
-    rows, columns = [(2, 2), (2, 2), (2, 2), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1)][rng.integers(9)]
-    w, h = columns * 336, rows * 336
-    canvas = S.Canvas(rng, w, h)
-    small = None
-    cell = 336 * int(rng.integers(columns)), 336 * int(rng.integers(rows))
-    zone = cell[0] + 30, cell[1] + 30, cell[0] + 306, cell[1] + 306   # inside one crop
-    for _ in range(6):
-        kind = rng.random()
-        if kind < .55:
-            small = canvas.add_text(library, S.random_string(rng, 3), rng.uniform(24, 40), zone=zone)
-        elif kind < .8:
-            small = canvas.add_concept(library, int(rng.integers(len(S.CONCEPTS))), rng.uniform(34, 60), zone=zone)
+GRIDS = [(2, 2), (2, 2), (2, 2), (2, 2), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1)]
+
+
+def small_thing(rng, canvas, library, zone, kind, used):
+    for _ in range(4):
+        if kind == "text":
+            thing = canvas.add_text(library, S.random_string(rng, 3), rng.uniform(28, 44), zone=zone)
+        elif kind == "concept":
+            thing = canvas.add_concept(library, int(rng.integers(len(S.CONCEPTS))), rng.uniform(36, 60), zone=zone)
         else:
-            small = canvas.add_shape(library, S.SHAPES[rng.integers(len(S.SHAPES))], rng.uniform(26, 48), zone=zone)
-        if small:
-            break
-    used = {"text", small.name.split()[0] if small else ""} | ({S.NOUNS.index(small.name)} if small and small.kind == "concept" else set())
-    for _ in range(int(rng.integers(0, 3))):
-        noun = any_thing(rng, canvas, library, min(w, h) * rng.uniform(.2, .45), used, 0)
-        if noun is not None:
-            used.add(noun)
-    return canvas.scene(.25), (0, 0, w, h), rows, columns, small
+            thing = canvas.add_shape(library, S.SHAPES[rng.integers(len(S.SHAPES))], rng.uniform(28, 48), zone=zone)
+        if thing:
+            used.add(thing.name.split()[0] if kind == "shape" else S.NOUNS.index(thing.name) if kind == "concept" else "text")
+            return thing
+    return None
+
+
+def detailed(rng, library, spread=None):
+    """A large picture whose small things only the crops show: rows x columns crops of 336 px, a scene of that size, its
+    frame, and the small things. With `spread` every crop holds one, all of a kind: which of them lies where is known only
+    to who puts the crops in their order."""
+    rows, columns = GRIDS[rng.integers(len(GRIDS))]
+    spread = rng.random() < .5 and rows * columns in (2, 4) if spread is None else spread
+    if spread and max(rows, columns) > 2:
+        rows = columns = 2
+    w, h = columns * 336, rows * 336
+    canvas, used = S.Canvas(rng, w, h), {"text"}
+    kind = str(rng.choice(["text", "concept", "shape"], p=[.55, .25, .2]))
+    cells = [(c, r) for r in range(rows) for c in range(columns)]
+    chosen = cells if spread else [cells[rng.integers(len(cells))]]
+    zones = [(c * 336 + 30, r * 336 + 30, c * 336 + 306, r * 336 + 306) for c, r in chosen]
+    smalls = [t for t in (small_thing(rng, canvas, library, z, kind, used) for z in zones) if t]
+    if not spread:
+        for _ in range(int(rng.integers(0, 3))):
+            noun = any_thing(rng, canvas, library, min(w, h) * rng.uniform(.2, .45), used, 0)
+            if noun is not None:
+                used.add(noun)
+    return canvas.scene(.25), (0, 0, w, h), rows, columns, smalls
 
 
 def global_view(picture):

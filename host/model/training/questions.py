@@ -336,6 +336,31 @@ def vary(rng, turn):
     return turn
 
 
+def small(rng, t, things, frame, of):
+    """About a small thing in a large picture: the only one, or one of several told apart by where they lie."""
+    if of > 1:
+        x0, y0, w, h = frame
+        (cx, cy), square = t.centre, w == h
+        side = ("left" if cx < x0 + w / 2 else "right") if w >= h else ""
+        end = ("top" if cy < y0 + h / 2 else "bottom") if h >= w else ""
+        at = (f"at the {end} {side}" if square else f"on the {side}" if side else f"at the {end}")
+        if t.kind == "text":
+            q = pick(rng, [f"What does it say {at}?", f"What is written {at}?", f"Read the text {at}.", f"What text is {at}?"])
+            return Turn(q, f'It says "{t.name}".', "detail", [t.name], "text")
+        q = pick(rng, [f"What is {at}?", f"What do you see {at}?", f"Which object is {at}?", f"What thing is {at}?", f"What small object is {at}?"])
+        return Turn(q, f"The {noun(t)} is {at}.", "detail", [noun(t)])
+    if t.kind == "text":
+        turn = read(rng, t)
+        turn.category = "detail"
+        return turn
+    if sum(noun(o) == noun(t) for o in things) != 1:
+        return None
+    if t.colour and rng.random() < .4:
+        return coloured(rng, t, things)
+    q = pick(rng, ["What is the small object?", "What is the smallest object?", "What small thing do you see?", "What is the tiny thing?", "Name the small object."])
+    return Turn(q, f"The small object is {phrase(t, False)}.", "detail", [noun(t)])
+
+
 # ---- two pictures ---------------------------------------------------------------------------------------------
 
 def compare(rng, a, b):

@@ -478,17 +478,22 @@ def glyph_labels(text, character, place, names, rows, columns):
     names[sure & (names <= 0)] = 1
 
 
-def collage(rng, library, side):
-    """Many things of all kinds, close together: what the tower sees most. side: a multiple of 28 px."""
+def collage(rng, library, side, text=.26):
+    """Many things of all kinds, close together: what the tower sees most. side: a multiple of 28 px; text: the share of
+    places that hold writing."""
     if rng.random() < .16:
         return photo(rng, library, CLOTHES[rng.integers(len(CLOTHES))], side, side)
     canvas = Canvas(rng, side, side)
     if rng.random() < .6:
-        return packed(rng, library, canvas, side)
+        return packed(rng, library, canvas, side, text)
     if rng.random() < .45:                         # one large thing, perhaps hanging over the edge
         size = rng.uniform(.55, 1.1) * side
         at = tuple(int(rng.uniform(-.15, .15) * side + (side - size) / 2) for _ in range(2))
-        if rng.random() < .8:
+        kind = rng.random()
+        if kind < text:
+            string = random_string(rng)
+            canvas.add_text(library, string, min(size * .7, size / (.85 * len(string) + .25)), place=(max(0, at[0]), max(0, at[1])))
+        elif kind < text + .8 * (1 - text):
             canvas.add_concept(library, rng.integers(len(CONCEPTS)), size, place=at)
         else:
             canvas.add_shape(library, SHAPES[rng.integers(len(SHAPES))], size, place=at)
@@ -497,9 +502,9 @@ def collage(rng, library, side):
     for _ in range(int(rng.integers(3, 3 + side // 10))):
         size = np.exp(rng.uniform(np.log(44), np.log(max(largest, 56))))
         kind = rng.random()
-        if kind < .6:
+        if kind < .78 * (1 - text):
             canvas.add_concept(library, rng.integers(len(CONCEPTS)), size)
-        elif kind < .76:
+        elif kind < 1 - text:
             canvas.add_shape(library, SHAPES[rng.integers(len(SHAPES))], size * .8)
         else:
             capital = np.exp(rng.uniform(np.log(26), np.log(80)))
@@ -507,7 +512,7 @@ def collage(rng, library, side):
     return canvas.scene()
 
 
-def packed(rng, library, canvas, side):
+def packed(rng, library, canvas, side, text):
     """Things in every slot of a loose grid: the most labels for one pass through the tower."""
     n = max(1, round(side / 168 * (1, 2, 2, 3, 3)[rng.integers(5)]))
     slot = side / n
@@ -515,9 +520,9 @@ def packed(rng, library, canvas, side):
         for column in range(n):
             kind, size = rng.random(), slot * rng.uniform(.72, 1.02)
             x, y = (int(k * slot + (slot - size) / 2 + rng.normal(0, slot * .06)) for k in (column, row))
-            if kind < .56:
+            if kind < .8 * (.96 - text):
                 canvas.add_concept(library, rng.integers(len(CONCEPTS)), size, place=(x, y))
-            elif kind < .7:
+            elif kind < .96 - text:
                 canvas.add_shape(library, SHAPES[rng.integers(len(SHAPES))], size * .9, place=(x, y))
             elif kind < .96:
                 string = random_string(rng, 2)

@@ -96,15 +96,18 @@ def make(suite, scale):
 
 
 def details(suite, n):
-    from train_language import small_thing
+    """Half with one small thing, half with one in each of four crops; text of at most two characters."""
     done = 0
     while done < n:
-        scene, _, rows, columns, small = P.detailed(suite.rng, suite.library)
-        if small is None or rows * columns != 4 or small.kind == "shape" or (small.kind == "text" and len(small.name) > 2):
+        scene, frame, rows, columns, smalls = P.detailed(suite.rng, suite.library, spread=done % 2 == 1)
+        if rows * columns != 4 or len(smalls) != (4 if done % 2 else 1):
             continue
-        if sum(Q.noun(t) == Q.noun(small) for t in scene.things) != 1:
+        small = smalls[suite.rng.integers(len(smalls))]
+        turn = Q.small(suite.rng, small, scene.things, frame, len(smalls))
+        if turn is None or turn.category != "detail" or (small.kind == "text" and len(small.name) > 2):
             continue
-        turn = Q.read(suite.rng, small) if small.kind == "text" else small_thing(suite.rng, small)
+        if small.kind == "text" and sum(t.name == small.name for t in scene.things) > 1:
+            continue
         suite.add(turn, [suite.save(scene.picture)], "detail")
         done += 1
 

@@ -76,7 +76,7 @@ class TeacherHeads(nn.Module):
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("work"), p.add_argument("name")
-    p.add_argument("--minutes", type=float, default=30)
+    p.add_argument("--minutes", type=float, default=30, help="of training in all, the resumed ones counted in")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--side", type=int, default=168)
     p.add_argument("--threads", type=int, default=1)
@@ -92,17 +92,18 @@ def main():
     path, log = f"{a.work}/{a.name}.pt", open(f"{a.work}/{a.name}.log" if rank == 0 else os.devnull, "a")
     params = [*net.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(params, a.rate, (.9, .98), weight_decay=.02)
-    state = dict(step=0, seen=0)
+    state = dict(step=0, seen=0, seconds=0.)
     if os.path.exists(path):
         saved = torch.load(path)
         net.load_state_dict(saved["net"]), heads.load_state_dict(saved["heads"]), optimiser.load_state_dict(saved["optimiser"])
-        state = saved["state"]
+        state = {"seconds": 0.} | saved["state"]
     loader = iter(torch.utils.data.DataLoader(Stream(a.work, a.side, a.batch // world, a.seed * 10 ** 6 + state["step"] * 10 + rank), batch_size=None,
                                               num_workers=1, prefetch_factor=6))
     test, sums, losses = S.Library(a.work, held_out=True), {}, []
     for _ in range(2):
         next(loader)
-    begin = saved_at = time.time()
+    saved_at = time.time()
+    begin = saved_at - state["seconds"]
     while (now := agreed(time.time() - begin)) < a.minutes * 60:
         pictures, _, taught, box = next(loader)
         loss, marks = loss_and_marks(heads(net(normalise(pictures))), taught, box)
@@ -115,6 +116,7 @@ def main():
         optimiser.step(), optimiser.zero_grad()
         state["step"] += 1
         state["seen"] += len(pictures) * world
+        state["seconds"] = now
         losses.append(loss.item())
         for k, (r, n) in marks.items():
             s = sums.setdefault(k, [0, 0])

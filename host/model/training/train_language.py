@@ -17,7 +17,32 @@ from quantise import Straight
 from prompts import IGNORE, Prompts, collate
 from train_tower import Heads, cell_targets, loss_and_marks, normalise
 
-TURNS = 5
+TURNS = 6
+
+
+class Words(torch.nn.Module):
+    """Holds image tokens to the space of the words. A cell's token must be nearest, among the embeddings of the words that
+    name objects, colours and characters, to its own; where it lies and what else it is are plain linear questions. An
+    image of a cat then arrives at the decoder looking like the word "cat", and one way of copying serves every noun."""
+
+    def __init__(self, prompts, hidden):
+        super().__init__()
+        whole = lambda word: prompts.encode("a " + word)[len(prompts.encode("a")):]
+        inside = lambda character: prompts.encode('"' + character)[-1:]
+        objects = [[], whole("text")] + [whole(n) for n in S.SHAPES + S.CLOTHES + S.NOUNS]
+        self.names = {"object": objects, "colour": [whole(c) for c in S.COLOUR_NAMES], "character": [[]] + [inside(c) for c in S.CHARS]}
+        self.nothing = torch.nn.Parameter(torch.randn(2, hidden) * .5)             # no object, no character
+        self.scale = torch.nn.Parameter(torch.tensor([2., 2., 2.]))
+        self.rest = torch.nn.Linear(hidden, S.CHAR_PLACES + 2 + 4)
+
+    def forward(self, tokens, embedding):
+        x = F.rms_norm(tokens, tokens.shape[-1:])
+        said = {}
+        for k, (key, lists) in enumerate(self.names.items()):
+            missing = self.nothing[0 if key == "object" else 1]
+            vectors = torch.stack([embedding[ids].sum(0) * len(ids) ** -.5 if ids else missing for ids in lists])
+            said[key] = x @ vectors.T * (self.scale[k] / x.shape[-1] ** .5)
+        return said | dict(zip(("place", "centre", "box"), self.rest(x).split([S.CHAR_PLACES, 2, 4], -1)))
 
 
 class Pictures(torch.utils.data.IterableDataset):
@@ -46,19 +71,19 @@ def single_sample(rng, library, kind=None, augment=True, worn=.5, labelled=False
 
 
 def detail_sample(rng, library):
-    """Crops and global view, normalised, (1 + rows * columns, 3, 336, 336) f16; the scene; its frame, grid and small thing."""
+    """Crops and global view, normalised, (1 + rows * columns, 3, 336, 336) f16; the scene; its frame, grid and small things."""
     if rng.random() < .6:
-        scene, frame, rows, columns, small = P.detailed(rng, library)
+        scene, frame, rows, columns, smalls = P.detailed(rng, library)
     else:                                          # any picture as `num_crops` 4 enlarges it
         scene, frame = P.picture(rng, library)
         import cv2
         scene.picture = cv2.resize(scene.picture, (672, 672), interpolation=cv2.INTER_LINEAR)
         rows = columns = 2
-        small = None
+        smalls = []
     crops = scene.picture.reshape(rows, 336, columns, 336, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 336, 336, 3)
     pixels = torch.cat([P.global_view(scene.picture), torch.from_numpy(crops).permute(0, 3, 1, 2).float()])
     scene.picture = scene.owner = None
-    return pixels.half(), scene, frame, (rows, columns), small
+    return pixels.half(), scene, frame, (rows, columns), smalls
 
 
 def from_255(pixels):
@@ -66,23 +91,13 @@ def from_255(pixels):
     return (pixels.float() / 255 - MEAN) / STD
 
 
-def ask(rng, scene, frame, n, small=None):
+def ask(rng, scene, frame, n, smalls=()):
     turns = Q.turns(rng, scene, frame, n)
-    if small is not None:                          # the small thing is asked about for sure
-        about = [Q.read(rng, small)] if small.kind == "text" else []
-        if small.kind != "text" and sum(Q.noun(t) == Q.noun(small) for t in scene.things) == 1:
-            about = [Q.coloured(rng, small, scene.things)] if small.colour and rng.random() < .5 else []
-            about += [small_thing(rng, small)]
-        turns = [Q.vary(rng, t) for t in about] + turns
-        turns = turns[:n]
+    about = [Q.small(rng, t, scene.things, frame, len(smalls)) for t in smalls]       # they are asked about for sure
+    turns = ([Q.vary(rng, t) for t in about if t] + turns)[:n]
     if rng.random() < .12:
         turns.append(Q.talk_beside(rng))
     return turns
-
-
-def small_thing(rng, t):
-    q = Q.pick(rng, ["What is the small object?", "What is the smallest object?", "What small thing do you see?", "What is the tiny thing?", "Name the small object."])
-    return Q.Turn(q, f"The small object is {Q.phrase(t, False)}.", "detail", [Q.noun(t)])
 
 
 class Trainer:
@@ -96,6 +111,8 @@ class Trainer:
             config = CONFIG | {"img_processor": CONFIG["img_processor"] | {"hidden_size": WIDTH, "num_attention_heads": 8, "num_hidden_layers": 1}}
         self.model = Phi3V(config)
         self.heads = Heads(config["img_processor"]["hidden_size"])
+        self.words = Words(self.prompts, config["hidden_size"])
+        self.model.lm_head.weight.data = self.model.model.embed_tokens.weight.data * .04   # begins as what embeds
         self.model.see = teacher_eyes(f"{a.work}/{a.teacher}.pt") if a.teacher else lambda pixels: self.model.vision.tower(pixels)
         self.state = dict(step=0, seconds=0., sequences=0)
         self.path = f"{a.work}/{a.name}.pt"
@@ -103,6 +120,8 @@ class Trainer:
         if saved:
             self.model.load_state_dict(saved["model"])
             self.heads.load_state_dict(saved["heads"])
+            if "words" in saved:
+                self.words.load_state_dict(saved["words"])
         if a.tower and (not saved or a.new_tower):
             tower = torch.load(f"{a.work}/{a.tower}.pt")
             self.model.vision.tower.load_state_dict(tower["tower"])
@@ -112,6 +131,7 @@ class Trainer:
             for p in self.model.vision.tower.parameters():
                 p.requires_grad = False
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        trained += [("words", p) for p in self.words.parameters()]
         matrix = lambda n, p: p.dim() == 2 and ("layers." in n or "img_projection" in n)
         self.optimiser = Both([p for n, p in trained if matrix(n, p)], [p for n, p in trained if not matrix(n, p)], a.muon, a.adam)
         if saved and os.path.exists(self.path):
@@ -121,8 +141,8 @@ class Trainer:
         self.pools = {"single": [], "detail": []}
 
     def save(self, seconds):
-        state = dict(self.state, seconds=self.state["seconds"] + seconds)
-        torch.save(dict(model=self.model.state_dict(), heads=self.heads.state_dict(), optimiser=self.optimiser.state_dict(), state=state, joint=self.a.joint), self.path + ".tmp")
+        state = dict(self.state, seconds=seconds)
+        torch.save(dict(model=self.model.state_dict(), heads=self.heads.state_dict(), words=self.words.state_dict(), optimiser=self.optimiser.state_dict(), state=state, joint=self.a.joint), self.path + ".tmp")
         os.replace(self.path + ".tmp", self.path)
 
     def encode(self, kind, samples):
@@ -148,11 +168,22 @@ class Trainer:
         del self.pools["single"][:-self.a.pool]
         turns = [ask(self.rng, s[1], s[2], TURNS) for s in samples]
         keep = [i for i, t in enumerate(turns) if t]
+        said = self.words(self.model.vision.img_projection(features), self.model.model.embed_tokens.weight)
+        cells = cells + self.a.words / max(self.a.cells, 1e-3) * loss_and_marks(said, taught, box)[0]
         tokens = self.model.vision.single(features[keep])
         tokens = tokens[:, 156:] if self.rng.random() < .5 else tokens
         before = self.model.model.embed_tokens(torch.tensor(self.prompts.before(0))).expand(len(keep), -1, -1)
         words, hit = self.loss(torch.cat([before, tokens], 1), self.rows([turns[i] for i in keep]))
         return self.a.cells * cells, words, hit
+
+    def align(self, n):
+        """The loss of `Words` on n pictures of the pool, and the share of objects it names."""
+        pool = self.pools["single"]
+        chosen = [pool[i] for i in self.rng.integers(0, len(pool), n)]
+        tokens = self.model.vision.img_projection(torch.stack([c[0] for c in chosen]).float())
+        taught, box = cell_targets([c[3] for c in chosen], np.zeros((n, 2), int))
+        loss, marks = loss_and_marks(self.words(tokens, self.model.model.embed_tokens.weight), taught, box)
+        return loss, marks
 
     def sample(self, kind, n):
         pool = self.pools[kind]
@@ -182,7 +213,7 @@ class Trainer:
             grid = self.pools["detail"][self.rng.integers(len(self.pools["detail"]))][3]
             alike = [d for d in self.pools["detail"] if d[3] == grid]
             chosen = [alike[i] for i in self.rng.permutation(len(alike))[:max(2, self.a.batch // 3)]]
-            turns = [ask(self.rng, s, f, TURNS, small) for _, s, f, _, small in chosen]
+            turns = [ask(self.rng, s, f, TURNS, smalls) for _, s, f, _, smalls in chosen]
             tokens = torch.stack([v.sequence(x[0].float(), x[1:].float(), *grid) for x, *_ in chosen])
             return torch.cat([before.expand(len(chosen), -1, -1), tokens], 1), self.rows(turns)
         if kind == "pair":
@@ -247,9 +278,9 @@ def evaluate(model, prompts, library, n=150, kind="single", seed=10 ** 6):
     v, before = model.vision, model.model.embed_tokens(torch.tensor(prompts.before(0)))
     for _ in range(n):
         if kind == "detail":
-            pixels, scene, frame, grid, small = detail_sample(rng, library)
+            pixels, scene, frame, grid, smalls = detail_sample(rng, library)
             f = model.see(from_255(pixels))
-            tokens, turns = v.sequence(f[0], f[1:], *grid), ask(rng, scene, frame, 4, small)
+            tokens, turns = v.sequence(f[0], f[1:], *grid), ask(rng, scene, frame, 4, smalls)
         else:
             picture, scene, frame, _ = single_sample(rng, library, augment=False)
             tokens = v.single(model.see(normalise(picture[None])))[0]
@@ -268,7 +299,7 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument("work"), p.add_argument("name"), p.add_argument("--tower"), p.add_argument("--start")
     p.add_argument("--teacher"), p.add_argument("--new-tower", action="store_true")
-    p.add_argument("--minutes", type=float, default=60)
+    p.add_argument("--minutes", type=float, default=60, help="of training in all, the resumed ones counted in")
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--seed", type=int, default=0)
@@ -280,8 +311,10 @@ def main():
     p.add_argument("--every", type=int, default=1, help="a new batch of pictures every so many steps")
     p.add_argument("--joint", action="store_true", help="the tower learns too, from the questions and from its cells")
     p.add_argument("--cells", type=float, default=.5, help="weight of the cells' loss when training jointly")
+    p.add_argument("--words", type=float, default=.2, help="weight of holding image tokens to the words (see Words)")
+    p.add_argument("--align", type=float, default=4, help="minutes of nothing but that, before a first run")
     p.add_argument("--int4", action="store_true", help="answer with weights rounded to four bits while training")
-    p.add_argument("--decay", action="store_true")
+    p.add_argument("--rates", type=float, nargs=2, default=(1., .02), help="share of the learning rates at the beginning and at the end")
     p.add_argument("--evaluate", type=float, default=10, help="minutes between evaluations")
     a = p.parse_args()
     rank, world = join()
@@ -294,13 +327,14 @@ def main():
     t.rng = np.random.default_rng([a.seed, rank, t.state["step"]])
     log = open(f"{a.work}/{a.name}.log" if rank == 0 else os.devnull, "a")
     share = min(.5, mix.get("detail", 0) * 1.2)
-    loader = iter(torch.utils.data.DataLoader(Pictures(a.work, a.seed * 10 ** 6 + t.state["step"] * 10 + rank, share, a.drawn, a.joint), batch_size=None, num_workers=1, prefetch_factor=8))
+    loader = iter(torch.utils.data.DataLoader(Pictures(a.work, a.seed * 10 ** 6 + t.state["step"] * 10 + rank, share, a.drawn, True), batch_size=None, num_workers=1, prefetch_factor=8))
     quantising = Straight(t.model) if a.int4 else None
     test = S.Library(a.work, held_out=True)
     while len(t.pools["single"]) < 64 or ("detail" in mix and len(t.pools["detail"]) < 12):
         t.encode(*next(loader))
-    begin = saved_at = tested_at = time.time()
-    sums = {}
+    saved_at = tested_at = time.time()
+    begin = saved_at - t.state["seconds"]
+    sums, marks = {}, {}
     first_step = t.state["step"]
     while (now := agreed(time.time() - begin)) < a.minutes * 60:
         drawn = next(loader) if t.state["step"] % a.every == 0 else None
@@ -309,6 +343,19 @@ def main():
         same = np.random.default_rng([a.seed, t.state["step"]])            # every process takes the same kind of step
         kind = str(same.choice(list(mix), p=np.array(list(mix.values())) / sum(mix.values())))
         with quantising if quantising else nullcontext():
+            if a.words and not (a.joint and kind == "single"):
+                close, found = t.align(8)
+                (a.words * close).backward()
+                for k, (r, n) in found.items():
+                    m = marks.setdefault(k, [0, 0])
+                    m[0], m[1] = m[0] + r, m[1] + n
+            if now < a.align * 60 and not t.state["sequences"]:
+                t.optimiser.step(min(1., (t.state["step"] + 1) / 60))
+                t.state["step"] += 1
+                if t.state["step"] % 100 == 0:
+                    print(json.dumps(dict(step=t.state["step"], minutes=round(now / 60, 1), words=round(close.item(), 3), cells={k: round(100 * r / max(n, 1), 1) for k, (r, n) in marks.items()})), file=log, flush=True)
+                    marks = {}
+                continue
             if a.joint and kind == "single":
                 while drawn is None or drawn[0] != "single":
                     drawn = next(loader)
@@ -321,17 +368,17 @@ def main():
                 loss.backward()
                 count = len(rows)
         rate = min(1., (t.state["step"] - first_step + 1) / 60)
-        if a.decay:
-            rate *= max(.02, 1 - now / (a.minutes * 60))
+        rate *= a.rates[0] + (a.rates[1] - a.rates[0]) * now / (a.minutes * 60)
         t.optimiser.step(rate)
         t.state["step"] += 1
         t.state["sequences"] += count * world
         s = sums.setdefault(kind, [[], []])
         s[0].append(loss.item()), s[1].append(hit)
         if t.state["step"] % 100 == 0:
-            line = dict(step=t.state["step"], sequences=t.state["sequences"], minutes=round((t.state["seconds"] + now) / 60, 1), pool={k: len(v) for k, v in t.pools.items()},
+            line = dict(step=t.state["step"], sequences=t.state["sequences"], minutes=round(now / 60, 1), pool={k: len(v) for k, v in t.pools.items()},
                         loss={k: round(float(np.mean(x)), 4) for k, (x, _) in sums.items()}, tokens={k: round(100 * float(np.mean(x)), 1) for k, (_, x) in sums.items()})
-            sums = {}
+            line["cells"] = {k: round(100 * r / max(n, 1), 1) for k, (r, n) in marks.items()}
+            sums, marks = {}, {}
             print(json.dumps(line), file=log, flush=True)
         if time.time() - tested_at > a.evaluate * 60 and rank == 0:
             report(log, t, test, mix, 60)

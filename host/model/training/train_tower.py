@@ -77,19 +77,19 @@ def normalise(pictures):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    def __init__(self, work, side, batch, seed):
-        self.work, self.side, self.batch, self.seed = work, side, batch, seed
+    def __init__(self, work, side, batch, seed, text=.26):
+        self.work, self.side, self.batch, self.seed, self.text = work, side, batch, seed, text
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         rng = np.random.default_rng([self.seed, info.id if info else 0])
         library = S.Library(self.work)
         while True:
-            yield make_batch(rng, library, self.side, self.batch)
+            yield make_batch(rng, library, self.side, self.batch, self.text)
 
 
-def make_batch(rng, library, side, batch):
-    made = [S.collage(rng, library, side) for _ in range(batch)]
+def make_batch(rng, library, side, batch, text=.26):
+    made = [S.collage(rng, library, side, text) for _ in range(batch)]
     taught = [S.labels(s) for s in made]
     span = (336 - side) // S.CELL + 1
     windows = rng.integers(0, span, (batch, 2)) * 2
@@ -148,7 +148,7 @@ def evaluate(tower, heads, library, side, seed=10 ** 6, batches=8):
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("work"), p.add_argument("name")
-    p.add_argument("--minutes", type=float, default=60)
+    p.add_argument("--minutes", type=float, default=60, help="of training in all, the resumed ones counted in")
     p.add_argument("--side", type=int, default=168)
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--threads", type=int, default=2)
@@ -157,6 +157,7 @@ def main():
     p.add_argument("--muon", type=float, default=.02)
     p.add_argument("--adam", type=float, default=1e-3)
     p.add_argument("--init", default="local")
+    p.add_argument("--text", type=float, default=.26, help="share of the places in a picture that hold writing")
     p.add_argument("--start", help="checkpoint to begin from")
     p.add_argument("--decay", action="store_true", help="fall to nothing over these minutes")
     p.add_argument("--teacher", help="checkpoint of teacher.py whose features and answers are taught too")
@@ -189,12 +190,12 @@ def main():
             state = saved["state"]
             if (guide is None) == ("guide" not in saved):
                 optimiser.load_state_dict(saved["optimiser"])
-    loader = iter(torch.utils.data.DataLoader(Stream(a.work, a.side, a.batch // world, a.seed * 10 ** 6 + state["step"] * 10 + rank), batch_size=None,
+    loader = iter(torch.utils.data.DataLoader(Stream(a.work, a.side, a.batch // world, a.seed * 10 ** 6 + state["step"] * 10 + rank, a.text), batch_size=None,
                                               num_workers=1, prefetch_factor=6))
     test = S.Library(a.work, held_out=True)
     for _ in range(2):
         next(loader)
-    begin, saved_at, sums, losses, hints = time.time(), time.time(), {}, [], []
+    begin, saved_at, sums, losses, hints = time.time() - state["seconds"], time.time(), {}, [], []
     while (now := agreed(time.time() - begin)) < a.minutes * 60:
         pictures, windows, taught, box = next(loader)
         pixels = normalise(pictures)
@@ -219,7 +220,7 @@ def main():
             s[0] += r
             s[1] += n
         if state["step"] % 100 == 0:
-            line = dict(step=state["step"], seen=state["seen"], minutes=round(state["seconds"] / 60 + now / 60, 1), loss=round(float(np.mean(losses)), 4),
+            line = dict(step=state["step"], seen=state["seen"], minutes=round(now / 60, 1), loss=round(float(np.mean(losses)), 4),
                         train={k: round(100 * r / max(n, 1), 1) for k, (r, n) in sums.items()}, rate=round(rate, 3))
             if hints:
                 line["hint"], hints = round(float(np.mean(hints)), 4), []
@@ -237,7 +238,7 @@ def main():
 
 
 def save(path, tower, heads, guide, optimiser, state, seconds):
-    kept = dict(state, seconds=state["seconds"] + seconds)
+    kept = dict(state, seconds=seconds)
     content = dict(tower=tower.state_dict(), heads=heads.state_dict(), optimiser=optimiser.state_dict(), state=kept)
     if guide:
         content["guide"] = guide.state_dict()

@@ -69,6 +69,7 @@ pub(crate) const SETS: [Set; 2] = [
             test_guest("other-track"),
             test_guest("phi3-loud"),
             test_guest("hd-one"),
+            test_guest("hd-backwards"),
             test_guest("no-response-cache"),
         ],
     },

@@ -1,0 +1,35 @@
+#!/bin/sh
+# train.sh WORK_DIR: from an empty virtual environment to the checkpoint, in one command. WORK_DIR receives everything: the
+# downloads, the checkpoints, the figures (*.log) and at last export/int4, what the binary carries.
+# Every stage resumes: run it again after an interruption. Two cores and 8 GB of memory; about eight hours of training.
+#   PYTHON=python3  the virtual environment's interpreter, with requirements.txt installed (made in WORK_DIR/venv if unset)
+#   PROCESSES=2     one per core
+#   SPEED=1         divides every stage's minutes: 20 tries the whole chain out
+set -eu
+mkdir -p "$1"
+work=$(cd "$1" && pwd)
+here=$(cd "$(dirname "$0")" && pwd)
+if [ -z "${PYTHON:-}" ]; then
+    [ -x "$work/venv/bin/python" ] || python3 -m venv "$work/venv"
+    PYTHON="$work/venv/bin/python"
+    "$PYTHON" -m pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu -r "$here/requirements.txt"
+fi
+export PYTHON
+
+once() {    # once NAME COMMAND...: what has been done is not done again
+    name=$1; shift
+    [ -e "$work/$name.done" ] && return
+    echo "== $name" && "$@" && touch "$work/$name.done"
+}
+stage() {   # stage NAME MINUTES SCRIPT ARGS...: a training of so many minutes that continues where NAME.pt stands
+    name=$1; minutes=$(awk "BEGIN { print $2 / ${SPEED:-1} }"); script=$3; shift 3
+    once "$name" sh "$here/launch.sh" "${PROCESSES:-2}" "$here/$script" "$work" "$name" --minutes "$minutes" "$@"
+}
+
+once fetched sh "$here/fetch.sh" "$work"
+once drawn "$PYTHON" "$here/sprites.py" "$work"
+once spelled "$PYTHON" "$here/tokenizer.py" "$work/tokenizer.json"
+@STAGES@
+"$PYTHON" "$here/export.py" "$work" int4 "$work/export"
+once asked "$PYTHON" "$here/suite.py" "$work" "$work/suite"
+echo "now: visor eval --checkpoint $work/export/int4 --suite $work/suite --report report.html"
