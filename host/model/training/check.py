@@ -37,7 +37,7 @@ def main(work, name, suite, answers):
     model = Phi3V(CONFIG)
     model.load_state_dict({k: t.half().float() for k, t in torch.load(f"{work}/{name}.pt")["model"].items()})
     model.eval()
-    prompts, theirs = Prompts(f"{work}/tokenizer.json"), {o["id"]: o["answer"] for o in json.load(open(answers))["outcomes"]}
+    prompts, theirs = Prompts(f"{work}/tokenizer.json"), {o["id"]: o["answer"] for o in json.load(open(answers))["runs"][0]["cases"]}
     equal = asked = 0
     for line in open(f"{suite}/cases.jsonl"):
         case = json.loads(line)

@@ -1,7 +1,7 @@
 #!/bin/sh
 # train.sh WORK_DIR: from an empty virtual environment to the checkpoint, in one command. WORK_DIR receives everything: the
 # downloads, the checkpoints, the figures (*.log) and at last export/int4, what the binary carries.
-# Every stage resumes: run it again after an interruption. Two cores and 8 GB of memory; about eight hours of training.
+# Every stage resumes: run it again after an interruption. Two cores and 8 GB of memory; about six hours of training.
 #   PYTHON=python3  the virtual environment's interpreter, with requirements.txt installed (made in WORK_DIR/venv if unset)
 #   PROCESSES=2     one per core
 #   SPEED=1         divides every stage's minutes: 20 tries the whole chain out
@@ -29,7 +29,12 @@ stage() {   # stage NAME MINUTES SCRIPT ARGS...: a training of so many minutes t
 once fetched sh "$here/fetch.sh" "$work"
 once drawn "$PYTHON" "$here/sprites.py" "$work"
 once spelled "$PYTHON" "$here/tokenizer.py" "$work/tokenizer.json"
-@STAGES@
-"$PYTHON" "$here/export.py" "$work" int4 "$work/export"
+stage teacher 60 teacher.py --decay --seed 1
+stage tower 75 train_tower.py --teacher teacher --decay --seed 31
+stage letters 40 train_tower.py --start "$work/tower.pt" --teacher teacher --decay --muon .013 --adam 7e-4 --text .48 --seed 61
+stage language 90 train_language.py --tower letters --batch 12 --drawn 4 --rates 1 .3 --mix global=.74,single=.05,talk=.09,pair=.12 --seed 71
+stage crops 60 train_language.py --start "$work/language.pt" --tower letters --batch 12 --drawn 4 --align 0 --rates .4 .02 \
+    --mix global=.37,single=.13,talk=.06,pair=.12,detail=.32 --seed 91
+"$PYTHON" "$here/export.py" "$work" crops "$work/export"
 once asked "$PYTHON" "$here/suite.py" "$work" "$work/suite"
 echo "now: visor eval --checkpoint $work/export/int4 --suite $work/suite --report report.html"

@@ -22,7 +22,7 @@ TURNS = 6
 
 class Words(torch.nn.Module):
     """Holds image tokens to the space of the words. A cell's token must be nearest, among the embeddings of the words that
-    name objects, colours and characters, to its own; where it lies and what else it is are plain linear questions. An
+    name objects, colours, characters and parts of a picture, to its own; what else it is are plain linear questions. An
     image of a cat then arrives at the decoder looking like the word "cat", and one way of copying serves every noun."""
 
     def __init__(self, prompts, hidden):
@@ -30,9 +30,10 @@ class Words(torch.nn.Module):
         whole = lambda word: prompts.encode("a " + word)[len(prompts.encode("a")):]
         inside = lambda character: prompts.encode('"' + character)[-1:]
         objects = [[], whole("text")] + [whole(n) for n in S.SHAPES + S.CLOTHES + S.NOUNS]
-        self.names = {"object": objects, "colour": [whole(c) for c in S.COLOUR_NAMES], "character": [[]] + [inside(c) for c in S.CHARS]}
+        self.names = {"object": objects, "colour": [whole(c) for c in S.COLOUR_NAMES], "character": [[]] + [inside(c) for c in S.CHARS],
+                      "zone": [whole(" ".join(z.split()[2:])) for row in Q.ZONES for z in row]}
         self.nothing = torch.nn.Parameter(torch.randn(2, hidden) * .5)             # no object, no character
-        self.scale = torch.nn.Parameter(torch.tensor([2., 2., 2.]))
+        self.scale = torch.nn.Parameter(torch.full((4,), 2.))
         self.rest = torch.nn.Linear(hidden, S.CHAR_PLACES + 2 + 4)
 
     def forward(self, tokens, embedding):
@@ -43,6 +44,26 @@ class Words(torch.nn.Module):
             vectors = torch.stack([embedding[ids].sum(0) * len(ids) ** -.5 if ids else missing for ids in lists])
             said[key] = x @ vectors.T * (self.scale[k] / x.shape[-1] ** .5)
         return said | dict(zip(("place", "centre", "box"), self.rest(x).split([S.CHAR_PLACES, 2, 4], -1)))
+
+    def loss(self, tokens, embedding, samples):
+        """tokens (batch, 12, 12, hidden) of samples (.., frame, labels): the loss, and for each question (right, asked)."""
+        taught, box = cell_targets([s[3] for s in samples], np.zeros((len(samples), 2), int))
+        said = self(tokens, embedding)
+        loss, marks = loss_and_marks(said, taught, box)
+        zone = zones(box, torch.tensor([s[2] for s in samples]))
+        held = zone >= 0
+        if held.any():
+            loss = loss + .6 * F.cross_entropy(said["zone"][held], zone[held], reduction="sum") / zone.numel()
+            marks["zone"] = (said["zone"].argmax(-1) == zone)[held].sum().item(), held.sum().item()
+        return loss, marks
+
+
+def zones(box, frame):
+    """box (batch, rows, columns, 4) of `cell_targets`, frame (batch, 4) px: in which ninth of its picture the middle of each
+    cell's object lies, row by row; -1 where there is none."""
+    inside = [((box[..., k] + 1) * 168 - frame[:, k, None, None]) / frame[:, 2 + k, None, None] for k in (0, 1)]
+    x, y = ((c * 3).clamp(0, 2.999).nan_to_num(0).long() for c in inside)
+    return torch.where(box.isnan().any(-1), -1, 3 * y + x)
 
 
 class Pictures(torch.utils.data.IterableDataset):
@@ -60,6 +81,11 @@ class Pictures(torch.utils.data.IterableDataset):
                 yield "detail", [detail_sample(rng, library) for _ in range(2)]
             else:
                 yield "single", [single_sample(rng, library, labelled=self.labelled) for _ in range(self.batch)]
+
+
+def as_drawn(batch):
+    """Labels stay arrays: as tensors, each would hold a file descriptor for as long as the pool holds it."""
+    return batch
 
 
 def single_sample(rng, library, kind=None, augment=True, worn=.5, labelled=False):
@@ -120,7 +146,7 @@ class Trainer:
         if saved:
             self.model.load_state_dict(saved["model"])
             self.heads.load_state_dict(saved["heads"])
-            if "words" in saved:
+            if "words" in saved and saved["words"]["scale"].shape == self.words.scale.shape:
                 self.words.load_state_dict(saved["words"])
         if a.tower and (not saved or a.new_tower):
             tower = torch.load(f"{a.work}/{a.tower}.pt")
@@ -168,8 +194,8 @@ class Trainer:
         del self.pools["single"][:-self.a.pool]
         turns = [ask(self.rng, s[1], s[2], TURNS) for s in samples]
         keep = [i for i, t in enumerate(turns) if t]
-        said = self.words(self.model.vision.img_projection(features), self.model.model.embed_tokens.weight)
-        cells = cells + self.a.words / max(self.a.cells, 1e-3) * loss_and_marks(said, taught, box)[0]
+        close, _ = self.words.loss(self.model.vision.img_projection(features), self.model.model.embed_tokens.weight, samples)
+        cells = cells + self.a.words / max(self.a.cells, 1e-3) * close
         tokens = self.model.vision.single(features[keep])
         tokens = tokens[:, 156:] if self.rng.random() < .5 else tokens
         before = self.model.model.embed_tokens(torch.tensor(self.prompts.before(0))).expand(len(keep), -1, -1)
@@ -181,9 +207,7 @@ class Trainer:
         pool = self.pools["single"]
         chosen = [pool[i] for i in self.rng.integers(0, len(pool), n)]
         tokens = self.model.vision.img_projection(torch.stack([c[0] for c in chosen]).float())
-        taught, box = cell_targets([c[3] for c in chosen], np.zeros((n, 2), int))
-        loss, marks = loss_and_marks(self.words(tokens, self.model.model.embed_tokens.weight), taught, box)
-        return loss, marks
+        return self.words.loss(tokens, self.model.model.embed_tokens.weight, chosen)
 
     def sample(self, kind, n):
         pool = self.pools[kind]
@@ -327,7 +351,7 @@ def main():
     t.rng = np.random.default_rng([a.seed, rank, t.state["step"]])
     log = open(f"{a.work}/{a.name}.log" if rank == 0 else os.devnull, "a")
     share = min(.5, mix.get("detail", 0) * 1.2)
-    loader = iter(torch.utils.data.DataLoader(Pictures(a.work, a.seed * 10 ** 6 + t.state["step"] * 10 + rank, share, a.drawn, True), batch_size=None, num_workers=1, prefetch_factor=8))
+    loader = iter(torch.utils.data.DataLoader(Pictures(a.work, a.seed * 10 ** 6 + t.state["step"] * 10 + rank, share, a.drawn, True), batch_size=None, collate_fn=as_drawn, num_workers=1, prefetch_factor=8))
     quantising = Straight(t.model) if a.int4 else None
     test = S.Library(a.work, held_out=True)
     while len(t.pools["single"]) < 64 or ("detail" in mix and len(t.pools["detail"]) < 12):
