@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import pictures as P
 import scenes as S
 from model import VisionTower, local_init, whitening_init
 from optimise import Both, agreed, join
@@ -89,7 +90,8 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def make_batch(rng, library, side, batch, text=.26):
-    made = [S.collage(rng, library, side, text) for _ in range(batch)]
+    whole = lambda: side == 336 and rng.random() < .5              # at full size, half are as people send them
+    made = [P.picture(rng, library)[0] if whole() else S.collage(rng, library, side, text) for _ in range(batch)]
     taught = [S.labels(s) for s in made]
     span = (336 - side) // S.CELL + 1
     windows = rng.integers(0, span, (batch, 2)) * 2
