@@ -38,6 +38,7 @@ def lines(rng, n):
 def build():
     rng = np.random.default_rng(0)
     text = list(lines(rng, 6000)) + [f"{Q.article(n)} {n} {Q.PLURAL[n]}" for n in S.NOUNS for _ in range(40)]
+    text += [f"There are {n} objects." for n in Q.NUMBERS for _ in range(40)]
     base = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
     t = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
