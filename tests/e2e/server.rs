@@ -55,8 +55,7 @@ impl Log {
 
 /// The golden checkpoint that most tests serve.
 pub fn random_checkpoint() -> PathBuf {
-    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden");
-    Path::new(root).join("ckpt_mha_int4")
+    repository("tests/golden/ckpt_mha_int4")
 }
 
 impl Server {

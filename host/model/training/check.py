@@ -12,10 +12,10 @@ import json, sys
 import numpy as np
 import torch
 from PIL import Image
+from cells import normalise
 from config import CONFIG
 from model import Phi3V
 from prompts import Prompts
-from train_tower import normalise
 
 
 @torch.no_grad()

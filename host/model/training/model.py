@@ -3,7 +3,7 @@
 CLIP tower (pre-LN, class token, quick GELU, features of layer -2) -> 2x2 merge -> sub_GN / glb_GN separators ->
 two-layer GELU projector -> Phi-3 decoder (RMSNorm, fused qkv and gate_up, longrope). Source of the maths: the remote code
 of microsoft/Phi-3.5-vision-instruct; the Rust port in host/model is held to it by golden tensors, and this file to the
-Rust port by `export.py --check`."""
+Rust port by `check.py`."""
 import json, math
 import numpy as np
 import torch
@@ -70,13 +70,15 @@ class Embeddings(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, d=192, layers=7, heads=3, mlp=768):
+    def __init__(self, c):
+        """c: the configuration's `img_processor`."""
         super().__init__()
+        d, heads = c["hidden_size"], c["num_attention_heads"]
         self.d, self.heads = d, heads
         self.embeddings = Embeddings(d)
         self.pre_layrnorm, self.post_layernorm = nn.LayerNorm(d), nn.LayerNorm(d)
         self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(VisionLayer(d, heads, mlp) for _ in range(layers))
+        self.encoder.layers = nn.ModuleList(VisionLayer(d, heads, c["intermediate_size"]) for _ in range(c["num_hidden_layers"]))
 
     def forward(self, pixels, windows=None, keep=None):
         """pixels (batch, 3, 14 gh, 14 gw) normalised; windows (batch, 2) the row and column of the 24 x 24 position grid
@@ -234,7 +236,7 @@ class ImageEmbedding(nn.Module):
         v = c["img_processor"]
         d, out = v["hidden_size"], c["hidden_size"]
         self.img_processor = nn.Module()
-        self.img_processor.vision_model = VisionTower(d, v["num_hidden_layers"], v["num_attention_heads"], v["intermediate_size"])
+        self.img_processor.vision_model = VisionTower(v)
         self.glb_GN = nn.Parameter(torch.randn(1, 1, 4 * d) * .5)
         self.sub_GN = nn.Parameter(torch.randn(1, 1, 1, 4 * d) * .5)
         self.img_projection = nn.Sequential(nn.Linear(4 * d, out), nn.GELU(), nn.Linear(out, out))
@@ -299,12 +301,15 @@ class Phi3V(nn.Module):
         angle = positions[..., None].float() * self.inverse
         return angle.cos() * self.scale, angle.sin() * self.scale
 
-    def hidden(self, x, positions=None, mask=None):
-        """x (batch, positions, hidden) embeddings -> final hidden states. mask: (batch, 1, t, t) bool, True where seen."""
+    def hidden(self, x, positions=None, mask=None, keep=None):
+        """x (batch, positions, hidden) embeddings -> final hidden states. mask: (batch, 1, t, t), added to the scores. `keep`,
+        a dictionary, receives what enters the layers that are its keys."""
         rope = self.rope(torch.arange(x.shape[1]) if positions is None else positions)
         if positions is not None and positions.dim() == 2:
             rope = rope[0][:, None], rope[1][:, None]
-        for layer in self.model.layers:
+        for depth, layer in enumerate(self.model.layers):
+            if keep is not None and depth in keep:
+                keep[depth] = x
             x = layer(x, rope, mask)
         return self.model.norm(x)
 

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 
-def join():
-    """(rank, processes): as `launch.sh` started us, or alone."""
+def join(a):
+    """(rank, processes): as `launch.sh` started us, or alone. `a`: the command's options."""
+    torch.set_num_threads(a.threads)
+    torch.set_flush_denormal(True)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
@@ -92,20 +94,17 @@ class Muon(torch.optim.Optimizer):
                 p.add_(p.grad, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** .5)
 
 
-class Both:
-    """Muon and AdamW as one. `rate` scales the two base rates."""
+class Parts:
+    """Optimisers as one. `rate` scales their base rates; gradients are the mean of every process's and clipped together."""
 
-    def __init__(self, matrices, others, muon_lr=.02, adam_lr=1e-3, decay=.01):
-        if muon_lr == 0:                           # AdamW alone, for comparison
-            matrices, others = [], [*others, *matrices]
-        self.parts = [Muon(matrices, muon_lr, decay=decay)] if matrices else []
-        self.parts.append(torch.optim.AdamW(others, adam_lr, (.9, .98), weight_decay=decay))
-        self.base = [muon_lr, adam_lr] if matrices else [adam_lr]
-        self.params = [p for part in self.parts for g in part.param_groups for p in g["params"]]
+    def __init__(self, *parts, clip=1.):
+        self.parts, self.clip = parts, clip
+        self.base = [part.param_groups[0]["lr"] for part in parts]
+        self.params = [p for part in parts for g in part.param_groups for p in g["params"]]
 
     def step(self, rate):
         mean_([p.grad for p in self.params if p.grad is not None])
-        torch.nn.utils.clip_grad_norm_(self.params, 1.)
+        torch.nn.utils.clip_grad_norm_(self.params, self.clip)
         for part, base in zip(self.parts, self.base):
             for group in part.param_groups:
                 group["lr"] = base * rate
@@ -119,3 +118,7 @@ class Both:
     def load_state_dict(self, states):
         for p, s in zip(self.parts, states):
             p.load_state_dict(s)
+
+
+def muon_and_adam(matrices, others, muon_lr, adam_lr, decay=.01):
+    return Parts(Muon(matrices, muon_lr, decay=decay), torch.optim.AdamW(others, adam_lr, (.9, .98), weight_decay=decay))

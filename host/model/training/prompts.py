@@ -4,6 +4,7 @@
 its own with BOS in front (spec of the real processor)."""
 import numpy as np
 import torch
+from looks import spans
 from tokenizers import Tokenizer
 
 IGNORE = -100
@@ -29,29 +30,39 @@ class Prompts:
         """Ids between one answer's <|end|> and the next answer."""
         return self.encode("\n<|user|>\n" + question + "<|end|>\n<|assistant|>\n")
 
-    def answer(self, text):
-        return self.encode(text) + [self.end]
+    def answer(self, turn):
+        """Ids of a turn's answer, and which of them should look where: (index, boxes for each head)."""
+        coded, about = self.tokenizer.encode(turn.answer, add_special_tokens=False), spans(turn)
+        looks = []
+        for k, (start, end) in enumerate(coded.offsets):
+            found = next((boxes for a, b, boxes in about if a < end and start < b and (b - a > 1 or end - start == 1)), None)
+            if found is not None:
+                looks.append((k, found))
+        return coded.ids + [self.end], looks
 
     def independent(self, turns, images=1):
-        """Every turn as if it were the first: ids, targets, segment numbers, positions after the prefix."""
-        ids, targets, segments, positions = [], [], [], []
+        """Every turn as if it were the first: ids, targets, segment numbers, positions after the prefix, and looks: (position
+        of the text, boxes that the next token is about)."""
+        ids, targets, segments, positions, looks = [], [], [], [], []
         for s, t in enumerate(turns):
-            q, a = self.opening(t.question, images), self.answer(t.answer)
+            q, (a, found) = self.opening(t.question, images), self.answer(t)
+            looks += [(len(ids) + len(q) - 1 + k, boxes) for k, boxes in found]
             ids += q + a
             targets += [IGNORE] * (len(q) - 1) + a + [IGNORE]
             segments += [s] * (len(q) + len(a))
             positions += range(len(q) + len(a))
-        return ids, targets, segments, positions
+        return ids, targets, segments, positions, looks
 
     def conversation(self, turns, images=1):
         """The turns one after the other, as a client sends them."""
-        ids, targets = [], []
+        ids, targets, looks = [], [], []
         for s, t in enumerate(turns):
             q = self.opening(t.question, images) if s == 0 else self.next(t.question)
-            a = self.answer(t.answer)
+            a, found = self.answer(t)
+            looks += [(len(ids) + len(q) - 1 + k, boxes) for k, boxes in found]
             ids += q + a
             targets += [IGNORE] * (len(q) - 1) + a + [IGNORE]
-        return ids, targets, [0] * len(ids), list(range(len(ids)))
+        return ids, targets, [0] * len(ids), list(range(len(ids))), looks
 
 
 def collate(rows, prefix):
@@ -61,7 +72,7 @@ def collate(rows, prefix):
     b = len(rows)
     ids, targets = torch.zeros(b, n, dtype=torch.long), torch.full((b, n), IGNORE)
     segments, positions = torch.full((b, n), -1), torch.zeros(b, n, dtype=torch.long)
-    for i, (a, t, s, p) in enumerate(rows):
+    for i, (a, t, s, p, _) in enumerate(rows):
         ids[i, :len(a)], targets[i, :len(a)], segments[i, :len(a)], positions[i, :len(a)] = map(torch.tensor, (a, t, s, p))
     whole = torch.cat([torch.full((b, prefix), -2), segments], 1)
     see = (whole[:, None, :] == whole[:, :, None]) | (whole[:, None, :] == -2)

@@ -50,7 +50,7 @@ def packed(w):
 class Straight:
     """Quantisation-aware steps: inside `with`, the weights are the rounded ones; the gradients reach the full ones."""
 
-    def __init__(self, model, share=1.):
+    def __init__(self, model):
         self.params = [p for n, p in model.named_parameters() if quantised(n, p.shape)]
 
     def __enter__(self):

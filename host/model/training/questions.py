@@ -24,6 +24,8 @@ class Turn:
     category: str
     accepted: list
     match: str = "words"
+    about: list | None = None      # the things that the answer is about, none of them or unknown, for `looks.py`
+    beside: list | None = None     # what they are compared with
 
 
 def pick(rng, options):
@@ -86,7 +88,7 @@ READ_LETTERS = ["What letters are shown?", "Which letters do you see?", "What wo
 def describe(rng, things, frame):
     things = sorted(things, key=lambda t: t.centre[0])
     question = pick(rng, DESCRIBE if len(things) != 1 or rng.random() < .5 else WHAT)
-    return Turn(question, shown(things), "describe", [noun(t) if t.kind != "text" else t.name for t in things], "all")
+    return Turn(question, shown(things), "describe", [noun(t) if t.kind != "text" else t.name for t in things], "all", things)
 
 
 def shown(things):
@@ -100,19 +102,19 @@ def shown(things):
 
 def name_single(rng, t, frame):
     if t.kind == "clothing":
-        return Turn(pick(rng, WEAR + WHAT + DESCRIBE), shown([t]), "clothing", [t.name])
+        return Turn(pick(rng, WEAR + WHAT + DESCRIBE), shown([t]), "clothing", [t.name], about=[t])
     if t.kind == "text":
         return read(rng, t)
     if t.kind == "shape":
         q = pick(rng, ["What shape is this?", "Which shape is shown?", "What shape is it?", "What shape do you see?", "Name the shape.",
                        "What is the shape?", "What kind of shape is this?"])
-        return Turn(q, f"It is {phrase(t, False)}.", "shape", [noun(t)])
-    return Turn(pick(rng, WHAT + DESCRIBE), shown([t]), "name", [t.name])
+        return Turn(q, f"It is {phrase(t, False)}.", "shape", [noun(t)], about=[t])
+    return Turn(pick(rng, WHAT + DESCRIBE), shown([t]), "name", [t.name], about=[t])
 
 
 def read(rng, t):
     pool = READ + (READ_DIGITS if t.name.isdigit() else READ_LETTERS if t.name.isalpha() else [])
-    return Turn(pick(rng, pool), f'It says "{t.name}".', "read", [t.name], "text")
+    return Turn(pick(rng, pool), f'It says "{t.name}".', "read", [t.name], "text", [t])
 
 
 def coloured(rng, t, things):
@@ -121,15 +123,15 @@ def coloured(rng, t, things):
         same = [o for o in things if o.colour == t.colour]
         if len(same) == 1 and t.kind == "shape":
             q = pick(rng, [f"What is {t.colour}?", f"Which object is {t.colour}?", f"What shape is {t.colour}?", f"Which shape is {t.colour}?"])
-            return Turn(q, f"The {n} is {t.colour}.", "colour", [n])
+            return Turn(q, f"The {n} is {t.colour}.", "colour", [n], about=[t])
     if rng.random() < .3:
         asked = t.colour if rng.random() < .5 else pick(rng, [c for c in S.COLOUR_NAMES if c != t.colour])
         yes = asked == t.colour
         q = pick(rng, [f"Is the {n} {asked}?", f"Is this {n} {asked}?"])
-        return Turn(q, f"Yes, the {n} is {asked}." if yes else f"No, the {n} is {t.colour}.", "yes-no", ["yes" if yes else "no"], "yes-no")
+        return Turn(q, f"Yes, the {n} is {asked}." if yes else f"No, the {n} is {t.colour}.", "yes-no", ["yes" if yes else "no"], "yes-no", [t])
     q = pick(rng, [f"What color is the {n}?", f"What colour is the {n}?", f"Which color is the {n}?", f"What is the color of the {n}?",
                    f"Tell me the color of the {n}.", f"Which colour does the {n} have?"])
-    return Turn(q, f"The {n} is {t.colour}.", "colour", [t.colour])
+    return Turn(q, f"The {n} is {t.colour}.", "colour", [t.colour], about=[t])
 
 
 def backdrop(rng, name):
@@ -151,7 +153,8 @@ def exists(rng, things, near=None):
     a = article(asked)
     q = pick(rng, [f"Is there {a} in the image?", f"Is there {a}?", f"Do you see {a}?", f"Can you see {a} in this picture?", f"Does the image show {a}?",
                    f"Is {a} in the picture?", f"Is there {a} in this picture?", f"Does this picture contain {a}?"])
-    return Turn(q, f"Yes, I see {a}." if yes else f"No, I do not see {a}.", "yes-no", ["yes" if yes else "no"], "yes-no")
+    return Turn(q, f"Yes, I see {a}." if yes else f"No, I do not see {a}.", "yes-no", ["yes" if yes else "no"], "yes-no",
+                [t for t in things if noun(t) == asked])
 
 
 def is_it(rng, t):
@@ -164,7 +167,7 @@ def is_it(rng, t):
     a = WORN.get(asked) or article(asked)
     is_ = WORN.get(n) or article(n)
     return Turn(pick(rng, [f"Is this {a}?", f"Is it {a}?", f"Does this show {a}?", f"Is that {a}?"]),
-                f"Yes, this is {a}." if yes else f"No, this is {is_}.", "yes-no", ["yes" if yes else "no"], "yes-no")
+                f"Yes, this is {a}." if yes else f"No, this is {is_}.", "yes-no", ["yes" if yes else "no"], "yes-no", [t])
 
 
 def count(rng, things):
@@ -174,7 +177,7 @@ def count(rng, things):
     if rng.random() < .25 and all(t.kind in ("concept", "shape") for t in things):
         n = len(things)
         q = pick(rng, ["How many objects are there?", "How many things are in the picture?", "How many objects do you see?", "Count the objects."])
-        return Turn(q, f"There is one object." if n == 1 else f"There are {NUMBERS[n]} objects.", "count", [NUMBERS[n], str(n)])
+        return Turn(q, f"There is one object." if n == 1 else f"There are {NUMBERS[n]} objects.", "count", [NUMBERS[n], str(n)], about=things)
     if rng.random() < .1:
         asked = pick(rng, [n for n in S.NOUNS if n not in nouns])
     else:
@@ -183,7 +186,7 @@ def count(rng, things):
     q = pick(rng, [f"How many {many} are there?", f"How many {many} do you see?", f"How many {many} are in the picture?", f"Count the {many}.",
                    f"How many {many} can you see?", f"What is the number of {many}?"])
     said = f"There are no {many}." if n == 0 else f"There is one {asked}." if n == 1 else f"There are {NUMBERS[n]} {many}."
-    return Turn(q, said, "count", [NUMBERS[n], str(n)])
+    return Turn(q, said, "count", [NUMBERS[n], str(n)], about=[t for t in things if noun(t) == asked])
 
 
 def where(rng, t, frame):
@@ -193,14 +196,14 @@ def where(rng, t, frame):
                    f"Where can I find the {n}?", f"What is the position of the {n}?"])
     words = z.split()
     accepted = [" ".join(words[2:])] + (["middle", "centre"] if words[-1] == "center" else [])
-    return Turn(q, f"The {n} is {z}.", "position", accepted)
+    return Turn(q, f"The {n} is {z}.", "position", accepted, about=[t])
 
 
 def not_there(rng, things):
     present = {noun(t) for t in things}
     n = pick(rng, [m for m in S.NOUNS if m not in present])
     q = pick(rng, [f"Where is the {n}?", f"What color is the {n}?"])
-    return Turn(q, f"I do not see {article(n)}.", "describe", ["not"])
+    return Turn(q, f"I do not see {article(n)}.", "describe", ["not"], about=[])
 
 
 def relation(rng, a, b):
@@ -214,12 +217,13 @@ def relation(rng, a, b):
     first, second = (a, b) if (dx if horizontal else dy) > 0 else (b, a)   # first is left of, or above, second
     near, far = ("left", "right") if horizontal else ("top", "bottom")
     one, other = noun(first), noun(second)
+    by = {one: first, other: second}
     form = rng.random()
     if form < .35:
         side, n = (near, one) if rng.random() < .5 else (far, other)
         at = f"on the {side}" if horizontal else f"at the {side}"
         q = pick(rng, [f"What is {at}?", f"Which object is {at}?", f"What do you see {at}?", f"What thing is {at}?"])
-        return Turn(q, f"The {n} is {at}.", "position", [n])
+        return Turn(q, f"The {n} is {at}.", "position", [n], about=[first if n == one else second])
     words = (f"left of", f"right of") if horizontal else ("above", "below")
     swap = rng.random() < .5
     x, y = (other, one) if swap else (one, other)
@@ -228,32 +232,33 @@ def relation(rng, a, b):
         asked = pick(rng, words)
         yes = asked == true
         q = pick(rng, [f"Is the {x} {asked} the {y}?", f"Is the {x} {'to the ' if horizontal else ''}{asked} the {y}?"])
-        return Turn(q, f"Yes, the {x} is {true} the {y}." if yes else f"No, the {x} is {true} the {y}.", "yes-no", ["yes" if yes else "no"], "yes-no")
+        return Turn(q, f"Yes, the {x} is {true} the {y}." if yes else f"No, the {x} is {true} the {y}.", "yes-no", ["yes" if yes else "no"], "yes-no", [by[x]], [by[y]])
     if form < .85:
         q = pick(rng, [f"What is {true} the {y}?", f"Which object is {true} the {y}?"])
-        return Turn(q, f"The {x} is {true} the {y}.", "position", [x])
+        return Turn(q, f"The {x} is {true} the {y}.", "position", [x], about=[by[y]], beside=[by[x]])
     q = pick(rng, [f"Where is the {x} relative to the {y}?", f"Is the {x} {words[0]} or {words[1]} the {y}?"])
-    return Turn(q, f"The {x} is {true} the {y}.", "position", [true.split()[0]])
+    return Turn(q, f"The {x} is {true} the {y}.", "position", [true.split()[0]], about=[by[x]], beside=[by[y]])
 
 
 def bigger(rng, a, b):
     sizes = [t.box[2] * t.box[3] for t in (a, b)]
     if noun(a) == noun(b) or max(sizes) < 1.6 * min(sizes):
         return None
-    big, small = (noun(t) for t in ((a, b) if sizes[0] > sizes[1] else (b, a)))
+    largest, least = (a, b) if sizes[0] > sizes[1] else (b, a)
+    big, small = noun(largest), noun(least)
     one, other = (big, small) if rng.random() < .5 else (small, big)
     if rng.random() < .5:
         q = pick(rng, ["Which object is bigger?", "Which is bigger?", f"Which is bigger, the {one} or the {other}?", "What is larger?"])
-        return Turn(q, f"The {big} is bigger.", "size", [big])
+        return Turn(q, f"The {big} is bigger.", "size", [big], about=[largest], beside=[least])
     q = pick(rng, ["Which object is smaller?", "Which is smaller?", f"Which is smaller, the {one} or the {other}?"])
-    return Turn(q, f"The {small} is smaller.", "size", [small])
+    return Turn(q, f"The {small} is smaller.", "size", [small], about=[least], beside=[largest])
 
 
 def points(rng, t):
     way = t.name.split()[1]
     q = pick(rng, ["Which way does the arrow point?", "Where does the arrow point?", "In which direction does the arrow point?",
                    "What direction is the arrow pointing?", "Which direction does the arrow show?"])
-    return Turn(q, f"The arrow points {way}.", "position", [way])
+    return Turn(q, f"The arrow points {way}.", "position", [way], about=[t])
 
 
 def turns(rng, scene, frame, n):
@@ -278,7 +283,7 @@ def turns(rng, scene, frame, n):
         heaped = len(drawn) > len(kinds)
         makers += [(5 if heaped else .4, lambda: count(rng, things)), (.25, lambda: not_there(rng, things))]
     if not texts and drawn and rng.random() < .3:
-        makers += [(.6, lambda: Turn(pick(rng, READ), "I see no text.", "read", ["no text"]))]
+        makers += [(.6, lambda: Turn(pick(rng, READ), "I see no text.", "read", ["no text"], about=[]))]
     inked = [t for t in unique if t.colour and (t.kind == "shape" or t.kind == "text")]
     if inked:
         makers += [(3, lambda: coloured(rng, pick(rng, inked), things))]
@@ -346,9 +351,9 @@ def small(rng, t, things, frame, of):
         at = (f"at the {end} {side}" if square else f"on the {side}" if side else f"at the {end}")
         if t.kind == "text":
             q = pick(rng, [f"What does it say {at}?", f"What is written {at}?", f"Read the text {at}.", f"What text is {at}?"])
-            return Turn(q, f'It says "{t.name}".', "detail", [t.name], "text")
+            return Turn(q, f'It says "{t.name}".', "detail", [t.name], "text", [t])
         q = pick(rng, [f"What is {at}?", f"What do you see {at}?", f"Which object is {at}?", f"What thing is {at}?", f"What small object is {at}?"])
-        return Turn(q, f"The {noun(t)} is {at}.", "detail", [noun(t)])
+        return Turn(q, f"The {noun(t)} is {at}.", "detail", [noun(t)], about=[t])
     if t.kind == "text":
         turn = read(rng, t)
         turn.category = "detail"
@@ -358,7 +363,7 @@ def small(rng, t, things, frame, of):
     if t.colour and rng.random() < .4:
         return coloured(rng, t, things)
     q = pick(rng, ["What is the small object?", "What is the smallest object?", "What small thing do you see?", "What is the tiny thing?", "Name the small object."])
-    return Turn(q, f"The small object is {phrase(t, False)}.", "detail", [noun(t)])
+    return Turn(q, f"The small object is {phrase(t, False)}.", "detail", [noun(t)], about=[t])
 
 
 # ---- two pictures ---------------------------------------------------------------------------------------------

@@ -3,14 +3,11 @@ far fewer pictures than patches of 14 px do; the tower is then taught the teache
 (`train_tower.py --teacher`), which is much more to learn from than the labels alone. Not shipped.
 
 usage: teacher.py WORK_DIR NAME [--minutes M] [--batch N] [--seed N] [--decay]"""
-import argparse, json, os, time
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import scenes as S
-from optimise import agreed, join, mean_
-from train_tower import SIZES, Stream, evaluate, loss_and_marks, normalise
+from cells import SIZES, Run, arguments, loss_and_marks
+from optimise import Parts
 
 WIDTH = 256  # numbers per patch that the tower is taught
 
@@ -74,72 +71,13 @@ class TeacherHeads(nn.Module):
 
 
 def main():
-    p = argparse.ArgumentParser()
-    p.add_argument("work"), p.add_argument("name")
-    p.add_argument("--minutes", type=float, default=30, help="of training in all, the resumed ones counted in")
-    p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--side", type=int, default=168)
-    p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--seed", type=int, default=0)
+    p = arguments(minutes=30)
     p.add_argument("--rate", type=float, default=2e-3)
-    p.add_argument("--decay", action="store_true")
     a = p.parse_args()
-    rank, world = join()
-    torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
-    torch.set_flush_denormal(True)
     net, heads = Teacher().to(memory_format=torch.channels_last), TeacherHeads()
-    path, log = f"{a.work}/{a.name}.pt", open(f"{a.work}/{a.name}.log" if rank == 0 else os.devnull, "a")
-    params = [*net.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(params, a.rate, (.9, .98), weight_decay=.02)
-    state = dict(step=0, seen=0, seconds=0.)
-    if os.path.exists(path):
-        saved = torch.load(path)
-        net.load_state_dict(saved["net"]), heads.load_state_dict(saved["heads"]), optimiser.load_state_dict(saved["optimiser"])
-        state = {"seconds": 0.} | saved["state"]
-    loader = iter(torch.utils.data.DataLoader(Stream(a.work, a.side, a.batch // world, a.seed * 10 ** 6 + state["step"] * 10 + rank), batch_size=None,
-                                              num_workers=1, prefetch_factor=6))
-    test, sums, losses = S.Library(a.work, held_out=True), {}, []
-    for _ in range(2):
-        next(loader)
-    saved_at = time.time()
-    begin = saved_at - state["seconds"]
-    while (now := agreed(time.time() - begin)) < a.minutes * 60:
-        pictures, _, taught, box = next(loader)
-        loss, marks = loss_and_marks(heads(net(normalise(pictures))), taught, box)
-        loss.backward()
-        mean_([q.grad for q in params])
-        torch.nn.utils.clip_grad_norm_(params, 2.)
-        rate = min(1., (state["step"] + 1) / 100) * (max(.01, 1 - now / (a.minutes * 60)) if a.decay else 1.)
-        for group in optimiser.param_groups:
-            group["lr"] = a.rate * rate
-        optimiser.step(), optimiser.zero_grad()
-        state["step"] += 1
-        state["seen"] += len(pictures) * world
-        state["seconds"] = now
-        losses.append(loss.item())
-        for k, (r, n) in marks.items():
-            s = sums.setdefault(k, [0, 0])
-            s[0] += r
-            s[1] += n
-        if state["step"] % 100 == 0:
-            line = dict(step=state["step"], seen=state["seen"], minutes=round(now / 60, 1), loss=round(float(np.mean(losses)), 4),
-                        train={k: round(100 * r / max(n, 1), 1) for k, (r, n) in sums.items()})
-            if state["step"] % 500 == 0 and rank == 0:
-                line["held_out"] = evaluate(net, heads, test, a.side)
-            print(json.dumps(line), file=log, flush=True)
-            sums, losses = {}, []
-        if time.time() - saved_at > 60 and rank == 0:
-            save(path, net, heads, optimiser, state)
-            saved_at = time.time()
-    if rank == 0:
-        save(path, net, heads, optimiser, state)
-        print(json.dumps(dict(done=True, held_out=evaluate(net, heads, test, a.side, batches=20))), file=log, flush=True)
-
-
-def save(path, net, heads, optimiser, state):
-    torch.save(dict(net=net.state_dict(), heads=heads.state_dict(), optimiser=optimiser.state_dict(), state=state), path + ".tmp")
-    os.replace(path + ".tmp", path)
+    optimiser = Parts(torch.optim.AdamW([*net.parameters(), *heads.parameters()], a.rate, (.9, .98), weight_decay=.02), clip=2.)
+    Run(a, dict(net=net, heads=heads), optimiser).train(lambda pixels, _, taught, box: loss_and_marks(heads(net(pixels)), taught, box))
 
 
 if __name__ == "__main__":

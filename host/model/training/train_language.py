@@ -1,69 +1,27 @@
-"""Teaches the decoder to answer questions about pictures, on the features of the trained tower, or of its teacher while
-the tower is still learning (`glue.py` then puts the tower in); with --joint the tower goes on learning with it.
+"""Teaches the decoder to answer questions about pictures, on the features of the trained tower; with --joint the tower goes
+on learning with it.
 
-usage: train_language.py WORK_DIR NAME --tower NAME | --teacher NAME [--minutes M] [--joint] [--mix global=..,single=..,detail=..,pair=..,talk=..]
+usage: train_language.py WORK_DIR NAME --tower NAME [--minutes M] [--joint] [--mix global=..,single=..,detail=..,pair=..,talk=..]
 Resumes WORK_DIR/NAME.pt. Every picture goes through the tower once and is asked about several times from a pool."""
 import argparse, json, os, time
+from contextlib import nullcontext
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+import looks
 import pictures as P
 import questions as Q
 import scenes as S
+from cells import MEAN, STD, Heads, Marks, cell_targets, loss_and_marks, normalise
 from config import CONFIG
 from model import Phi3V
-from optimise import Both, agreed, join
-from quantise import Straight
+from optimise import agreed, join, muon_and_adam
 from prompts import IGNORE, Prompts, collate
-from train_tower import Heads, cell_targets, loss_and_marks, normalise
+from quantise import Straight
+from words import Words
 
 TURNS = 6
-
-
-class Words(torch.nn.Module):
-    """Holds image tokens to the space of the words. A cell's token must be nearest, among the embeddings of the words that
-    name objects, colours, characters and parts of a picture, to its own; what else it is are plain linear questions. An
-    image of a cat then arrives at the decoder looking like the word "cat", and one way of copying serves every noun."""
-
-    def __init__(self, prompts, hidden):
-        super().__init__()
-        whole = lambda word: prompts.encode("a " + word)[len(prompts.encode("a")):]
-        inside = lambda character: prompts.encode('"' + character)[-1:]
-        objects = [[], whole("text")] + [whole(n) for n in S.SHAPES + S.CLOTHES + S.NOUNS]
-        self.names = {"object": objects, "colour": [whole(c) for c in S.COLOUR_NAMES], "character": [[]] + [inside(c) for c in S.CHARS],
-                      "zone": [whole(" ".join(z.split()[2:])) for row in Q.ZONES for z in row]}
-        self.nothing = torch.nn.Parameter(torch.randn(2, hidden) * .5)             # no object, no character
-        self.scale = torch.nn.Parameter(torch.full((4,), 2.))
-        self.rest = torch.nn.Linear(hidden, S.CHAR_PLACES + 2 + 4)
-
-    def forward(self, tokens, embedding):
-        x = F.rms_norm(tokens, tokens.shape[-1:])
-        said = {}
-        for k, (key, lists) in enumerate(self.names.items()):
-            missing = self.nothing[0 if key == "object" else 1]
-            vectors = torch.stack([embedding[ids].sum(0) * len(ids) ** -.5 if ids else missing for ids in lists])
-            said[key] = x @ vectors.T * (self.scale[k] / x.shape[-1] ** .5)
-        return said | dict(zip(("place", "centre", "box"), self.rest(x).split([S.CHAR_PLACES, 2, 4], -1)))
-
-    def loss(self, tokens, embedding, samples):
-        """tokens (batch, 12, 12, hidden) of samples (.., frame, labels): the loss, and for each question (right, asked)."""
-        taught, box = cell_targets([s[3] for s in samples], np.zeros((len(samples), 2), int))
-        said = self(tokens, embedding)
-        loss, marks = loss_and_marks(said, taught, box)
-        zone = zones(box, torch.tensor([s[2] for s in samples]))
-        held = zone >= 0
-        if held.any():
-            loss = loss + .6 * F.cross_entropy(said["zone"][held], zone[held], reduction="sum") / zone.numel()
-            marks["zone"] = (said["zone"].argmax(-1) == zone)[held].sum().item(), held.sum().item()
-        return loss, marks
-
-
-def zones(box, frame):
-    """box (batch, rows, columns, 4) of `cell_targets`, frame (batch, 4) px: in which ninth of its picture the middle of each
-    cell's object lies, row by row; -1 where there is none."""
-    inside = [((box[..., k] + 1) * 168 - frame[:, k, None, None]) / frame[:, 2 + k, None, None] for k in (0, 1)]
-    x, y = ((c * 3).clamp(0, 2.999).nan_to_num(0).long() for c in inside)
-    return torch.where(box.isnan().any(-1), -1, 3 * y + x)
 
 
 class Pictures(torch.utils.data.IterableDataset):
@@ -102,7 +60,6 @@ def detail_sample(rng, library):
         scene, frame, rows, columns, smalls = P.detailed(rng, library)
     else:                                          # any picture as `num_crops` 4 enlarges it
         scene, frame = P.picture(rng, library)
-        import cv2
         scene.picture = cv2.resize(scene.picture, (672, 672), interpolation=cv2.INTER_LINEAR)
         rows = columns = 2
         smalls = []
@@ -113,7 +70,6 @@ def detail_sample(rng, library):
 
 
 def from_255(pixels):
-    from train_tower import MEAN, STD
     return (pixels.float() / 255 - MEAN) / STD
 
 
@@ -131,15 +87,10 @@ class Trainer:
         self.a = a
         self.rng = np.random.default_rng(a.seed)
         self.prompts = Prompts(f"{a.work}/tokenizer.json")
-        config = CONFIG
-        if a.teacher:
-            from teacher import WIDTH
-            config = CONFIG | {"img_processor": CONFIG["img_processor"] | {"hidden_size": WIDTH, "num_attention_heads": 8, "num_hidden_layers": 1}}
-        self.model = Phi3V(config)
-        self.heads = Heads(config["img_processor"]["hidden_size"])
-        self.words = Words(self.prompts, config["hidden_size"])
+        self.model = Phi3V(CONFIG)
+        self.heads = Heads(CONFIG["img_processor"]["hidden_size"])
+        self.words = Words(self.prompts, CONFIG["hidden_size"])
         self.model.lm_head.weight.data = self.model.model.embed_tokens.weight.data * .04   # begins as what embeds
-        self.model.see = teacher_eyes(f"{a.work}/{a.teacher}.pt") if a.teacher else lambda pixels: self.model.vision.tower(pixels)
         self.state = dict(step=0, seconds=0., sequences=0)
         self.path = f"{a.work}/{a.name}.pt"
         saved = torch.load(self.path if os.path.exists(self.path) else a.start) if os.path.exists(self.path) or a.start else None
@@ -152,19 +103,18 @@ class Trainer:
             tower = torch.load(f"{a.work}/{a.tower}.pt")
             self.model.vision.tower.load_state_dict(tower["tower"])
             self.heads.load_state_dict(tower["heads"])
-        trained = [(n, p) for n, p in self.model.named_parameters() if not n.endswith("post_layernorm.weight")]
         if not a.joint:
             for p in self.model.vision.tower.parameters():
                 p.requires_grad = False
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         trained += [("words", p) for p in self.words.parameters()]
         matrix = lambda n, p: p.dim() == 2 and ("layers." in n or "img_projection" in n)
-        self.optimiser = Both([p for n, p in trained if matrix(n, p)], [p for n, p in trained if not matrix(n, p)], a.muon, a.adam)
+        self.optimiser = muon_and_adam([p for n, p in trained if matrix(n, p)], [p for n, p in trained if not matrix(n, p)], a.muon, a.adam)
         if saved and os.path.exists(self.path):
             self.state = saved["state"]
             if saved.get("joint") == a.joint:
                 self.optimiser.load_state_dict(saved["optimiser"])
-        self.pools = {"single": [], "detail": []}
+        self.pools, self.looked = {"single": [], "detail": []}, []
 
     def save(self, seconds):
         state = dict(self.state, seconds=seconds)
@@ -175,11 +125,11 @@ class Trainer:
         """Runs the tower over drawn pictures and adds them to the pool."""
         with torch.no_grad():
             if kind == "single":
-                features = self.model.see(normalise(torch.stack([s[0] for s in samples]))).half()
+                features = self.model.vision.tower(normalise(torch.stack([s[0] for s in samples]))).half()
                 self.pools[kind] += [(f, *s[1:]) for f, s in zip(features, samples)]
             else:
                 for s in samples:
-                    self.pools[kind].append((self.model.see(from_255(s[0])).half(), *s[1:]))
+                    self.pools[kind].append((self.model.vision.tower(from_255(s[0])).half(), *s[1:]))
         limit = self.a.pool if kind == "single" else self.a.pool // 8
         if len(self.pools[kind]) > limit:
             del self.pools[kind][:len(self.pools[kind]) - limit]
@@ -197,9 +147,10 @@ class Trainer:
         close, _ = self.words.loss(self.model.vision.img_projection(features), self.model.model.embed_tokens.weight, samples)
         cells = cells + self.a.words / max(self.a.cells, 1e-3) * close
         tokens = self.model.vision.single(features[keep])
-        tokens = tokens[:, 156:] if self.rng.random() < .5 else tokens
+        kind = "global" if self.rng.random() < .5 else "single"
+        tokens = tokens[:, 156:] if kind == "global" else tokens
         before = self.model.model.embed_tokens(torch.tensor(self.prompts.before(0))).expand(len(keep), -1, -1)
-        words, hit = self.loss(torch.cat([before, tokens], 1), self.rows([turns[i] for i in keep]))
+        words, hit = self.loss(torch.cat([before, tokens], 1), self.rows([turns[i] for i in keep]), self.layout(kind))
         return self.a.cells * cells, words, hit
 
     def align(self, n):
@@ -222,7 +173,7 @@ class Trainer:
         return out
 
     def batch(self, kind):
-        """(prefix embeddings (batch, positions, hidden) or None, rows, categories)"""
+        """(prefix embeddings (batch, positions, hidden) or None, rows, where the image tokens lie or None)"""
         v, emb = self.model.vision, self.model.model.embed_tokens
         before = emb(torch.tensor(self.prompts.before(0)))
         if kind in ("global", "single"):
@@ -232,17 +183,17 @@ class Trainer:
             features = torch.stack([chosen[i][0] for i in keep]).float()
             tokens = v.single(features)
             tokens = tokens[:, 156:] if kind == "global" else tokens
-            return torch.cat([before.expand(len(keep), -1, -1), tokens], 1), self.rows([turns[i] for i in keep])
+            return torch.cat([before.expand(len(keep), -1, -1), tokens], 1), self.rows([turns[i] for i in keep]), self.layout(kind)
         if kind == "detail":
             grid = self.pools["detail"][self.rng.integers(len(self.pools["detail"]))][3]
             alike = [d for d in self.pools["detail"] if d[3] == grid]
             chosen = [alike[i] for i in self.rng.permutation(len(alike))[:max(2, self.a.batch // 3)]]
             turns = [ask(self.rng, s, f, TURNS, smalls) for _, s, f, _, smalls in chosen]
             tokens = torch.stack([v.sequence(x[0].float(), x[1:].float(), *grid) for x, *_ in chosen])
-            return torch.cat([before.expand(len(chosen), -1, -1), tokens], 1), self.rows(turns)
+            return torch.cat([before.expand(len(chosen), -1, -1), tokens], 1), self.rows(turns), self.layout(kind, grid)
         if kind == "pair":
             alone = [p for p in self.pools["single"][-1500:] if len(p[1].things) == 1]
-            n = max(2, self.a.batch // 3)
+            n = max(3, self.a.batch // 3)
             picks = [(alone[i], alone[j]) for i, j in self.rng.integers(0, len(alone), (n, 2))]
             by_name = {}
             for p in alone:
@@ -254,32 +205,46 @@ class Trainer:
             turns = [[t for _ in range(3) for t in Q.compare(self.rng, a[1].things[0], b[1].things[0])] for a, b in picks]
             one, two = (v.single(torch.stack([p[k][0] for p in picks]).float()) for k in (0, 1))
             between = emb(torch.tensor(self.prompts.before(1))).expand(n, -1, -1)
-            return torch.cat([before.expand(n, -1, -1), one, between, two], 1), [self.prompts.independent(t, 1) for t in turns]
+            return torch.cat([before.expand(n, -1, -1), one, between, two], 1), [self.prompts.independent(t, 1) for t in turns], None
         turns = [[Q.talk(self.rng)] for _ in range(2 * self.a.batch)]
-        return None, [self.prompts.independent(t, 0) for t in turns]
+        return None, [self.prompts.independent(t, 0) for t in turns], None
 
-    def loss(self, prefix, rows):
+    def layout(self, kind, grid=(1, 1)):
+        """Where image tokens lie in a prefix: the crops', and behind a separator the global view's."""
+        first, rows, columns = len(self.prompts.before(0)), 12 * grid[0], 12 * grid[1]
+        if kind == "global":
+            return looks.Layout(first + 157, (first + 1, 12, 12))
+        crops = rows * (columns + 1)
+        twice = [(first + crops + 1, 12, 12)] if kind == "single" else []      # the global view has the crop's scale
+        return looks.Layout(first + crops + 157, (first, rows, columns), *twice)
+
+    def loss(self, prefix, rows, layout=None):
+        """The loss, and the share of answer tokens that are right."""
         n = prefix.shape[1] if prefix is not None else 0
         ids, targets, at, mask = collate(rows, n)
         x = self.model.model.embed_tokens(ids)
         x = torch.cat([prefix, x], 1) if prefix is not None else x
-        h = self.model.hidden(x, at, mask)[:, n:]
+        kept = {looks.LAYER: None}
+        h = self.model.hidden(x, at, mask, kept)[:, n:]
         asked = targets != IGNORE
         logits = self.model.lm_head(h[asked])
-        return F.cross_entropy(logits, targets[asked]), (logits.argmax(-1) == targets[asked]).float().mean().item()
+        loss = F.cross_entropy(logits, targets[asked])
+        if layout and self.a.looks:
+            close = looks.loss(self.model, kept[looks.LAYER], at, mask, rows, layout)
+            self.looked.append(close.item())
+            loss = loss + self.a.looks * close
+        return loss, (logits.argmax(-1) == targets[asked]).float().mean().item()
 
 
-def teacher_eyes(path):
-    """The teacher's normalised features, merged as the tower's are."""
-    from teacher import Teacher
-    net = Teacher().to(memory_format=torch.channels_last)
-    net.load_state_dict(torch.load(path)["net"])
-    net.eval()
-
-    def see(pixels):
-        x = net(pixels)
-        return F.layer_norm(x.view(*x.shape[:3], 4, -1), (x.shape[3] // 4,)).reshape(x.shape)
-    return see
+@torch.no_grad()
+def keep_soft(model, most=12.):
+    """Keeps attention from hardening: no head's query or key matrix grows past this Frobenius norm. Muon's steps are as long
+    for a matrix that has grown; without this, scores reached 180 and every head rested on one token, learning nothing more
+    (MuonClip, Kimi K2, 2025, bounds the scores likewise). A fresh matrix has norm 8."""
+    for layer in model.model.layers:
+        a = layer.self_attn
+        w = a.qkv_proj.weight.view(3, a.heads, -1, a.qkv_proj.in_features)[:2]
+        w.mul_((most / w.flatten(2).norm(dim=-1)).clamp(max=1)[..., None, None])
 
 
 def exact(model, prompts, prefix, turns, images=1):
@@ -297,32 +262,30 @@ def exact(model, prompts, prefix, turns, images=1):
 @torch.no_grad()
 def evaluate(model, prompts, library, n=150, kind="single", seed=10 ** 6):
     """Percent of answers that are exactly right, by category, on held-out pictures, fonts, photographs."""
-    rng, marks = np.random.default_rng(seed), {}
+    rng, marks = np.random.default_rng(seed), Marks()
     model.eval()
     v, before = model.vision, model.model.embed_tokens(torch.tensor(prompts.before(0)))
     for _ in range(n):
         if kind == "detail":
             pixels, scene, frame, grid, smalls = detail_sample(rng, library)
-            f = model.see(from_255(pixels))
+            f = model.vision.tower(from_255(pixels))
             tokens, turns = v.sequence(f[0], f[1:], *grid), ask(rng, scene, frame, 4, smalls)
         else:
             picture, scene, frame, _ = single_sample(rng, library, augment=False)
-            tokens = v.single(model.see(normalise(picture[None])))[0]
+            tokens = v.single(model.vision.tower(normalise(picture[None])))[0]
             tokens, turns = tokens[156:] if kind == "global" else tokens, ask(rng, scene, frame, 4)
         if not turns:
             continue
         for t, right in zip(turns, exact(model, prompts, torch.cat([before, tokens]), turns)):
-            m = marks.setdefault(t.category, [0, 0])
-            m[0] += right
-            m[1] += 1
+            marks.add({t.category: (right, 1)})
     model.train()
-    return {k: (round(100 * r / c, 1), c) for k, (r, c) in sorted(marks.items())}
+    return {k: (p, marks[k][1]) for k, p in sorted(marks.percent().items())}
 
 
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("work"), p.add_argument("name"), p.add_argument("--tower"), p.add_argument("--start")
-    p.add_argument("--teacher"), p.add_argument("--new-tower", action="store_true")
+    p.add_argument("--new-tower", action="store_true", help="take --tower even where --start has one")
     p.add_argument("--minutes", type=float, default=60, help="of training in all, the resumed ones counted in")
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--threads", type=int, default=2)
@@ -336,16 +299,14 @@ def main():
     p.add_argument("--joint", action="store_true", help="the tower learns too, from the questions and from its cells")
     p.add_argument("--cells", type=float, default=.5, help="weight of the cells' loss when training jointly")
     p.add_argument("--words", type=float, default=.2, help="weight of holding image tokens to the words (see Words)")
+    p.add_argument("--looks", type=float, default=.1, help="weight of one head looking where the answer is about (see looks)")
     p.add_argument("--align", type=float, default=4, help="minutes of nothing but that, before a first run")
     p.add_argument("--int4", action="store_true", help="answer with weights rounded to four bits while training")
     p.add_argument("--rates", type=float, nargs=2, default=(1., .02), help="share of the learning rates at the beginning and at the end")
     p.add_argument("--evaluate", type=float, default=10, help="minutes between evaluations")
     a = p.parse_args()
-    rank, world = join()
-    torch.set_num_threads(a.threads)
+    rank, world = join(a)
     torch.manual_seed(a.seed)
-    torch.set_flush_denormal(True)
-    from contextlib import nullcontext
     mix = {k: float(v) for k, v in (m.split("=") for m in a.mix.split(","))}
     t = Trainer(a)
     t.rng = np.random.default_rng([a.seed, rank, t.state["step"]])
@@ -358,7 +319,7 @@ def main():
         t.encode(*next(loader))
     saved_at = tested_at = time.time()
     begin = saved_at - t.state["seconds"]
-    sums, marks = {}, {}
+    sums, marks = {}, Marks()
     first_step = t.state["step"]
     while (now := agreed(time.time() - begin)) < a.minutes * 60:
         drawn = next(loader) if t.state["step"] % a.every == 0 else None
@@ -370,15 +331,14 @@ def main():
             if a.words and not (a.joint and kind == "single"):
                 close, found = t.align(8)
                 (a.words * close).backward()
-                for k, (r, n) in found.items():
-                    m = marks.setdefault(k, [0, 0])
-                    m[0], m[1] = m[0] + r, m[1] + n
+                marks.add(found)
             if now < a.align * 60 and not t.state["sequences"]:
                 t.optimiser.step(min(1., (t.state["step"] + 1) / 60))
+                keep_soft(t.model)
                 t.state["step"] += 1
                 if t.state["step"] % 100 == 0:
-                    print(json.dumps(dict(step=t.state["step"], minutes=round(now / 60, 1), words=round(close.item(), 3), cells={k: round(100 * r / max(n, 1), 1) for k, (r, n) in marks.items()})), file=log, flush=True)
-                    marks = {}
+                    print(json.dumps(dict(step=t.state["step"], minutes=round(now / 60, 1), words=round(close.item(), 3), cells=marks.percent())), file=log, flush=True)
+                    marks = Marks()
                 continue
             if a.joint and kind == "single":
                 while drawn is None or drawn[0] != "single":
@@ -387,13 +347,14 @@ def main():
                 (cells + loss).backward()
                 count = len(drawn[1])
             else:
-                prefix, rows = t.batch(kind)
-                loss, hit = t.loss(prefix, rows)
+                prefix, rows, layout = t.batch(kind)
+                loss, hit = t.loss(prefix, rows, layout)
                 loss.backward()
                 count = len(rows)
         rate = min(1., (t.state["step"] - first_step + 1) / 60)
         rate *= a.rates[0] + (a.rates[1] - a.rates[0]) * now / (a.minutes * 60)
         t.optimiser.step(rate)
+        keep_soft(t.model)
         t.state["step"] += 1
         t.state["sequences"] += count * world
         s = sums.setdefault(kind, [[], []])
@@ -401,8 +362,8 @@ def main():
         if t.state["step"] % 100 == 0:
             line = dict(step=t.state["step"], sequences=t.state["sequences"], minutes=round(now / 60, 1), pool={k: len(v) for k, v in t.pools.items()},
                         loss={k: round(float(np.mean(x)), 4) for k, (x, _) in sums.items()}, tokens={k: round(100 * float(np.mean(x)), 1) for k, (_, x) in sums.items()})
-            line["cells"] = {k: round(100 * r / max(n, 1), 1) for k, (r, n) in marks.items()}
-            sums, marks = {}, {}
+            line["cells"], line["looks"], t.looked = marks.percent(), round(float(np.mean(t.looked or [0])), 3), []
+            sums, marks = {}, Marks()
             print(json.dumps(line), file=log, flush=True)
         if time.time() - tested_at > a.evaluate * 60 and rank == 0:
             report(log, t, test, mix, 60)

@@ -23,16 +23,8 @@ pub(super) struct Loading {
 
 impl Loading {
     pub(super) fn new() -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-            let style = "loading model {bar:40} {bytes}/{total_bytes} {eta}";
-            if let Ok(style) = ProgressStyle::with_template(style) {
-                bar.set_style(style);
-            }
-            bar
-        });
         Self {
-            bar,
+            bar: bar(0, "loading model {bar:40} {bytes}/{total_bytes} {eta}"),
             logged: Mutex::new(Instant::now()),
         }
     }
@@ -71,17 +63,8 @@ pub(super) struct Counting {
 
 impl Counting {
     pub(super) fn new(total: usize) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar =
-                ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
-            let style = "asking {bar:40} {pos}/{len} {eta}";
-            if let Ok(style) = ProgressStyle::with_template(style) {
-                bar.set_style(style);
-            }
-            bar
-        });
         Self {
-            bar,
+            bar: bar(total as u64, "asking {bar:40} {pos}/{len} {eta}"),
             total,
             said: Instant::now(),
         }
@@ -103,4 +86,13 @@ impl Counting {
             bar.finish_and_clear();
         }
     }
+}
+
+/// A bar on standard error where that is a terminal.
+fn bar(length: u64, template: &str) -> Option<ProgressBar> {
+    let style = ProgressStyle::with_template(template).ok()?;
+    let target = ProgressDrawTarget::stderr();
+    std::io::stderr()
+        .is_terminal()
+        .then(|| ProgressBar::with_draw_target(Some(length), target).with_style(style))
 }

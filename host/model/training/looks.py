@@ -1,0 +1,78 @@
+"""Where the decoder should look while it answers: two attention heads are taught to rest on the cells that the next word is
+about, the second on what that is compared with, both on the first token where there is nothing to see. Finding the thing
+that a question names is what a small decoder learns last from answers alone; shown where it lies, it learns that first. The
+shipped model keeps no trace but its weights."""
+import torch
+import torch.nn.functional as F
+import questions as Q
+from model import rotate
+
+LAYER, HEADS = 2, (0, 1)
+CELL = 28  # px
+
+
+def spans(turn):
+    """What the characters of an answer are about: (start, end, boxes for each head), the first that fits counts."""
+    if turn.about is None:
+        return []
+    out, both = [], [*turn.about, *(turn.beside or [])]
+    names = [Q.noun(t) for t in both]
+    if turn.match == "yes-no" and turn.answer.startswith("No") and turn.beside is None:
+        out.append((0, 3, [[], []]))               # "No, ...": what was asked for is not there
+    for thing, name in zip(both, names):
+        quoted = turn.answer.find(f'"{thing.name}"') if thing.kind == "text" else -1
+        if quoted >= 0:
+            out += [(quoted + 1 + k, quoted + 2 + k, [[glyph[1:]]] * 2) for k, glyph in enumerate(thing.glyphs)]
+        if len(set(names)) == len(names):
+            for words in (Q.phrase(thing), Q.phrase(thing, False), name):
+                start = turn.answer.find(words)
+                if start >= 0:
+                    out.append((start, start + len(words), [[thing.box]] * 2))
+                    break
+    boxes = [[t.box for t in things] for things in (turn.about, turn.beside or turn.about)]
+    return out + [(0, len(turn.answer), boxes)]
+
+
+class Layout:
+    """Grids of image tokens in a prefix: (first position, rows, columns), each row followed by one separator."""
+
+    def __init__(self, length, *grids):
+        self.length, self.grids = length, grids
+
+    def mark(self, boxes):
+        """(length,) bool: the image tokens whose cell has its middle in one of the boxes, at least one for each; the first
+        token of all where there are none."""
+        out = torch.zeros(self.length, dtype=torch.bool)
+        out[0] = not boxes
+        for first, rows, columns in self.grids:
+            grid = out[first:first + rows * (columns + 1)].view(rows, columns + 1)
+            for x, y, w, h in boxes:
+                one = lambda start, side, n: sorted(min(max(c, 0), n) for c in (round(start / CELL), round((start + side) / CELL)))
+                (left, right), (top, bottom) = one(x, w, columns), one(y, h, rows)
+                if left == right:
+                    left = min(int((x + w / 2) / CELL), columns - 1)
+                    right = left + 1
+                if top == bottom:
+                    top = min(int((y + h / 2) / CELL), rows - 1)
+                    bottom = top + 1
+                grid[top:bottom, left:right] = True
+        return out
+
+
+def loss(model, inputs, at, mask, rows, layout):
+    """Minus the logarithm of the attention that the heads give to where each next token should look, as a mean.
+    inputs (batch, positions, hidden): what enters layer LAYER; rows: of `Prompts`, their fifth part the looks."""
+    asked = [(i, position, boxes) for i, row in enumerate(rows) for position, boxes in row[4]]
+    if not asked:
+        return inputs.new_zeros(())
+    layer, n, total = model.model.layers[LAYER], layout.length, 0.
+    weight = layer.self_attn.qkv_proj.weight.view(3, layer.self_attn.heads, -1, inputs.shape[-1])
+    x, rope = layer.input_layernorm(inputs), model.rope(at)
+    batch, position = torch.tensor([a[0] for a in asked]), torch.tensor([a[1] for a in asked])
+    for k, head in enumerate(HEADS):
+        wanted = torch.stack([layout.mark(boxes[k]) for _, _, boxes in asked])
+        query, key = (rotate(F.linear(x, weight[j, head]), rope) for j in (0, 1))
+        scores = query[:, n:] @ key.mT * query.shape[-1] ** -.5 + mask[:, 0, n:]
+        chosen = scores[batch, position]
+        total = total + (chosen.logsumexp(-1) - chosen[:, :n].masked_fill(~wanted, float("-inf")).logsumexp(-1)).mean()
+    return total / len(HEADS)
