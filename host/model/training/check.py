@@ -16,6 +16,7 @@ from cells import normalise
 from config import CONFIG
 from model import Phi3V
 from prompts import Prompts
+from questions import Turn
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def answer(model, prompts, picture, question, longest=64):
     v, emb = model.vision, model.model.embed_tokens
     tokens = v.single(v.tower(normalise(torch.from_numpy(picture)[None])))
     begin = torch.cat([emb(torch.tensor(prompts.before(0)))[None], tokens], 1)
-    ids, said = prompts.opening(question, 1), []
+    ids, said = prompts.opening(Turn(question, "", "", []), 1)[0], []
     while len(said) < longest:
         x = torch.cat([begin, emb(torch.tensor(ids + said))[None]], 1)
         token = int(model.lm_head(model.hidden(x)[0, -1]).argmax())

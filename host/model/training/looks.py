@@ -1,14 +1,27 @@
-"""Where the decoder should look while it answers: two attention heads are taught to rest on the cells that the next word is
-about, the second on what that is compared with, both on the first token where there is nothing to see. Finding the thing
-that a question names is what a small decoder learns last from answers alone; shown where it lies, it learns that first. The
-shipped model keeps no trace but its weights."""
+"""Where the decoder should look. One attention head is taught to rest, at every noun and colour of a question, on the cells
+of such things; two heads of the next layer, while answering, on the cells that the next word is about, the second on what
+that is compared with; all on the first token where there is no such thing. Finding what a question names is what a small
+decoder learns last from answers alone; shown where it lies, it learns that first. The shipped model keeps no trace of this
+but its weights."""
+import re
 import torch
 import torch.nn.functional as F
 import questions as Q
+import scenes as S
 from model import rotate
 
-LAYER, HEADS = 2, (0, 1)
+QUESTIONS, ANSWERS = (1, (2,)), (2, (0, 1))    # layer, heads
 CELL = 28  # px
+WORDS = {Q.PLURAL[n]: n for n in Q.PLURAL} | {n: n for n in Q.PLURAL} | {"text": "text"} | {c: c for c in S.COLOUR_NAMES}
+WORD = re.compile(r"\b(" + "|".join(sorted(map(re.escape, WORDS), key=len, reverse=True)) + r")\b")
+
+
+def named(turn):
+    """Nouns and colours of a question: (start, end, boxes of the things that they name)."""
+    if turn.things is None:
+        return []
+    fits = lambda thing, word: word in (Q.noun(thing), thing.colour)
+    return [(m.start(), m.end(), [[t.box for t in turn.things if fits(t, WORDS[m[0]])]]) for m in WORD.finditer(turn.question.lower())]
 
 
 def spans(turn):
@@ -60,19 +73,25 @@ class Layout:
 
 
 def loss(model, inputs, at, mask, rows, layout):
-    """Minus the logarithm of the attention that the heads give to where each next token should look, as a mean.
-    inputs (batch, positions, hidden): what enters layer LAYER; rows: of `Prompts`, their fifth part the looks."""
-    asked = [(i, position, boxes) for i, row in enumerate(rows) for position, boxes in row[4]]
-    if not asked:
-        return inputs.new_zeros(())
-    layer, n, total = model.model.layers[LAYER], layout.length, 0.
+    """Minus the logarithm of the attention that the heads give to where they should look, as means, for questions and for
+    answers. inputs {layer: (batch, positions, hidden)}: what enters the layers; rows: of `Prompts`."""
+    both = []
+    for (layer, heads), part in ((QUESTIONS, 5), (ANSWERS, 4)):
+        asked = [(i, position, boxes) for i, row in enumerate(rows) for position, boxes in row[part]]
+        both.append(heads_loss(model, layer, heads, inputs[layer], (at, mask, asked, layout)) if asked else at.new_zeros((), dtype=torch.float))
+    return both
+
+
+def heads_loss(model, depth, heads, inputs, where):
+    at, mask, asked, layout = where
+    layer, n, total = model.model.layers[depth], layout.length, 0.
     weight = layer.self_attn.qkv_proj.weight.view(3, layer.self_attn.heads, -1, inputs.shape[-1])
     x, rope = layer.input_layernorm(inputs), model.rope(at)
     batch, position = torch.tensor([a[0] for a in asked]), torch.tensor([a[1] for a in asked])
-    for k, head in enumerate(HEADS):
+    for k, head in enumerate(heads):
         wanted = torch.stack([layout.mark(boxes[k]) for _, _, boxes in asked])
         query, key = (rotate(F.linear(x, weight[j, head]), rope) for j in (0, 1))
         scores = query[:, n:] @ key.mT * query.shape[-1] ** -.5 + mask[:, 0, n:]
         chosen = scores[batch, position]
         total = total + (chosen.logsumexp(-1) - chosen[:, :n].masked_fill(~wanted, float("-inf")).logsumexp(-1)).mean()
-    return total / len(HEADS)
+    return total / len(heads)

@@ -4,7 +4,7 @@
 its own with BOS in front (spec of the real processor)."""
 import numpy as np
 import torch
-from looks import spans
+from looks import named, spans
 from tokenizers import Tokenizer
 
 IGNORE = -100
@@ -22,13 +22,19 @@ class Prompts:
         """Ids in front of image `image` (0, 1, ...)."""
         return [1] + self.encode("<|user|>\n" if image == 0 else "\n")
 
-    def opening(self, question, images):
-        """Ids from the last image (or the beginning) to where the answer starts."""
-        return [1] + self.encode(("\n" if images else "<|user|>\n") + question + "<|end|>\n<|assistant|>\n")
+    def opening(self, turn, images):
+        """Ids from the last image (or the beginning) to where the answer starts, and looks: (index, boxes for each head)."""
+        ids, looks = self.question("\n" if images else "<|user|>\n", turn)
+        return [1] + ids, [(k + 1, boxes) for k, boxes in looks]
 
-    def next(self, question):
-        """Ids between one answer's <|end|> and the next answer."""
-        return self.encode("\n<|user|>\n" + question + "<|end|>\n<|assistant|>\n")
+    def next(self, turn):
+        """The same between one answer's <|end|> and the next answer."""
+        return self.question("\n<|user|>\n", turn)
+
+    def question(self, before, turn):
+        coded = self.tokenizer.encode(before + turn.question + "<|end|>\n<|assistant|>\n", add_special_tokens=False)
+        about, n = named(turn), len(before)
+        return coded.ids, [(k, boxes) for k, (start, end) in enumerate(coded.offsets) for a, b, boxes in about if start < b + n and end > a + n]
 
     def answer(self, turn):
         """Ids of a turn's answer, and which of them should look where: (index, boxes for each head)."""
@@ -41,28 +47,30 @@ class Prompts:
         return coded.ids + [self.end], looks
 
     def independent(self, turns, images=1):
-        """Every turn as if it were the first: ids, targets, segment numbers, positions after the prefix, and looks: (position
-        of the text, boxes that the next token is about)."""
-        ids, targets, segments, positions, looks = [], [], [], [], []
+        """Every turn as if it were the first: ids, targets, segment numbers, positions after the prefix, and two lists of
+        looks (position of the text, boxes for each head): where answers look and where questions do."""
+        ids, targets, segments, positions, looks, names = [], [], [], [], [], []
         for s, t in enumerate(turns):
-            q, (a, found) = self.opening(t.question, images), self.answer(t)
+            (q, known), (a, found) = self.opening(t, images), self.answer(t)
+            names += [(len(ids) + k, boxes) for k, boxes in known]
             looks += [(len(ids) + len(q) - 1 + k, boxes) for k, boxes in found]
             ids += q + a
             targets += [IGNORE] * (len(q) - 1) + a + [IGNORE]
             segments += [s] * (len(q) + len(a))
             positions += range(len(q) + len(a))
-        return ids, targets, segments, positions, looks
+        return ids, targets, segments, positions, looks, names
 
     def conversation(self, turns, images=1):
         """The turns one after the other, as a client sends them."""
-        ids, targets, looks = [], [], []
+        ids, targets, looks, names = [], [], [], []
         for s, t in enumerate(turns):
-            q = self.opening(t.question, images) if s == 0 else self.next(t.question)
+            q, known = self.opening(t, images) if s == 0 else self.next(t)
             a, found = self.answer(t)
+            names += [(len(ids) + k, boxes) for k, boxes in known]
             looks += [(len(ids) + len(q) - 1 + k, boxes) for k, boxes in found]
             ids += q + a
             targets += [IGNORE] * (len(q) - 1) + a + [IGNORE]
-        return ids, targets, [0] * len(ids), list(range(len(ids))), looks
+        return ids, targets, [0] * len(ids), list(range(len(ids))), looks, names
 
 
 def collate(rows, prefix):
@@ -72,7 +80,7 @@ def collate(rows, prefix):
     b = len(rows)
     ids, targets = torch.zeros(b, n, dtype=torch.long), torch.full((b, n), IGNORE)
     segments, positions = torch.full((b, n), -1), torch.zeros(b, n, dtype=torch.long)
-    for i, (a, t, s, p, _) in enumerate(rows):
+    for i, (a, t, s, p, *_) in enumerate(rows):
         ids[i, :len(a)], targets[i, :len(a)], segments[i, :len(a)], positions[i, :len(a)] = map(torch.tensor, (a, t, s, p))
     whole = torch.cat([torch.full((b, prefix), -2), segments], 1)
     see = (whole[:, None, :] == whole[:, :, None]) | (whole[:, None, :] == -2)

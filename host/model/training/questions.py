@@ -26,6 +26,7 @@ class Turn:
     match: str = "words"
     about: list | None = None      # the things that the answer is about, none of them or unknown, for `looks.py`
     beside: list | None = None     # what they are compared with
+    things: list | None = None     # everything in the picture
 
 
 def pick(rng, options):
@@ -313,6 +314,7 @@ def turns(rng, scene, frame, n):
         turn = makers[k][1]()
         if turn and turn.question not in asked:
             asked.add(turn.question)
+            turn.things = things
             out.append(vary(rng, turn))
     return out
 

@@ -15,13 +15,13 @@ import questions as Q
 import scenes as S
 from cells import MEAN, STD, Heads, Marks, cell_targets, loss_and_marks, normalise
 from config import CONFIG
-from model import Phi3V
+from model import Phi3V, matching_init
 from optimise import agreed, join, muon_and_adam
 from prompts import IGNORE, Prompts, collate
 from quantise import Straight
 from words import Words
 
-TURNS = 6
+TURNS = 9
 
 
 class Pictures(torch.utils.data.IterableDataset):
@@ -76,6 +76,8 @@ def from_255(pixels):
 def ask(rng, scene, frame, n, smalls=()):
     turns = Q.turns(rng, scene, frame, n)
     about = [Q.small(rng, t, scene.things, frame, len(smalls)) for t in smalls]       # they are asked about for sure
+    for turn in filter(None, about):
+        turn.things = scene.things
     turns = ([Q.vary(rng, t) for t in about if t] + turns)[:n]
     if rng.random() < .12:
         turns.append(Q.talk_beside(rng))
@@ -99,6 +101,8 @@ class Trainer:
             self.heads.load_state_dict(saved["heads"])
             if "words" in saved and saved["words"]["scale"].shape == self.words.scale.shape:
                 self.words.load_state_dict(saved["words"])
+        else:
+            matching_init(self.model)
         if a.tower and (not saved or a.new_tower):
             tower = torch.load(f"{a.work}/{a.tower}.pt")
             self.model.vision.tower.load_state_dict(tower["tower"])
@@ -150,8 +154,8 @@ class Trainer:
         kind = "global" if self.rng.random() < .5 else "single"
         tokens = tokens[:, 156:] if kind == "global" else tokens
         before = self.model.model.embed_tokens(torch.tensor(self.prompts.before(0))).expand(len(keep), -1, -1)
-        words, hit = self.loss(torch.cat([before, tokens], 1), self.rows([turns[i] for i in keep]), self.layout(kind))
-        return self.a.cells * cells, words, hit
+        words, aside, hit = self.loss(torch.cat([before, tokens], 1), self.rows([turns[i] for i in keep]), self.layout(kind))
+        return self.a.cells * cells + aside, words, hit
 
     def align(self, n):
         """The loss of `Words` on n pictures of the pool, and the share of objects it names."""
@@ -219,21 +223,21 @@ class Trainer:
         return looks.Layout(first + crops + 157, (first, rows, columns), *twice)
 
     def loss(self, prefix, rows, layout=None):
-        """The loss, and the share of answer tokens that are right."""
+        """The loss of the answers, that of the looks, and the share of answer tokens that are right."""
         n = prefix.shape[1] if prefix is not None else 0
         ids, targets, at, mask = collate(rows, n)
         x = self.model.model.embed_tokens(ids)
         x = torch.cat([prefix, x], 1) if prefix is not None else x
-        kept = {looks.LAYER: None}
+        kept = {looks.QUESTIONS[0]: None, looks.ANSWERS[0]: None}
         h = self.model.hidden(x, at, mask, kept)[:, n:]
         asked = targets != IGNORE
         logits = self.model.lm_head(h[asked])
-        loss = F.cross_entropy(logits, targets[asked])
+        loss, aside = F.cross_entropy(logits, targets[asked]), 0.
         if layout and self.a.looks:
-            close = looks.loss(self.model, kept[looks.LAYER], at, mask, rows, layout)
-            self.looked.append(close.item())
-            loss = loss + self.a.looks * close
-        return loss, (logits.argmax(-1) == targets[asked]).float().mean().item()
+            close = looks.loss(self.model, kept, at, mask, rows, layout)
+            self.looked.append([c.item() for c in close])
+            aside = self.a.looks * sum(close)
+        return loss, aside, (logits.argmax(-1) == targets[asked]).float().mean().item()
 
 
 @torch.no_grad()
@@ -348,8 +352,8 @@ def main():
                 count = len(drawn[1])
             else:
                 prefix, rows, layout = t.batch(kind)
-                loss, hit = t.loss(prefix, rows, layout)
-                loss.backward()
+                loss, aside, hit = t.loss(prefix, rows, layout)
+                (loss + aside).backward()
                 count = len(rows)
         rate = min(1., (t.state["step"] - first_step + 1) / 60)
         rate *= a.rates[0] + (a.rates[1] - a.rates[0]) * now / (a.minutes * 60)
@@ -362,7 +366,7 @@ def main():
         if t.state["step"] % 100 == 0:
             line = dict(step=t.state["step"], sequences=t.state["sequences"], minutes=round(now / 60, 1), pool={k: len(v) for k, v in t.pools.items()},
                         loss={k: round(float(np.mean(x)), 4) for k, (x, _) in sums.items()}, tokens={k: round(100 * float(np.mean(x)), 1) for k, (_, x) in sums.items()})
-            line["cells"], line["looks"], t.looked = marks.percent(), round(float(np.mean(t.looked or [0])), 3), []
+            line["cells"], line["looks"], t.looked = marks.percent(), np.mean(t.looked or [[0, 0]], 0).round(3).tolist(), []
             sums, marks = {}, Marks()
             print(json.dumps(line), file=log, flush=True)
         if time.time() - tested_at > a.evaluate * 60 and rank == 0:
