@@ -1,6 +1,7 @@
 """Where the decoder should look. One attention head is taught to rest, at every noun and colour of a question, on the cells
 of such things; two heads of the next layer, while answering, on the cells that the next word is about, the second on what
-that is compared with; all on the first token where there is no such thing. Finding what a question names is what a small
+that is compared with; all on the first token where there is no such thing. Where things are counted, that layer's third head
+spreads evenly over one cell of each and the first token, whose share then tells the number. Finding what a question names is what a small
 decoder learns last from answers alone; shown where it lies, it learns that first. The shipped model keeps no trace of this
 but its weights."""
 import re
@@ -10,7 +11,7 @@ import questions as Q
 import scenes as S
 from model import rotate
 
-QUESTIONS, ANSWERS = (1, (2,)), (2, (0, 1))    # layer, heads
+QUESTIONS, ANSWERS, COUNTS = (1, (2,)), (2, (0, 1)), (2, (2,))     # layer, heads
 CELL = 28  # px
 WORDS = {Q.PLURAL[n]: n for n in Q.PLURAL} | {n: n for n in Q.PLURAL} | {"text": "text"} | {c: c for c in S.COLOUR_NAMES}
 WORD = re.compile(r"\b(" + "|".join(sorted(map(re.escape, WORDS), key=len, reverse=True)) + r")\b")
@@ -43,6 +44,8 @@ def spans(turn):
                     out.append((start, start + len(words), [[thing.box]] * 2))
                     break
     boxes = [[t.box for t in things] for things in (turn.about, turn.beside or turn.about)]
+    if turn.category == "count":
+        boxes.append([(x + w / 2 - .5, y + h / 2 - .5, 1, 1) for x, y, w, h in boxes[0]])
     return out + [(0, len(turn.answer), boxes)]
 
 
@@ -72,17 +75,35 @@ class Layout:
         return out
 
 
+class Crops(torch.nn.Module):
+    """Asks every image token of the crops, at the layer that answers look from, in which row and column of crops it lies: the
+    tower cannot know that, only the order of tokens and separators tells."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.out = torch.nn.Linear(hidden, 8)
+
+    def loss(self, inputs, layout):
+        first, rows, columns = layout.grids[0]
+        x = F.rms_norm(inputs[:, first:first + rows * (columns + 1)], inputs.shape[-1:]).unflatten(1, (rows, columns + 1))[:, :, :columns]
+        down, across = self.out(x).movedim(-1, 1).split(4, 1)
+        row, column = torch.arange(rows) // 12, torch.arange(columns) // 12
+        grid = (len(x), rows, columns)
+        return F.cross_entropy(down, row[None, :, None].expand(grid)) + F.cross_entropy(across, column[None, None].expand(grid))
+
+
 def loss(model, inputs, at, mask, rows, layout):
     """Minus the logarithm of the attention that the heads give to where they should look, as means, for questions and for
     answers. inputs {layer: (batch, positions, hidden)}: what enters the layers; rows: of `Prompts`."""
-    both = []
-    for (layer, heads), part in ((QUESTIONS, 5), (ANSWERS, 4)):
-        asked = [(i, position, boxes) for i, row in enumerate(rows) for position, boxes in row[part]]
-        both.append(heads_loss(model, layer, heads, inputs[layer], (at, mask, asked, layout)) if asked else at.new_zeros((), dtype=torch.float))
-    return both
+    out = []
+    for (layer, heads), part, columns in ((QUESTIONS, 5, (0,)), (ANSWERS, 4, (0, 1)), (COUNTS, 4, (2,))):
+        asked = [(i, position, [boxes[k] for k in columns]) for i, row in enumerate(rows) for position, boxes in row[part] if len(boxes) > columns[-1]]
+        out.append(heads_loss(model, layer, heads, inputs[layer], (at, mask, asked, layout)) if asked else at.new_zeros((), dtype=torch.float))
+    return out
 
 
 def heads_loss(model, depth, heads, inputs, where):
+    """`where`: positions, mask, what is asked [(row, position of the text, boxes for each head)], layout."""
     at, mask, asked, layout = where
     layer, n, total = model.model.layers[depth], layout.length, 0.
     weight = layer.self_attn.qkv_proj.weight.view(3, layer.self_attn.heads, -1, inputs.shape[-1])
@@ -93,5 +114,11 @@ def heads_loss(model, depth, heads, inputs, where):
         query, key = (rotate(F.linear(x, weight[j, head]), rope) for j in (0, 1))
         scores = query[:, n:] @ key.mT * query.shape[-1] ** -.5 + mask[:, 0, n:]
         chosen = scores[batch, position]
-        total = total + (chosen.logsumexp(-1) - chosen[:, :n].masked_fill(~wanted, float("-inf")).logsumexp(-1)).mean()
+        if heads == COUNTS[1] and depth == COUNTS[0]:
+            wanted[:, 0] = True
+            even = wanted / wanted.sum(-1, keepdim=True)
+            share = chosen.log_softmax(-1)[:, :n].masked_fill(~wanted, 0)
+            total = total - ((share + wanted.sum(-1, keepdim=True).log()) * even).sum(-1).mean()       # 0 where it is even
+        else:
+            total = total + (chosen.logsumexp(-1) - chosen[:, :n].masked_fill(~wanted, float("-inf")).logsumexp(-1)).mean()
     return total / len(heads)

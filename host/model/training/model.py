@@ -202,7 +202,7 @@ class Attention(nn.Module):
 
 
 def rotate(x, rope):
-    cos, sin = rope
+    cos, sin = rope[0].to(x.dtype), rope[1].to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 

@@ -4,7 +4,7 @@ import numpy as np
 import cv2
 import scenes as S
 
-KINDS = dict(single=.22, several=.24, heap=.15, text=.2, shapes=.1, clothing=.09)
+KINDS = dict(single=.13, several=.31, heap=.18, text=.2, shapes=.1, clothing=.08)
 
 
 def size(rng, side=336):

@@ -271,15 +271,15 @@ def turns(rng, scene, frame, n):
     texts = [t for t in things if t.kind == "text"]
     makers = []
     if len({noun(t) for t in things}) == len(things) and 0 < len(things) <= 4:
-        makers += [(3, lambda: describe(rng, things, frame))]
+        makers += [(2, lambda: describe(rng, things, frame))]
     if len(things) == 1:
-        makers += [(5, lambda: name_single(rng, things[0], frame))]
+        makers += [(3, lambda: name_single(rng, things[0], frame))]
         if things[0].kind != "text":
-            makers += [(2, lambda: is_it(rng, things[0]))]
+            makers += [(3, lambda: is_it(rng, things[0]))]
     if len(texts) == 1:
         makers += [(4, lambda: read(rng, texts[0]))]
     if drawn or rng.random() < .2:
-        makers += [(2.5, lambda: exists(rng, things))]
+        makers += [(3.5, lambda: exists(rng, things))]
     if drawn:
         heaped = len(drawn) > len(kinds)
         makers += [(5 if heaped else .4, lambda: count(rng, things)), (.25, lambda: not_there(rng, things))]
@@ -292,19 +292,19 @@ def turns(rng, scene, frame, n):
         makers += [(.8, lambda: backdrop(rng, scene.background))]
     placed = [t for t in unique if t.kind != "clothing" and not near_border(t, frame)]
     if placed:
-        makers += [(1.8, lambda: where(rng, pick(rng, placed), frame))]
+        makers += [(3, lambda: where(rng, pick(rng, placed), frame))]
     arrows = [t for t in unique if t.kind == "shape" and t.name.startswith("arrow")]
     if arrows:
-        makers += [(2, lambda: points(rng, arrows[0]))]
+        makers += [(1, lambda: points(rng, arrows[0]))]
     pairs = [t for t in unique if t.kind != "clothing"]
     if len(pairs) >= 2:
         def two():
             i, j = rng.permutation(len(pairs))[:2]
             return pairs[i], pairs[j]
         if len(pairs) == len(things) == 2:
-            makers += [(5, lambda: relation(rng, *two())), (1, lambda: bigger(rng, *two()))]
+            makers += [(5, lambda: relation(rng, *two())), (.6, lambda: bigger(rng, *two()))]
         else:
-            makers += [(2.5, lambda: named_relation(rng, *two()))]
+            makers += [(4, lambda: named_relation(rng, *two()))]
     out, asked = [], set()
     weights = [w for w, _ in makers]
     for _ in range(4 * n):

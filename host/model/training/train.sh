@@ -32,9 +32,9 @@ once spelled "$PYTHON" "$here/tokenizer.py" "$work/tokenizer.json"
 stage teacher 60 teacher.py --decay --seed 1
 stage tower 75 train_tower.py --teacher teacher --decay --seed 31
 stage letters 40 train_tower.py --start "$work/tower.pt" --teacher teacher --decay --muon .013 --adam 7e-4 --text .48 --seed 61
-stage language 90 train_language.py --tower letters --batch 12 --drawn 4 --rates 1 .3 --mix global=.74,single=.05,talk=.09,pair=.12 --seed 71
-stage crops 60 train_language.py --start "$work/language.pt" --tower letters --batch 12 --drawn 4 --align 0 --rates .4 .02 \
-    --mix global=.37,single=.13,talk=.06,pair=.12,detail=.32 --seed 91
-"$PYTHON" "$here/export.py" "$work" crops "$work/export"
+stage whole 38 train_tower.py --start "$work/letters.pt" --side 336 --batch 16 --decay --muon .008 --adam 5e-4 --text .36 --seed 71
+stage language 180 train_language.py --tower whole --batch 10 --drawn 4 --align 3 --rates 1 .03 --muon .014 --adam 1.4e-3 --looks .15 \
+    --mix global=.54,single=.07,talk=.03,pair=.1,detail=.26 --seed 91
+"$PYTHON" "$here/export.py" "$work" language "$work/export"
 once asked "$PYTHON" "$here/suite.py" "$work" "$work/suite"
 echo "now: visor eval --checkpoint $work/export/int4 --suite $work/suite --report report.html"
