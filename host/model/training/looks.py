@@ -92,6 +92,41 @@ class Crops(torch.nn.Module):
         return F.cross_entropy(down, row[None, :, None].expand(grid)) + F.cross_entropy(across, column[None, None].expand(grid))
 
 
+class Facts(torch.nn.Module):
+    """Asks the answers' positions, one layer after the heads that look, what they saw: where the thing lies, how far the two
+    things that are compared lie apart, how many are counted. What a linear map can read there, later layers can say."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.out = torch.nn.Linear(hidden, 4 + 7)
+
+    def loss(self, inputs, rows, layout):
+        asked = [(i, position, boxes) for i, row in enumerate(rows) for position, boxes in row[4]]
+        if not asked:
+            return inputs.new_zeros(())
+        x = inputs[torch.tensor([a[0] for a in asked]), layout.length + torch.tensor([a[1] for a in asked])]
+        place, apart, number = self.out(F.rms_norm(x, x.shape[-1:])).split([2, 2, 7], -1)
+        where, between, counted = (torch.tensor(goal) for goal in zip(*(facts(boxes) for _, _, boxes in asked)))
+        total = inputs.new_zeros(())
+        for said, goal in ((place, where), (apart, between)):
+            known = ~goal[:, 0].isnan()
+            if known.any():
+                total = total + F.smooth_l1_loss(said[known], goal[known], beta=.1)
+        return total + F.cross_entropy(number, counted, ignore_index=-1) if (counted >= 0).any() else total
+
+
+def facts(boxes):
+    """The middle of the one thing and the way from the second to the first, as shares of 168 px, and the number counted; nan or -1
+    where that is not asked."""
+    unknown, middle = (float("nan"), float("nan")), lambda box: ((box[0] + box[2] / 2) / 168 - 1, (box[1] + box[3] / 2) / 168 - 1)
+    if len(boxes) == 3:
+        return unknown, unknown, min(len(boxes[2]), 6)
+    if len(boxes[0]) != 1 or len(boxes[1]) != 1:
+        return unknown, unknown, -1
+    one, other = middle(boxes[0][0]), middle(boxes[1][0])
+    return (one, unknown, -1) if boxes[0] == boxes[1] else (unknown, (one[0] - other[0], one[1] - other[1]), -1)
+
+
 def loss(model, inputs, at, mask, rows, layout):
     """Minus the logarithm of the attention that the heads give to where they should look, as means, for questions and for
     answers. inputs {layer: (batch, positions, hidden)}: what enters the layers; rows: of `Prompts`."""

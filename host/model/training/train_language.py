@@ -97,7 +97,7 @@ class Trainer:
         self.model = Phi3V(CONFIG)
         self.heads = Heads(CONFIG["img_processor"]["hidden_size"])
         self.words = Words(self.prompts, CONFIG["hidden_size"])
-        self.crops = looks.Crops(CONFIG["hidden_size"])
+        self.crops, self.facts = looks.Crops(CONFIG["hidden_size"]), looks.Facts(CONFIG["hidden_size"])
         self.model.lm_head.weight.data = self.model.model.embed_tokens.weight.data * .04   # begins as what embeds
         self.state = dict(step=0, seconds=0., sequences=0)
         self.path = f"{a.work}/{a.name}.pt"
@@ -109,6 +109,8 @@ class Trainer:
                 self.words.load_state_dict(saved["words"])
             if "crops" in saved:
                 self.crops.load_state_dict(saved["crops"])
+            if "facts" in saved:
+                self.facts.load_state_dict(saved["facts"])
         else:
             matching_init(self.model)
         if a.tower and (not saved or a.new_tower):
@@ -119,18 +121,18 @@ class Trainer:
             for p in self.model.vision.tower.parameters():
                 p.requires_grad = False
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        trained += [("aside", p) for p in [*self.words.parameters(), *self.crops.parameters()]]
+        trained += [("aside", p) for p in [*self.words.parameters(), *self.crops.parameters(), *self.facts.parameters()]]
         matrix = lambda n, p: p.dim() == 2 and ("layers." in n or "img_projection" in n)
         self.optimiser = muon_and_adam([p for n, p in trained if matrix(n, p)], [p for n, p in trained if not matrix(n, p)], a.muon, a.adam)
         if saved and os.path.exists(self.path):
             self.state = saved["state"]
             if saved.get("joint") == a.joint:
                 self.optimiser.load_state_dict(saved["optimiser"])
-        self.pools, self.looked, self.placed = {"single": [], "detail": []}, [], []
+        self.pools, self.looked, self.placed, self.known = {"single": [], "detail": []}, [], [], []
 
     def save(self, seconds):
         state = dict(self.state, seconds=seconds)
-        torch.save(dict(model=self.model.state_dict(), heads=self.heads.state_dict(), words=self.words.state_dict(), crops=self.crops.state_dict(), optimiser=self.optimiser.state_dict(), state=state, joint=self.a.joint), self.path + ".tmp")
+        torch.save(dict(model=self.model.state_dict(), heads=self.heads.state_dict(), words=self.words.state_dict(), crops=self.crops.state_dict(), facts=self.facts.state_dict(), optimiser=self.optimiser.state_dict(), state=state, joint=self.a.joint), self.path + ".tmp")
         os.replace(self.path + ".tmp", self.path)
 
     def encode(self, kind, samples):
@@ -237,7 +239,7 @@ class Trainer:
         ids, targets, at, mask = collate(rows, n)
         x = self.model.model.embed_tokens(ids)
         x = torch.cat([prefix, x], 1) if prefix is not None else x
-        kept = {looks.QUESTIONS[0]: None, looks.ANSWERS[0]: None}
+        kept = dict.fromkeys((looks.QUESTIONS[0], looks.ANSWERS[0], looks.ANSWERS[0] + 1))
         with half():
             h = self.model.hidden(x, at, mask, kept)[:, n:].float()
         asked = targets != IGNORE
@@ -246,7 +248,10 @@ class Trainer:
         if layout and self.a.looks:
             close = looks.loss(self.model, kept, at, mask, rows, layout)
             self.looked.append([c.item() for c in close])
-            if layout.grids[0][1:] != (12, 12):
+            if layout.grids[0][1:] == (12, 12):
+                close.append(self.facts.loss(kept[looks.ANSWERS[0] + 1], rows, layout))
+                self.known.append(close[-1].item())
+            else:
                 close.append(self.crops.loss(kept[looks.ANSWERS[0]], layout))
                 self.placed.append(close[-1].item())
             aside = self.a.looks * sum(close)
@@ -380,7 +385,8 @@ def main():
             line = dict(step=t.state["step"], sequences=t.state["sequences"], minutes=round(now / 60, 1), pool={k: len(v) for k, v in t.pools.items()},
                         loss={k: round(float(np.mean(x)), 4) for k, (x, _) in sums.items()}, tokens={k: round(100 * float(np.mean(x)), 1) for k, (_, x) in sums.items()})
             line["cells"], line["looks"], line["crops"] = marks.percent(), np.mean(t.looked or [[0]], 0).round(3).tolist(), round(float(np.mean(t.placed or [0])), 3)
-            t.looked, t.placed = [], []
+            line["facts"] = round(float(np.mean(t.known or [0])), 3)
+            t.looked, t.placed, t.known = [], [], []
             sums, marks = {}, Marks()
             print(json.dumps(line), file=log, flush=True)
         if time.time() - tested_at > a.evaluate * 60 and rank == 0:
