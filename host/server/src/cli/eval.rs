@@ -24,7 +24,7 @@ use crate::wiring::House;
 
 /// Told when no suite is named: nothing hidden is looked for.
 const NO_SUITE: &str = "no suite is named: --suite DIR takes a folder with cases.jsonl and pictures \
-    (Visor's own is tests/suite of its repository; `visor eval --help` shows the format)";
+    (`visor eval --help` shows the format)";
 
 /// Shown by `visor eval --help`.
 pub(super) const HELP: &str = "\
