@@ -1,10 +1,11 @@
 """Where the decoder should look. One attention head is taught to rest, at every noun and colour of a question, on the cells
 of such things; two heads of the next layer, while answering, on the cells that the next word is about, the second on what
 that is compared with; all on the first token where there is no such thing. Where things are counted, that layer's third head
-spreads evenly over one cell of each and the first token, whose share then tells the number. Finding what a question names is what a small
+spreads evenly over one cell of each in the global view and the first token, whose share then tells the number. Finding what a question names is what a small
 decoder learns last from answers alone; shown where it lies, it learns that first. The shipped model keeps no trace of this
 but its weights."""
 import re
+from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 import questions as Q
@@ -12,7 +13,7 @@ import scenes as S
 from model import rotate
 
 QUESTIONS, ANSWERS, COUNTS = (1, (2,)), (2, (0, 1)), (2, (2,))     # layer, heads
-CELL = 28  # px
+CELL, APART = 28, 10 ** 5  # px
 WORDS = {Q.PLURAL[n]: n for n in Q.PLURAL} | {n: n for n in Q.PLURAL} | {"text": "text"} | {c: c for c in S.COLOUR_NAMES}
 WORD = re.compile(r"\b(" + "|".join(sorted(map(re.escape, WORDS), key=len, reverse=True)) + r")\b")
 
@@ -49,30 +50,56 @@ def spans(turn):
     return out + [(0, len(turn.answer), boxes)]
 
 
+@dataclass
+class Grid:
+    """Image tokens of one picture in a prefix, each row followed by one separator. A cell is as many px of the drawn picture
+    wide and high as `cell` says; the pictures of one prompt lie side by side, `APART` px from one another."""
+    first: int
+    rows: int
+    columns: int
+    cell: tuple = (CELL, CELL)
+    picture: int = 0
+
+    def cells(self, box):
+        """First and last row and column (excluded) of the cells whose middle lies in a box, at least one; None where it is
+        of another picture."""
+        x, y, w, h = box
+        x -= self.picture * APART
+        if not -APART / 2 < x < APART / 2:
+            return None
+        out = []
+        for start, side, cell, n in ((y, h, self.cell[1], self.rows), (x, w, self.cell[0], self.columns)):
+            low, high = (min(max(round(at / cell), 0), n) for at in (start, start + side))
+            if low == high:
+                low = min(max(int((start + side / 2) / cell), 0), n - 1)
+            out += [low, max(high, low + 1)]
+        return out
+
+
 class Layout:
-    """Grids of image tokens in a prefix: (first position, rows, columns), each row followed by one separator."""
+    """The grids of a prefix of `length` tokens; the last one shows the whole picture."""
 
     def __init__(self, length, *grids):
-        self.length, self.grids = length, grids
+        self.length, self.grids, self.marked = length, grids, {}
 
-    def mark(self, boxes):
-        """(length,) bool: the image tokens whose cell has its middle in one of the boxes, at least one for each; the first
-        token of all where there are none."""
-        out = torch.zeros(self.length, dtype=torch.bool)
-        out[0] = not boxes
-        for first, rows, columns in self.grids:
-            grid = out[first:first + rows * (columns + 1)].view(rows, columns + 1)
-            for x, y, w, h in boxes:
-                one = lambda start, side, n: sorted(min(max(c, 0), n) for c in (round(start / CELL), round((start + side) / CELL)))
-                (left, right), (top, bottom) = one(x, w, columns), one(y, h, rows)
-                if left == right:
-                    left = min(int((x + w / 2) / CELL), columns - 1)
-                    right = left + 1
-                if top == bottom:
-                    top = min(int((y + h / 2) / CELL), rows - 1)
-                    bottom = top + 1
-                grid[top:bottom, left:right] = True
-        return out
+    def mark(self, boxes, whole=False):
+        """(length,) bool: the image tokens that show one of the boxes, in the last grid only if `whole`; the first token of
+        all where there are none."""
+        key = whole, *boxes
+        if key not in self.marked:
+            out = torch.zeros(self.length, dtype=torch.bool)
+            out[0] = not boxes
+            for g in self.grids[-1:] if whole else self.grids:
+                grid = out[g.first:g.first + g.rows * (g.columns + 1)].view(g.rows, g.columns + 1)
+                for top, bottom, left, right in filter(None, map(g.cells, boxes)):
+                    grid[top:bottom, left:right] = True
+            self.marked[key] = out
+        return self.marked[key]
+
+
+def in_second(thing):
+    """A thing of the first picture as it would lie in the second."""
+    return replace(thing, box=(thing.box[0] + APART, *thing.box[1:]), glyphs=[(c, x + APART, *rest) for c, x, *rest in thing.glyphs])
 
 
 class Crops(torch.nn.Module):
@@ -84,7 +111,7 @@ class Crops(torch.nn.Module):
         self.out = torch.nn.Linear(hidden, 8)
 
     def loss(self, inputs, layout):
-        first, rows, columns = layout.grids[0]
+        first, rows, columns = layout.grids[0].first, layout.grids[0].rows, layout.grids[0].columns
         x = F.rms_norm(inputs[:, first:first + rows * (columns + 1)], inputs.shape[-1:]).unflatten(1, (rows, columns + 1))[:, :, :columns]
         down, across = self.out(x).movedim(-1, 1).split(4, 1)
         row, column = torch.arange(rows) // 12, torch.arange(columns) // 12
@@ -106,7 +133,9 @@ class Facts(torch.nn.Module):
             return inputs.new_zeros(())
         x = inputs[torch.tensor([a[0] for a in asked]), layout.length + torch.tensor([a[1] for a in asked])]
         place, apart, number = self.out(F.rms_norm(x, x.shape[-1:])).split([2, 2, 7], -1)
-        where, between, counted = (torch.tensor(goal) for goal in zip(*(facts(boxes) for _, _, boxes in asked)))
+        g = layout.grids[-1]
+        size = g.cell[0] * g.columns, g.cell[1] * g.rows
+        where, between, counted = (torch.tensor(goal) for goal in zip(*(facts(boxes, size) for _, _, boxes in asked)))
         total = inputs.new_zeros(())
         for said, goal in ((place, where), (apart, between)):
             known = ~goal[:, 0].isnan()
@@ -115,10 +144,10 @@ class Facts(torch.nn.Module):
         return total + F.cross_entropy(number, counted, ignore_index=-1) if (counted >= 0).any() else total
 
 
-def facts(boxes):
-    """The middle of the one thing and the way from the second to the first, as shares of 168 px, and the number counted; nan or -1
-    where that is not asked."""
-    unknown, middle = (float("nan"), float("nan")), lambda box: ((box[0] + box[2] / 2) / 168 - 1, (box[1] + box[3] / 2) / 168 - 1)
+def facts(boxes, size):
+    """The middle of the one thing and the way from the second to the first, as shares of half a picture of that size, and
+    the number counted; nan or -1 where that is not asked."""
+    unknown, middle = (float("nan"), float("nan")), lambda box: [(2 * box[k] + box[2 + k]) / size[k] - 1 for k in (0, 1)]
     if len(boxes) == 3:
         return unknown, unknown, min(len(boxes[2]), 6)
     if len(boxes[0]) != 1 or len(boxes[1]) != 1:
@@ -145,15 +174,16 @@ def heads_loss(model, depth, heads, inputs, where):
     x, rope = layer.input_layernorm(inputs), model.rope(at)
     batch, position = torch.tensor([a[0] for a in asked]), torch.tensor([a[1] for a in asked])
     for k, head in enumerate(heads):
-        wanted = torch.stack([layout.mark(boxes[k]) for _, _, boxes in asked])
+        even = heads == COUNTS[1] and depth == COUNTS[0]
+        wanted = torch.stack([layout.mark(boxes[k], even) for _, _, boxes in asked])
         query, key = (rotate(F.linear(x, weight[j, head]), rope) for j in (0, 1))
         scores = query[:, n:] @ key.mT * query.shape[-1] ** -.5 + mask[:, 0, n:]
         chosen = scores[batch, position]
-        if heads == COUNTS[1] and depth == COUNTS[0]:
+        if even:
             wanted[:, 0] = True
-            even = wanted / wanted.sum(-1, keepdim=True)
+            goal = wanted / wanted.sum(-1, keepdim=True)
             share = chosen.log_softmax(-1)[:, :n].masked_fill(~wanted, 0)
-            total = total - ((share + wanted.sum(-1, keepdim=True).log()) * even).sum(-1).mean()       # 0 where it is even
+            total = total - ((share + wanted.sum(-1, keepdim=True).log()) * goal).sum(-1).mean()       # 0 where it is even
         else:
             total = total + (chosen.logsumexp(-1) - chosen[:, :n].masked_fill(~wanted, float("-inf")).logsumexp(-1)).mean()
     return total / len(heads)

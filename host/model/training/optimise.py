@@ -39,6 +39,16 @@ def sum_(tensors):
         t.copy_(part.view_as(t))
 
 
+def share_presence(params):
+    """What has a gradient in one process has one in all: zeros, where this one's batch did not ask for it."""
+    if together():
+        present = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8)
+        dist.all_reduce(present, dist.ReduceOp.MAX)
+        for p, there in zip(params, present.tolist()):
+            if there and p.grad is None:
+                p.grad = torch.zeros_like(p)
+
+
 def agreed(value):
     """The largest of every process's value: what all act on."""
     if not together():
@@ -103,6 +113,7 @@ class Parts:
         self.params = [p for part in parts for g in part.param_groups for p in g["params"]]
 
     def step(self, rate):
+        share_presence(self.params)
         mean_([p.grad for p in self.params if p.grad is not None])
         torch.nn.utils.clip_grad_norm_(self.params, self.clip)
         for part, base in zip(self.parts, self.base):

@@ -4,7 +4,7 @@ import numpy as np
 import cv2
 import scenes as S
 
-KINDS = dict(single=.13, several=.31, heap=.18, text=.2, shapes=.1, clothing=.08)
+KINDS = dict(single=.1, several=.3, heap=.24, text=.23, shapes=.07, clothing=.06)
 
 
 def size(rng, side=336):
@@ -70,7 +70,7 @@ def picture(rng, library, kind=None, side=336, augment=True, worn=.5):
 
 def heap(rng, canvas, library, least):
     n = int(rng.integers(1, 6))
-    px = least * rng.uniform(.13, .3)
+    px = max(least * rng.uniform(.13, .3), 40)
     same_size = rng.random() < .6
     shape = S.SHAPES[rng.integers(len(S.SHAPES))] if rng.random() < .4 else None
     concept, name = int(rng.integers(len(S.CONCEPTS))), None

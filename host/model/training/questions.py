@@ -207,13 +207,13 @@ def not_there(rng, things):
     return Turn(q, f"I do not see {article(n)}.", "describe", ["not"], about=[])
 
 
-def relation(rng, a, b):
+def relation(rng, a, b, frame):
     """Left, right, above, below of two things well apart on that axis; None where they are not."""
     (ax, ay), (bx, by) = a.centre, b.centre
     dx, dy = bx - ax, by - ay
     horizontal = abs(dx) > abs(dy)
     gap = abs(dx) if horizontal else abs(dy)
-    if gap < 36 or noun(a) == noun(b):
+    if gap < .107 * max(frame[2:]) or noun(a) == noun(b):
         return None
     first, second = (a, b) if (dx if horizontal else dy) > 0 else (b, a)   # first is left of, or above, second
     near, far = ("left", "right") if horizontal else ("top", "bottom")
@@ -271,25 +271,25 @@ def turns(rng, scene, frame, n):
     texts = [t for t in things if t.kind == "text"]
     makers = []
     if len({noun(t) for t in things}) == len(things) and 0 < len(things) <= 4:
-        makers += [(2, lambda: describe(rng, things, frame))]
+        makers += [(1.6, lambda: describe(rng, things, frame))]
     if len(things) == 1:
-        makers += [(3, lambda: name_single(rng, things[0], frame))]
+        makers += [(2, lambda: name_single(rng, things[0], frame))]
         if things[0].kind != "text":
             makers += [(3, lambda: is_it(rng, things[0]))]
     if len(texts) == 1:
-        makers += [(4, lambda: read(rng, texts[0]))]
+        makers += [(6, lambda: read(rng, texts[0]))]
     if drawn or rng.random() < .2:
-        makers += [(3.5, lambda: exists(rng, things))]
+        makers += [(2.5, lambda: exists(rng, things))]
     if drawn:
         heaped = len(drawn) > len(kinds)
-        makers += [(5 if heaped else .4, lambda: count(rng, things)), (.25, lambda: not_there(rng, things))]
+        makers += [(8 if heaped else .8, lambda: count(rng, things)), (.25, lambda: not_there(rng, things))]
     if not texts and drawn and rng.random() < .3:
         makers += [(.6, lambda: Turn(pick(rng, READ), "I see no text.", "read", ["no text"], about=[]))]
     inked = [t for t in unique if t.colour and (t.kind == "shape" or t.kind == "text")]
     if inked:
-        makers += [(3, lambda: coloured(rng, pick(rng, inked), things))]
+        makers += [(2.5, lambda: coloured(rng, pick(rng, inked), things))]
     if scene.background and drawn:
-        makers += [(.8, lambda: backdrop(rng, scene.background))]
+        makers += [(.5, lambda: backdrop(rng, scene.background))]
     placed = [t for t in unique if t.kind != "clothing" and not near_border(t, frame)]
     if placed:
         makers += [(3, lambda: where(rng, pick(rng, placed), frame))]
@@ -302,9 +302,9 @@ def turns(rng, scene, frame, n):
             i, j = rng.permutation(len(pairs))[:2]
             return pairs[i], pairs[j]
         if len(pairs) == len(things) == 2:
-            makers += [(5, lambda: relation(rng, *two())), (.6, lambda: bigger(rng, *two()))]
+            makers += [(7, lambda: relation(rng, *two(), frame)), (.6, lambda: bigger(rng, *two()))]
         else:
-            makers += [(4, lambda: named_relation(rng, *two()))]
+            makers += [(6, lambda: named_relation(rng, *two(), frame))]
     out, asked = [], set()
     weights = [w for w, _ in makers]
     for _ in range(4 * n):
@@ -319,10 +319,10 @@ def turns(rng, scene, frame, n):
     return out
 
 
-def named_relation(rng, a, b):
+def named_relation(rng, a, b, frame):
     """A relation that names both, for pictures with more than two things."""
     for _ in range(6):
-        turn = relation(rng, a, b)
+        turn = relation(rng, a, b, frame)
         if turn is None:
             return None
         if noun(a) in turn.question and noun(b) in turn.question:
@@ -371,33 +371,29 @@ def small(rng, t, things, frame, of):
 # ---- two pictures ---------------------------------------------------------------------------------------------
 
 def compare(rng, a, b):
-    """Turns about two pictures that hold one thing each."""
-    same = a.name == b.name
+    """A turn about two pictures that hold one thing each."""
     x, y = phrase(a), phrase(b)
     nx, ny = noun(a), noun(b)
-    out = []
-    form = rng.random()
+    form, first = rng.random(), rng.random() < .5
+    nth, one, n = ("first", a, nx) if first else ("second", b, ny)
     if form < .3:
         q = pick(rng, ["What is different?", "What is the difference between the two images?", "What differs between the images?", "Compare the two images.",
                        "How do the images differ?", "What do the two images show?", "Describe both images."])
         answer = f"Both images show {x}." if x == y else f"The first image shows {x} and the second image shows {y}."
-        out.append(Turn(q, answer, "two-image", [nx, ny] if nx != ny else [nx], "all"))
+        turn = Turn(q, answer, "two-image", [nx, ny] if nx != ny else [nx], "all", [a], [b])
     elif form < .7 and nx != ny:
-        first = rng.random() < .5
-        target = nx if first else ny
-        n = article(target)
-        q = pick(rng, [f"Which image shows {n}?", f"In which image is the {target}?", f"Which picture shows {n}?", f"Where is the {target}, in the first or the second image?"])
-        out.append(Turn(q, f"The {'first' if first else 'second'} image shows {n}.", "two-image", ["first" if first else "second"]))
+        q = pick(rng, [f"Which image shows {article(n)}?", f"In which image is the {n}?", f"Which picture shows {article(n)}?",
+                       f"Where is the {n}, in the first or the second image?"])
+        turn = Turn(q, f"The {nth} image shows {article(n)}.", "two-image", [nth], about=[one])
     elif form < .85:
         q = pick(rng, ["Do both images show the same thing?", "Are the two images the same?", "Is it the same object in both images?"])
         answer = f"Yes, both images show {article(nx)}." if nx == ny else f"No, the first image shows {article(nx)} and the second image shows {article(ny)}."
-        out.append(Turn(q, answer, "two-image", ["yes" if nx == ny else "no"], "yes-no"))
+        turn = Turn(q, answer, "two-image", ["yes" if nx == ny else "no"], "yes-no", [a], [b])
     else:
-        first = rng.random() < .5
-        q = pick(rng, [f"What is in the {'first' if first else 'second'} image?", f"What does the {'first' if first else 'second'} image show?",
-                       f"What is in image {1 if first else 2}?"])
-        out.append(Turn(q, f"The {'first' if first else 'second'} image shows {x if first else y}.", "two-image", [nx if first else ny]))
-    return [vary(rng, t) for t in out]
+        q = pick(rng, [f"What is in the {nth} image?", f"What does the {nth} image show?", f"What is in image {1 if first else 2}?"])
+        turn = Turn(q, f"The {nth} image shows {x if first else y}.", "two-image", [n], about=[one])
+    turn.things = [a, b]
+    return vary(rng, turn)
 
 
 # ---- no picture -----------------------------------------------------------------------------------------------

@@ -56,13 +56,14 @@ def single_sample(rng, library, kind=None, augment=True, worn=.5, labelled=False
 
 def detail_sample(rng, library):
     """Crops and global view, normalised, (1 + rows * columns, 3, 336, 336) f16; the scene; its frame, grid and small things."""
-    if rng.random() < .6:
+    if rng.random() < .5:
         scene, frame, rows, columns, smalls = P.detailed(rng, library)
     else:                                          # any picture as `num_crops` 4 enlarges it
         scene, frame = P.picture(rng, library)
         scene.picture = cv2.resize(scene.picture, (672, 672), interpolation=cv2.INTER_LINEAR)
-        rows = columns = 2
-        smalls = []
+        frame, rows, columns, smalls = tuple(2 * n for n in frame), 2, 2, []
+        for t in scene.things:
+            t.box, t.glyphs = tuple(2 * n for n in t.box), [(c, *(2 * n for n in box)) for c, *box in t.glyphs]
     crops = scene.picture.reshape(rows, 336, columns, 336, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 336, 336, 3)
     pixels = torch.cat([P.global_view(scene.picture), torch.from_numpy(crops).permute(0, 3, 1, 2).float()])
     scene.picture = scene.owner = None
@@ -87,6 +88,11 @@ def ask(rng, scene, frame, n, smalls=()):
     if rng.random() < .12:
         turns.append(Q.talk_beside(rng))
     return turns
+
+
+def alone(entry):
+    """Whether a pool's picture holds one thing only, with a name that fits "Which image shows a ...?"."""
+    return len(entry[1].things) == 1 and entry[1].things[0].kind != "clothing"
 
 
 class Trainer:
@@ -203,35 +209,41 @@ class Trainer:
             grid = self.pools["detail"][self.rng.integers(len(self.pools["detail"]))][3]
             alike = [d for d in self.pools["detail"] if d[3] == grid]
             chosen = [alike[i] for i in self.rng.permutation(len(alike))[:max(2, self.a.batch // 2)]]
-            turns = [ask(self.rng, s, f, TURNS, smalls) for _, s, f, _, smalls in chosen]
+            turns = [ask(self.rng, s, f, TURNS + 4, smalls) for _, s, f, _, smalls in chosen]
             tokens = torch.stack([v.sequence(x[0].float(), x[1:].float(), *grid) for x, *_ in chosen])
             return torch.cat([before.expand(len(chosen), -1, -1), tokens], 1), self.rows(turns), self.layout(kind, grid)
         if kind == "pair":
-            alone = [p for p in self.pools["single"][-1500:] if len(p[1].things) == 1]
             n = max(3, self.a.batch // 3)
-            picks = [(alone[i], alone[j]) for i, j in self.rng.integers(0, len(alone), (n, 2))]
+            large = [p for p in self.pools["detail"] if alone(p) and p[3] == (2, 2)]
+            grid = (2, 2) if len(large) > 2 * n and self.rng.random() < .6 else (1, 1)     # the server shows each in four crops
+            pool = large if grid == (2, 2) else [p for p in self.pools["single"][-1500:] if alone(p)]
+            picks = [(pool[i], pool[j]) for i, j in self.rng.integers(0, len(pool), (n, 2))]
             by_name = {}
-            for p in alone:
+            for p in pool:
                 by_name.setdefault(p[1].things[0].name, []).append(p)
             for k in range(n):                     # now and then the same thing twice
                 if self.rng.random() < .2:
                     same = by_name[picks[k][0][1].things[0].name]
                     picks[k] = picks[k][0], same[self.rng.integers(len(same))]
-            turns = [[t for _ in range(3) for t in Q.compare(self.rng, a[1].things[0], b[1].things[0])] for a, b in picks]
-            one, two = (v.single(torch.stack([p[k][0] for p in picks]).float()) for k in (0, 1))
+            turns = [[Q.compare(self.rng, a[1].things[0], looks.in_second(b[1].things[0])) for _ in range(4)] for a, b in picks]
+            show = lambda f: v.single(f.float()[None])[0] if grid == (1, 1) else v.sequence(f[0].float(), f[1:].float(), *grid)
+            one, two = (torch.stack([show(p[k][0]) for p in picks]) for k in (0, 1))
             between = emb(torch.tensor(self.prompts.before(1))).expand(n, -1, -1)
-            return torch.cat([before.expand(n, -1, -1), one, between, two], 1), [self.prompts.independent(t, 1) for t in turns], None
+            return torch.cat([before.expand(n, -1, -1), one, between, two], 1), [self.prompts.independent(t, 1) for t in turns], self.layout(kind, grid)
         turns = [[Q.talk(self.rng)] for _ in range(2 * self.a.batch)]
         return None, [self.prompts.independent(t, 0) for t in turns], None
 
     def layout(self, kind, grid=(1, 1)):
-        """Where image tokens lie in a prefix: the crops', and behind a separator the global view's."""
-        first, rows, columns = len(self.prompts.before(0)), 12 * grid[0], 12 * grid[1]
-        if kind == "global":
-            return looks.Layout(first + 157, (first + 1, 12, 12))
-        crops = rows * (columns + 1)
-        twice = [(first + crops + 1, 12, 12)] if kind == "single" else []      # the global view has the crop's scale
-        return looks.Layout(first + crops + 157, (first, rows, columns), *twice)
+        """Where image tokens lie in a prefix: of each picture the crops', and behind a separator the global view's."""
+        at, rows, columns, out = 0, 12 * grid[0], 12 * grid[1], []
+        for k in range(2 if kind == "pair" else 1):
+            at += len(self.prompts.before(k))
+            if kind != "global":
+                out.append(looks.Grid(at, rows, columns, picture=k))
+            at += 0 if kind == "global" else rows * (columns + 1)
+            out.append(looks.Grid(at + 1, 12, 12, (looks.CELL * grid[1], looks.CELL * grid[0]), k))
+            at += 157
+        return looks.Layout(at, *out)
 
     def loss(self, prefix, rows, layout=None):
         """The loss of the answers, that of the looks, and the share of answer tokens that are right."""
@@ -248,10 +260,10 @@ class Trainer:
         if layout and self.a.looks:
             close = looks.loss(self.model, kept, at, mask, rows, layout)
             self.looked.append([c.item() for c in close])
-            if layout.grids[0][1:] == (12, 12):
+            if layout.grids[-1].picture == 0:
                 close.append(self.facts.loss(kept[looks.ANSWERS[0] + 1], rows, layout))
                 self.known.append(close[-1].item())
-            else:
+            if layout.grids[0].rows > 12 or layout.grids[0].columns > 12:
                 close.append(self.crops.loss(kept[looks.ANSWERS[0]], layout))
                 self.placed.append(close[-1].item())
             aside = self.a.looks * sum(close)
