@@ -177,7 +177,7 @@ def heads_loss(model, depth, heads, inputs, where):
         even = heads == COUNTS[1] and depth == COUNTS[0]
         wanted = torch.stack([layout.mark(boxes[k], even) for _, _, boxes in asked])
         query, key = (rotate(F.linear(x, weight[j, head]), rope) for j in (0, 1))
-        scores = query[:, n:] @ key.mT * query.shape[-1] ** -.5 + mask[:, 0, n:]
+        scores = query[:, n:] @ key.mT * query.shape[-1] ** -.5 + mask[:, 0]
         chosen = scores[batch, position]
         if even:
             wanted[:, 0] = True

@@ -190,15 +190,16 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv_proj, self.o_proj = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
 
-    def forward(self, x, rope, mask):
+    def forward(self, x, rope, mask, text_only=False):
+        """The prefix in front of what `mask` covers is causal. With `text_only` just what it covers is returned."""
         b, t, d = x.shape
         q, k, v = self.qkv_proj(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, rope), rotate(k, rope)
-        if mask is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, d))
+        n = t - (mask.shape[2] if mask is not None else 0)
+        parts = [F.scaled_dot_product_attention(*(z[:, :, :n] for z in (q, k, v)), is_causal=True)] if n and not text_only else []
+        if mask is not None:
+            parts.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask.to(q.dtype)))
+        return self.o_proj(torch.cat(parts, 2).transpose(1, 2).reshape(b, -1, d))
 
 
 def rotate(x, rope):
@@ -223,8 +224,9 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = RmsNorm(d), RmsNorm(d)
         self.self_attn, self.mlp = Attention(d, heads), Mlp(d, m)
 
-    def forward(self, x, rope, mask):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
+    def forward(self, x, rope, mask, text_only=False):
+        seen = self.self_attn(self.input_layernorm(x), rope, mask, text_only)
+        x = x[:, -seen.shape[1]:] + seen
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -302,15 +304,16 @@ class Phi3V(nn.Module):
         return angle.cos() * self.scale, angle.sin() * self.scale
 
     def hidden(self, x, positions=None, mask=None, keep=None):
-        """x (batch, positions, hidden) embeddings -> final hidden states. mask: (batch, 1, t, t), added to the scores. `keep`,
-        a dictionary, receives what enters the layers that are its keys."""
+        """x (batch, positions, hidden) embeddings -> final hidden states. With a mask (batch, 1, t, positions), which is added
+        to the scores of the last t positions, the hidden states of those. `keep`, a dictionary, receives what enters the
+        layers that are its keys."""
         rope = self.rope(torch.arange(x.shape[1]) if positions is None else positions)
         if positions is not None and positions.dim() == 2:
             rope = rope[0][:, None], rope[1][:, None]
         for depth, layer in enumerate(self.model.layers):
             if keep is not None and depth in keep:
                 keep[depth] = x
-            x = layer(x, rope, mask)
+            x = layer(x, rope, mask, mask is not None and layer is self.model.layers[-1])
         return self.model.norm(x)
 
 

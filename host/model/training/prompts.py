@@ -74,8 +74,8 @@ class Prompts:
 
 
 def collate(rows, prefix):
-    """Stacks sequences behind a prefix of `prefix` positions: ids and targets (batch, n), positions and the additive mask
-    (batch, 1, prefix + n, prefix + n) of the whole."""
+    """Stacks sequences behind a prefix of `prefix` positions: ids and targets (batch, n), positions of the whole and the
+    additive mask (batch, 1, n, prefix + n) of the sequences."""
     n = max(len(r[0]) for r in rows)
     b = len(rows)
     ids, targets = torch.zeros(b, n, dtype=torch.long), torch.full((b, n), IGNORE)
@@ -83,8 +83,8 @@ def collate(rows, prefix):
     for i, (a, t, s, p, *_) in enumerate(rows):
         ids[i, :len(a)], targets[i, :len(a)], segments[i, :len(a)], positions[i, :len(a)] = map(torch.tensor, (a, t, s, p))
     whole = torch.cat([torch.full((b, prefix), -2), segments], 1)
-    see = (whole[:, None, :] == whole[:, :, None]) | (whole[:, None, :] == -2)
-    see &= torch.ones(prefix + n, prefix + n).tril().bool()
-    mask = torch.zeros(b, 1, prefix + n, prefix + n).masked_fill_(~see[:, None], float("-inf"))
+    see = (whole[:, None, :] == segments[:, :, None]) | (whole[:, None, :] == -2)
+    see &= torch.ones(n, prefix + n).tril(prefix).bool()
+    mask = torch.zeros(b, 1, n, prefix + n).masked_fill_(~see[:, None], float("-inf"))
     at = torch.cat([torch.arange(prefix).expand(b, -1), positions + prefix], 1)
     return ids, targets, at, mask

@@ -253,7 +253,7 @@ class Trainer:
         x = torch.cat([prefix, x], 1) if prefix is not None else x
         kept = dict.fromkeys((looks.QUESTIONS[0], looks.ANSWERS[0], looks.ANSWERS[0] + 1))
         with half():
-            h = self.model.hidden(x, at, mask, kept)[:, n:].float()
+            h = self.model.hidden(x, at, mask, kept).float()
         asked = targets != IGNORE
         logits = self.model.lm_head(h[asked])
         loss, aside = F.cross_entropy(logits, targets[asked]), 0.
@@ -289,7 +289,7 @@ def exact(model, prompts, prefix, turns, images=1):
     x = model.model.embed_tokens(ids)
     if prefix is not None:
         x = torch.cat([prefix.expand(len(rows), -1, -1), x], 1)
-    said = model.lm_head(model.hidden(x, at, mask)[:, n:]).argmax(-1)
+    said = model.lm_head(model.hidden(x, at, mask)).argmax(-1)
     return [bool(((said[i] == targets[i]) | (targets[i] == IGNORE)).all()) for i in range(len(rows))]
 
 
