@@ -1,9 +1,9 @@
 """Where the decoder should look. One attention head is taught to rest, at every noun and colour of a question, on the cells
 of such things; two heads of the next layer, while answering, on the cells that the next word is about, the second on what
 that is compared with; all on the first token where there is no such thing. Where things are counted, that layer's third head
-spreads evenly over one cell of each in the global view and the first token, whose share then tells the number. Finding what a question names is what a small
-decoder learns last from answers alone; shown where it lies, it learns that first. The shipped model keeps no trace of this
-but its weights."""
+and one of the next spread evenly over the things in the global view and the first token, whose share then tells the number.
+Finding what a question names is what a small decoder learns last from answers alone; shown where it lies, it learns that
+first. The shipped model keeps no trace of this but its weights."""
 import re
 from dataclasses import dataclass, replace
 import torch
@@ -12,9 +12,10 @@ import questions as Q
 import scenes as S
 from model import rotate
 
-QUESTIONS, ANSWERS, COUNTS = (1, (2,)), (2, (0, 1)), (2, (2,))     # layer, heads
+QUESTIONS, ANSWERS, COUNTS = [(1, 2)], [(2, 0), (2, 1)], [(2, 2), (3, 2)]     # layer, head
+INPUTS = range(1, 4)
 CELL, APART = 28, 10 ** 5  # px
-WORDS = {Q.PLURAL[n]: n for n in Q.PLURAL} | {n: n for n in Q.PLURAL} | {"text": "text"} | {c: c for c in S.COLOUR_NAMES}
+WORDS = {Q.PLURAL[n]: n for n in Q.PLURAL} | {n: n for n in [*Q.PLURAL, *S.CLOTHES, *S.COLOUR_NAMES, "text"]}
 WORD = re.compile(r"\b(" + "|".join(sorted(map(re.escape, WORDS), key=len, reverse=True)) + r")\b")
 
 
@@ -46,7 +47,7 @@ def spans(turn):
                     break
     boxes = [[t.box for t in things] for things in (turn.about, turn.beside or turn.about)]
     if turn.category == "count":
-        boxes.append([(x + w / 2 - .5, y + h / 2 - .5, 1, 1) for x, y, w, h in boxes[0]])
+        boxes.append(boxes[0])
     return out + [(0, len(turn.answer), boxes)]
 
 
@@ -135,7 +136,8 @@ class Facts(torch.nn.Module):
         place, apart, number = self.out(F.rms_norm(x, x.shape[-1:])).split([2, 2, 7], -1)
         g = layout.grids[-1]
         size = g.cell[0] * g.columns, g.cell[1] * g.rows
-        where, between, counted = (torch.tensor(goal) for goal in zip(*(facts(boxes, size) for _, _, boxes in asked)))
+        goals = zip(*(facts(boxes, size) for _, _, boxes in asked))
+        where, between, counted = (torch.tensor(goal, dtype=kind) for goal, kind in zip(goals, (torch.float, torch.float, torch.long)))
         total = inputs.new_zeros(())
         for said, goal in ((place, where), (apart, between)):
             known = ~goal[:, 0].isnan()
@@ -157,33 +159,43 @@ def facts(boxes, size):
 
 
 def loss(model, inputs, at, mask, rows, layout):
-    """Minus the logarithm of the attention that the heads give to where they should look, as means, for questions and for
-    answers. inputs {layer: (batch, positions, hidden)}: what enters the layers; rows: of `Prompts`."""
+    """What the heads miss of where they should look, as means: for questions, answers and counts. inputs {layer: (batch,
+    positions, hidden)}: what enters the layers; rows: of `Prompts`."""
     out = []
-    for (layer, heads), part, columns in ((QUESTIONS, 5, (0,)), (ANSWERS, 4, (0, 1)), (COUNTS, 4, (2,))):
-        asked = [(i, position, [boxes[k] for k in columns]) for i, row in enumerate(rows) for position, boxes in row[part] if len(boxes) > columns[-1]]
-        out.append(heads_loss(model, layer, heads, inputs[layer], (at, mask, asked, layout)) if asked else at.new_zeros((), dtype=torch.float))
+    for heads, part, columns, missed in ((QUESTIONS, 5, (0,), away), (ANSWERS, 4, (0, 1), away), (COUNTS, 4, (2, 2), uneven)):
+        asked = [(i, position, boxes) for i, row in enumerate(rows) for position, boxes in row[part] if len(boxes) > columns[-1]]
+        total = at.new_zeros((), dtype=torch.float)
+        for (depth, head), column in zip(heads, columns):
+            if asked:
+                seen = attention(model, depth, head, inputs[depth], (at, mask, asked, layout.length))
+                total = total + missed(seen, [boxes[column] for _, _, boxes in asked], layout) / len(heads)
+        out.append(total)
     return out
 
 
-def heads_loss(model, depth, heads, inputs, where):
-    """`where`: positions, mask, what is asked [(row, position of the text, boxes for each head)], layout."""
-    at, mask, asked, layout = where
-    layer, n, total = model.model.layers[depth], layout.length, 0.
+def attention(model, depth, head, inputs, where):
+    """Logarithms of what a head gives to the prefix, (asked, prefix). `where`: positions, mask, what is asked [(row, position
+    of the text, boxes)], length of the prefix."""
+    at, mask, asked, n = where
+    layer, rope = model.model.layers[depth], model.rope(at)
     weight = layer.self_attn.qkv_proj.weight.view(3, layer.self_attn.heads, -1, inputs.shape[-1])
-    x, rope = layer.input_layernorm(inputs), model.rope(at)
-    batch, position = torch.tensor([a[0] for a in asked]), torch.tensor([a[1] for a in asked])
-    for k, head in enumerate(heads):
-        even = heads == COUNTS[1] and depth == COUNTS[0]
-        wanted = torch.stack([layout.mark(boxes[k], even) for _, _, boxes in asked])
-        query, key = (rotate(F.linear(x, weight[j, head]), rope) for j in (0, 1))
-        scores = query[:, n:] @ key.mT * query.shape[-1] ** -.5 + mask[:, 0]
-        chosen = scores[batch, position]
-        if even:
-            wanted[:, 0] = True
-            goal = wanted / wanted.sum(-1, keepdim=True)
-            share = chosen.log_softmax(-1)[:, :n].masked_fill(~wanted, 0)
-            total = total - ((share + wanted.sum(-1, keepdim=True).log()) * goal).sum(-1).mean()       # 0 where it is even
-        else:
-            total = total + (chosen.logsumexp(-1) - chosen[:, :n].masked_fill(~wanted, float("-inf")).logsumexp(-1)).mean()
-    return total / len(heads)
+    x = layer.input_layernorm(inputs)
+    query, key = (rotate(F.linear(x, weight[j, head]), rope) for j in (0, 1))
+    scores = query[:, n:] @ key.mT * query.shape[-1] ** -.5 + mask[:, 0]
+    return scores[[a[0] for a in asked], [a[1] for a in asked]].log_softmax(-1)[:, :n]
+
+
+def away(seen, boxes, layout):
+    """Minus the logarithm of the share that the marked tokens have."""
+    wanted = torch.stack([layout.mark(b) for b in boxes])
+    return -seen.masked_fill(~wanted, float("-inf")).logsumexp(-1).mean()
+
+
+def uneven(seen, boxes, layout):
+    """The divergence of the shares of each thing in the global view and of the first token from even ones; 0 where they are."""
+    most = max(map(len, boxes))
+    first, none = layout.mark([]), torch.zeros(layout.length, dtype=torch.bool)
+    wanted = torch.stack([torch.stack([first] + [layout.mark([b], True) for b in things] + [none] * (most - len(things))) for things in boxes])
+    number = torch.tensor([1. + len(things) for things in boxes])
+    share = seen[:, None].masked_fill(~wanted, float("-inf")).logsumexp(-1).masked_fill(~wanted.any(-1), 0)
+    return -(share.sum(-1) / number + number.log()).mean()

@@ -4,7 +4,7 @@ import numpy as np
 import cv2
 import scenes as S
 
-KINDS = dict(single=.1, several=.3, heap=.24, text=.23, shapes=.07, clothing=.06)
+KINDS = dict(single=.08, several=.27, heap=.25, text=.27, shapes=.05, clothing=.08)
 
 
 def size(rng, side=336):

@@ -62,7 +62,7 @@ def zone(thing, frame):
     return ZONES[min(int((cy - y0) / h * 3), 2)][min(int((cx - x0) / w * 3), 2)]
 
 
-def near_border(thing, frame, slack=.035):
+def near_border(thing, frame, slack=.05):
     """Whether the centre lies so near the line between two zones that either name would do."""
     x0, y0, w, h = frame
     cx, cy = thing.centre
@@ -271,7 +271,7 @@ def turns(rng, scene, frame, n):
     texts = [t for t in things if t.kind == "text"]
     makers = []
     if len({noun(t) for t in things}) == len(things) and 0 < len(things) <= 4:
-        makers += [(1.6, lambda: describe(rng, things, frame))]
+        makers += [(3 if len(things) > 1 else 1.5, lambda: describe(rng, things, frame))]
     if len(things) == 1:
         makers += [(2, lambda: name_single(rng, things[0], frame))]
         if things[0].kind != "text":

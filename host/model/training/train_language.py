@@ -251,7 +251,7 @@ class Trainer:
         ids, targets, at, mask = collate(rows, n)
         x = self.model.model.embed_tokens(ids)
         x = torch.cat([prefix, x], 1) if prefix is not None else x
-        kept = dict.fromkeys((looks.QUESTIONS[0], looks.ANSWERS[0], looks.ANSWERS[0] + 1))
+        kept = dict.fromkeys(looks.INPUTS)
         with half():
             h = self.model.hidden(x, at, mask, kept).float()
         asked = targets != IGNORE
@@ -261,10 +261,10 @@ class Trainer:
             close = looks.loss(self.model, kept, at, mask, rows, layout)
             self.looked.append([c.item() for c in close])
             if layout.grids[-1].picture == 0:
-                close.append(self.facts.loss(kept[looks.ANSWERS[0] + 1], rows, layout))
+                close.append(self.facts.loss(kept[looks.ANSWERS[0][0] + 1], rows, layout))
                 self.known.append(close[-1].item())
             if layout.grids[0].rows > 12 or layout.grids[0].columns > 12:
-                close.append(self.crops.loss(kept[looks.ANSWERS[0]], layout))
+                close.append(self.crops.loss(kept[looks.ANSWERS[0][0]], layout))
                 self.placed.append(close[-1].item())
             aside = self.a.looks * sum(close)
         return loss, aside, (logits.argmax(-1) == targets[asked]).float().mean().item()
@@ -357,11 +357,11 @@ def main():
     first_step = t.state["step"]
     while (now := agreed(time.time() - begin)) < a.minutes * 60:
         drawn = next(loader) if t.state["step"] % a.every == 0 else None
-        if drawn and not (a.joint and drawn[0] == "single"):
-            t.encode(*drawn)
         same = np.random.default_rng([a.seed, t.state["step"]])            # every process takes the same kind of step
         kind = str(same.choice(list(mix), p=np.array(list(mix.values())) / sum(mix.values())))
         with quantising if quantising else nullcontext():
+            if drawn and not (a.joint and kind == drawn[0] == "single"):
+                t.encode(*drawn)
             if a.words and not (a.joint and kind == "single"):
                 close, found = t.align(8)
                 (a.words * close).backward()
