@@ -1,7 +1,10 @@
 """Where the decoder should look. One attention head is taught to rest, at every noun and colour of a question, on the cells
 of such things; two heads of the next layer, while answering, on the cells that the next word is about, the second on what
-that is compared with; all on the first token where there is no such thing. Where things are counted, that layer's third head
-and one of the next spread evenly over the things in the global view and the first token, whose share then tells the number.
+that is compared with; all on the separator before the global view where there is no such thing. Where things are counted,
+that layer's third head and one of the next spread evenly over the things in the global view and that separator, whose share
+then tells the number; before that the last tokens of the question count a third of the picture each, for small numbers are
+told apart more easily. And among the image tokens themselves, one head of every token of a crop on the first of its row, one
+layer before it that one's on what precedes it, a separator or another crop: so they learn which crop they lie in.
 Finding what a question names is what a small decoder learns last from answers alone; shown where it lies, it learns that
 first. The shipped model keeps no trace of this but its weights."""
 import re
@@ -13,7 +16,9 @@ import scenes as S
 from model import rotate
 
 QUESTIONS, ANSWERS, COUNTS = [(1, 2)], [(2, 0), (2, 1)], [(2, 2), (3, 2)]     # layer, head
-INPUTS = range(1, 4)
+STARTS, ROWS = (0, 0), (1, 0)
+STRIPS, STRIP_HEAD = 3, COUNTS[0]                                           # of the picture, left to right
+INPUTS = range(5)
 CELL, APART = 28, 10 ** 5  # px
 WORDS = {Q.PLURAL[n]: n for n in Q.PLURAL} | {n: n for n in [*Q.PLURAL, *S.CLOTHES, *S.COLOUR_NAMES, "text"]}
 WORD = re.compile(r"\b(" + "|".join(sorted(map(re.escape, WORDS), key=len, reverse=True)) + r")\b")
@@ -78,18 +83,19 @@ class Grid:
 
 
 class Layout:
-    """The grids of a prefix of `length` tokens; the last one shows the whole picture."""
+    """The grids of a prefix of `length` tokens; the last one of a picture shows the whole, behind a separator."""
 
     def __init__(self, length, *grids):
         self.length, self.grids, self.marked = length, grids, {}
+        self.separators = [g.first - 1 for g in {g.picture: g for g in grids}.values()]
 
     def mark(self, boxes, whole=False):
-        """(length,) bool: the image tokens that show one of the boxes, in the last grid only if `whole`; the first token of
-        all where there are none."""
+        """(length,) bool: the image tokens that show one of the boxes, in the last grid only if `whole`; the separators
+        before the global views where there are none."""
         key = whole, *boxes
         if key not in self.marked:
             out = torch.zeros(self.length, dtype=torch.bool)
-            out[0] = not boxes
+            out[self.separators] = not boxes
             for g in self.grids[-1:] if whole else self.grids:
                 grid = out[g.first:g.first + g.rows * (g.columns + 1)].view(g.rows, g.columns + 1)
                 for top, bottom, left, right in filter(None, map(g.cells, boxes)):
@@ -105,45 +111,95 @@ def in_second(thing):
 
 class Crops(torch.nn.Module):
     """Asks every image token of the crops, at the layer that answers look from, in which row and column of crops it lies: the
-    tower cannot know that, only the order of tokens and separators tells."""
+    tower cannot know that, only the order of tokens and separators tells. And the first ones of their rows, after one layer,
+    whether their crop is the leftmost."""
 
     def __init__(self, hidden):
         super().__init__()
-        self.out = torch.nn.Linear(hidden, 8)
+        self.out, self.leftmost = torch.nn.Linear(hidden, 8), torch.nn.Linear(hidden, 2)
 
     def loss(self, inputs, layout):
+        """inputs {layer: (batch, positions, hidden)}"""
         first, rows, columns = layout.grids[0].first, layout.grids[0].rows, layout.grids[0].columns
-        x = F.rms_norm(inputs[:, first:first + rows * (columns + 1)], inputs.shape[-1:]).unflatten(1, (rows, columns + 1))[:, :, :columns]
+        early, x = (F.rms_norm(inputs[k][:, first:first + rows * (columns + 1)], inputs[k].shape[-1:]).unflatten(1, (rows, columns + 1))[:, :, :columns]
+                    for k in (STARTS[0] + 1, ANSWERS[0][0]))
+        early = self.leftmost(early[:, :, ::12]).movedim(-1, 1)
+        missed = F.cross_entropy(early, (torch.arange(columns // 12) == 0).long().expand(early[:, 0].shape))
         down, across = self.out(x).movedim(-1, 1).split(4, 1)
         row, column = torch.arange(rows) // 12, torch.arange(columns) // 12
         grid = (len(x), rows, columns)
-        return F.cross_entropy(down, row[None, :, None].expand(grid)) + F.cross_entropy(across, column[None, None].expand(grid))
+        return missed + F.cross_entropy(down, row[None, :, None].expand(grid)) + F.cross_entropy(across, column[None, None].expand(grid))
+
+
+class Letters(torch.nn.Module):
+    """Asks the answers' positions inside quotation marks, at the layer that answers look from, the place in the string of the
+    character that comes next: whoever does not know it cannot look for that character."""
+
+    def __init__(self, hidden, prompts):
+        super().__init__()
+        self.out, self.quote = torch.nn.Linear(hidden, 8), prompts.encode('"')[-1]
+
+    def loss(self, inputs, rows, layout):
+        asked = [(i, position, k) for i, row in enumerate(rows) for position, k in self.places(row[1])]
+        if not asked:
+            return inputs.new_zeros(())
+        i, position, place = torch.tensor(asked).T
+        x = inputs[i, layout.length + position]
+        return F.cross_entropy(self.out(F.rms_norm(x, x.shape[-1:])), place)
+
+    def places(self, targets):
+        """(position, place in its string) of what is said inside quotation marks, and of the closing mark."""
+        out, place = [], None
+        for position, target in enumerate(targets):
+            if place is not None and target >= 0:
+                out.append((position, min(place, 7)))
+                place += 1
+            if target == self.quote or target < 0:
+                place = 0 if place is None and target >= 0 else None
+        return out
 
 
 class Facts(torch.nn.Module):
     """Asks the answers' positions, one layer after the heads that look, what they saw: where the thing lies, how far the two
-    things that are compared lie apart, how many are counted. What a linear map can read there, later layers can say."""
+    things that are compared lie apart, how many are counted, in the strips too; and one layer later once more, how many in all.
+    What a linear map can read there, later layers can say."""
 
     def __init__(self, hidden):
         super().__init__()
-        self.out = torch.nn.Linear(hidden, 4 + 7)
+        self.out, self.all = torch.nn.Linear(hidden, 4 + 7), torch.nn.Linear(hidden, 7)
 
     def loss(self, inputs, rows, layout):
+        """inputs {layer: (batch, positions, hidden)}"""
+        depth = ANSWERS[0][0] + 1
         asked = [(i, position, boxes) for i, row in enumerate(rows) for position, boxes in row[4]]
         if not asked:
-            return inputs.new_zeros(())
-        x = inputs[torch.tensor([a[0] for a in asked]), layout.length + torch.tensor([a[1] for a in asked])]
+            return inputs[depth].new_zeros(())
+        total = self.number(inputs[depth + 1], [(i, position, boxes) for i, position, boxes in asked if len(boxes) == 3], layout)
+        asked += [(i, position, [[], [], boxes]) for i, position, boxes in strips(rows, layout)]
+        x = inputs[depth][torch.tensor([a[0] for a in asked]), layout.length + torch.tensor([a[1] for a in asked])]
         place, apart, number = self.out(F.rms_norm(x, x.shape[-1:])).split([2, 2, 7], -1)
         g = layout.grids[-1]
         size = g.cell[0] * g.columns, g.cell[1] * g.rows
         goals = zip(*(facts(boxes, size) for _, _, boxes in asked))
         where, between, counted = (torch.tensor(goal, dtype=kind) for goal, kind in zip(goals, (torch.float, torch.float, torch.long)))
-        total = inputs.new_zeros(())
         for said, goal in ((place, where), (apart, between)):
             known = ~goal[:, 0].isnan()
             if known.any():
                 total = total + F.smooth_l1_loss(said[known], goal[known], beta=.1)
         return total + F.cross_entropy(number, counted, ignore_index=-1) if (counted >= 0).any() else total
+
+    def number(self, inputs, asked, layout):
+        if not asked:
+            return inputs.new_zeros(())
+        x = inputs[torch.tensor([a[0] for a in asked]), layout.length + torch.tensor([a[1] for a in asked])]
+        return F.cross_entropy(self.all(F.rms_norm(x, x.shape[-1:])), torch.tensor([min(len(a[2][2]), 6) for a in asked]))
+
+
+def strips(rows, layout):
+    """What is counted in a strip: (row, position of the text, boxes)."""
+    g = layout.grids[-1]
+    strip = lambda box: min(max(int((box[0] + box[2] / 2) * STRIPS / (g.cell[0] * g.columns)), 0), STRIPS - 1)
+    return [(i, position, [box for box in boxes if strip(box) == k]) for i, row in enumerate(rows) for position, k, boxes in row[6]]
 
 
 def facts(boxes, size):
@@ -159,7 +215,7 @@ def facts(boxes, size):
 
 
 def loss(model, inputs, at, mask, rows, layout):
-    """What the heads miss of where they should look, as means: for questions, answers and counts. inputs {layer: (batch,
+    """What the heads miss of where they should look, as means: for questions, answers, counts and strips. inputs {layer: (batch,
     positions, hidden)}: what enters the layers; rows: of `Prompts`."""
     out = []
     for heads, part, columns, missed in ((QUESTIONS, 5, (0,), away), (ANSWERS, 4, (0, 1), away), (COUNTS, 4, (2, 2), uneven)):
@@ -170,19 +226,42 @@ def loss(model, inputs, at, mask, rows, layout):
                 seen = attention(model, depth, head, inputs[depth], (at, mask, asked, layout.length))
                 total = total + missed(seen, [boxes[column] for _, _, boxes in asked], layout) / len(heads)
         out.append(total)
-    return out
+    asked, (depth, head) = strips(rows, layout), STRIP_HEAD
+    seen = attention(model, depth, head, inputs[depth], (at, mask, asked, layout.length)) if asked else None
+    return [*out, uneven(seen, [boxes for _, _, boxes in asked], layout) if asked else at.new_zeros((), dtype=torch.float)]
 
 
 def attention(model, depth, head, inputs, where):
     """Logarithms of what a head gives to the prefix, (asked, prefix). `where`: positions, mask, what is asked [(row, position
     of the text, boxes)], length of the prefix."""
     at, mask, asked, n = where
+    query, key = query_and_key(model, depth, head, inputs, at)
+    scores = query[:, n:] @ key.mT + mask[:, 0]
+    return scores[[a[0] for a in asked], [a[1] for a in asked]].log_softmax(-1)[:, :n]
+
+
+def query_and_key(model, depth, head, inputs, at):
     layer, rope = model.model.layers[depth], model.rope(at)
     weight = layer.self_attn.qkv_proj.weight.view(3, layer.self_attn.heads, -1, inputs.shape[-1])
     x = layer.input_layernorm(inputs)
     query, key = (rotate(F.linear(x, weight[j, head]), rope) for j in (0, 1))
-    scores = query[:, n:] @ key.mT * query.shape[-1] ** -.5 + mask[:, 0]
-    return scores[[a[0] for a in asked], [a[1] for a in asked]].log_softmax(-1)[:, :n]
+    return query * query.shape[-1] ** -.5, key
+
+
+def seams(model, inputs, at, layout):
+    """What the tokens of the crops miss of looking at the first of their row in their crop, and those of looking at what
+    comes before."""
+    g, n = layout.grids[0], layout.length
+    token = g.first + torch.arange(g.rows)[:, None] * (g.columns + 1) + torch.arange(g.columns)
+    start = token[:, ::12].repeat_interleave(12, 1)
+    out = []
+    for (depth, head), asked, goal in ((STARTS, token[:, ::12], token[:, ::12] - 1), (ROWS, token, start)):
+        asked, goal = asked.flatten(), goal.flatten()
+        query, key = query_and_key(model, depth, head, inputs[depth][:, :n], at[:, :n])
+        later = torch.arange(n) > asked[:, None]
+        seen = (query[:, asked] @ key.mT).masked_fill(later, float("-inf")).log_softmax(-1)
+        out.append(-seen.gather(-1, goal[None, :, None].expand(len(seen), -1, 1)).mean())
+    return out
 
 
 def away(seen, boxes, layout):
@@ -192,10 +271,10 @@ def away(seen, boxes, layout):
 
 
 def uneven(seen, boxes, layout):
-    """The divergence of the shares of each thing in the global view and of the first token from even ones; 0 where they are."""
+    """The divergence of the shares of each thing in the global view and of the separator from even ones; 0 where they are."""
     most = max(map(len, boxes))
-    first, none = layout.mark([]), torch.zeros(layout.length, dtype=torch.bool)
-    wanted = torch.stack([torch.stack([first] + [layout.mark([b], True) for b in things] + [none] * (most - len(things))) for things in boxes])
+    separator, none = layout.mark([]), torch.zeros(layout.length, dtype=torch.bool)
+    wanted = torch.stack([torch.stack([separator] + [layout.mark([b], True) for b in things] + [none] * (most - len(things))) for things in boxes])
     number = torch.tensor([1. + len(things) for things in boxes])
     share = seen[:, None].masked_fill(~wanted, float("-inf")).logsumexp(-1).masked_fill(~wanted.any(-1), 0)
     return -(share.sum(-1) / number + number.log()).mean()

@@ -4,7 +4,7 @@
 its own with BOS in front (spec of the real processor)."""
 import numpy as np
 import torch
-from looks import named, spans
+from looks import STRIPS, named, spans
 from tokenizers import Tokenizer
 
 IGNORE = -100
@@ -47,30 +47,39 @@ class Prompts:
         return coded.ids + [self.end], looks
 
     def independent(self, turns, images=1):
-        """Every turn as if it were the first: ids, targets, segment numbers, positions after the prefix, and two lists of
-        looks (position of the text, boxes for each head): where answers look and where questions do."""
-        ids, targets, segments, positions, looks, names = [], [], [], [], [], []
+        """Every turn as if it were the first: ids, targets, segment numbers, positions after the prefix, two lists of looks
+        (position of the text, boxes for each head): where answers look and where questions do; and what is counted in strips of
+        the picture (position of the text, strip, boxes)."""
+        ids, targets, segments, positions, looks, names, counted = [], [], [], [], [], [], []
         for s, t in enumerate(turns):
             (q, known), (a, found) = self.opening(t, images), self.answer(t)
             names += [(len(ids) + k, boxes) for k, boxes in known]
             looks += [(len(ids) + len(q) - 1 + k, boxes) for k, boxes in found]
+            counted += to_count(t, len(ids) + len(q) - 1)
             ids += q + a
             targets += [IGNORE] * (len(q) - 1) + a + [IGNORE]
             segments += [s] * (len(q) + len(a))
             positions += range(len(q) + len(a))
-        return ids, targets, segments, positions, looks, names
+        return ids, targets, segments, positions, looks, names, counted
 
     def conversation(self, turns, images=1):
         """The turns one after the other, as a client sends them."""
-        ids, targets, looks, names = [], [], [], []
+        ids, targets, looks, names, counted = [], [], [], [], []
         for s, t in enumerate(turns):
             q, known = self.opening(t, images) if s == 0 else self.next(t)
             a, found = self.answer(t)
             names += [(len(ids) + k, boxes) for k, boxes in known]
             looks += [(len(ids) + len(q) - 1 + k, boxes) for k, boxes in found]
+            counted += to_count(t, len(ids) + len(q) - 1)
             ids += q + a
             targets += [IGNORE] * (len(q) - 1) + a + [IGNORE]
-        return ids, targets, [0] * len(ids), list(range(len(ids))), looks, names
+        return ids, targets, [0] * len(ids), list(range(len(ids))), looks, names, counted
+
+
+def to_count(turn, end):
+    """(position, strip, boxes) of what a question has counted, in the tokens before position `end`, where the answer begins."""
+    boxes = [t.box for t in turn.about or []]
+    return [(end - STRIPS + k, k, boxes) for k in range(STRIPS)] if turn.category == "count" else []
 
 
 def collate(rows, prefix):

@@ -208,37 +208,47 @@ def not_there(rng, things):
 
 
 def relation(rng, a, b, frame):
-    """Left, right, above, below of two things well apart on that axis; None where they are not."""
+    """Left, right, above, below of two things well apart on that axis; None where they are not. Who asks without naming the
+    axis is told the one on which they lie further apart, and not asked about where both would do."""
     (ax, ay), (bx, by) = a.centre, b.centre
-    dx, dy = bx - ax, by - ay
-    horizontal = abs(dx) > abs(dy)
-    gap = abs(dx) if horizontal else abs(dy)
-    if gap < .107 * max(frame[2:]) or noun(a) == noun(b):
+    gaps = abs(bx - ax), abs(by - ay)
+    axes = [k for k in (0, 1) if gaps[k] >= .107 * max(frame[2:])]
+    if not axes or noun(a) == noun(b):
         return None
-    first, second = (a, b) if (dx if horizontal else dy) > 0 else (b, a)   # first is left of, or above, second
-    near, far = ("left", "right") if horizontal else ("top", "bottom")
+    form, axis = rng.random(), pick(rng, axes)
+    free = form > .85
+    if free:
+        axis = int(gaps[1] > gaps[0])
+        if gaps[1 - axis] > .75 * gaps[axis]:
+            return None
+    first, second = (a, b) if a.centre[axis] < b.centre[axis] else (b, a)   # first is left of, or above, second
+    near, far = ("left", "right") if axis == 0 else ("top", "bottom")
     one, other = noun(first), noun(second)
-    by = {one: first, other: second}
-    form = rng.random()
-    if form < .35:
+    things = {one: first, other: second}
+    if form < .3:
         side, n = (near, one) if rng.random() < .5 else (far, other)
-        at = f"on the {side}" if horizontal else f"at the {side}"
+        at = f"on the {side}" if axis == 0 else f"at the {side}"
         q = pick(rng, [f"What is {at}?", f"Which object is {at}?", f"What do you see {at}?", f"What thing is {at}?"])
-        return Turn(q, f"The {n} is {at}.", "position", [n], about=[first if n == one else second])
-    words = (f"left of", f"right of") if horizontal else ("above", "below")
+        return Turn(q, f"The {n} is {at}.", "position", [n], about=[things[n]])
+    words = ("left of", "right of") if axis == 0 else ("above", "below")
     swap = rng.random() < .5
     x, y = (other, one) if swap else (one, other)
     true = words[1] if swap else words[0]
-    if form < .65:
+    if form < .55:
         asked = pick(rng, words)
         yes = asked == true
-        q = pick(rng, [f"Is the {x} {asked} the {y}?", f"Is the {x} {'to the ' if horizontal else ''}{asked} the {y}?"])
-        return Turn(q, f"Yes, the {x} is {true} the {y}." if yes else f"No, the {x} is {true} the {y}.", "yes-no", ["yes" if yes else "no"], "yes-no", [by[x]], [by[y]])
-    if form < .85:
+        q = pick(rng, [f"Is the {x} {asked} the {y}?", f"Is the {x} {'to the ' if axis == 0 else ''}{asked} the {y}?"])
+        return Turn(q, f"Yes, the {x} is {true} the {y}." if yes else f"No, the {x} is {true} the {y}.", "yes-no", ["yes" if yes else "no"], "yes-no",
+                    [things[x]], [things[y]])
+    if form < .7:
         q = pick(rng, [f"What is {true} the {y}?", f"Which object is {true} the {y}?"])
-        return Turn(q, f"The {x} is {true} the {y}.", "position", [x], about=[by[y]], beside=[by[x]])
-    q = pick(rng, [f"Where is the {x} relative to the {y}?", f"Is the {x} {words[0]} or {words[1]} the {y}?"])
-    return Turn(q, f"The {x} is {true} the {y}.", "position", [true.split()[0]], about=[by[x]], beside=[by[y]])
+        return Turn(q, f"The {x} is {true} the {y}.", "position", [x], about=[things[y]], beside=[things[x]])
+    q = f"Where is the {x} relative to the {y}?" if free else f"Is the {x} {words[0]} or {words[1]} the {y}?"
+    accepted = [true.split()[0]]
+    if free and len(axes) == 2:                    # the other axis is true as well
+        k, before = 1 - axis, things[x].centre[1 - axis] < things[y].centre[1 - axis]
+        accepted.append((("left", "right"), ("above", "below"))[k][0 if before else 1])
+    return Turn(q, f"The {x} is {true} the {y}.", "position", accepted, about=[things[x]], beside=[things[y]])
 
 
 def bigger(rng, a, b):

@@ -1,7 +1,7 @@
 #!/bin/sh
 # train.sh WORK_DIR: from an empty virtual environment to the checkpoint, in one command. WORK_DIR receives everything: the
 # downloads, the checkpoints, the figures (*.log) and at last export/int4, what the binary carries.
-# Every stage resumes: run it again after an interruption. Two cores and 8 GB of memory; about seven hours of training.
+# Every stage resumes: run it again after an interruption. Two cores and 8 GB of memory; about eight hours of training.
 #   PYTHON=python3  the virtual environment's interpreter, with requirements.txt installed (made in WORK_DIR/venv if unset)
 #   PROCESSES=2     one per core
 #   SPEED=1         divides every stage's minutes: 20 tries the whole chain out
@@ -33,8 +33,9 @@ stage teacher 60 teacher.py --decay --seed 1
 stage tower 75 train_tower.py --teacher teacher --decay --seed 31
 stage letters 40 train_tower.py --start "$work/tower.pt" --teacher teacher --decay --muon .013 --adam 7e-4 --text .48 --seed 61
 stage whole 38 train_tower.py --start "$work/letters.pt" --side 336 --batch 16 --decay --muon .008 --adam 5e-4 --text .36 --seed 71
-stage language 210 train_language.py --tower whole --batch 10 --drawn 4 --every 2 --align 3 --rates 1 .02 --muon .014 --adam 1.4e-3 \
-    --looks .15 --mix global=.3,single=.04,talk=.02,pair=.14,detail=.5 --seed 91
-"$PYTHON" "$here/export.py" "$work" language "$work/export"
+learn="train_language.py --batch 10 --drawn 4 --every 2 --muon .014 --adam 1.4e-3 --looks .15 --mix global=.28,single=.04,talk=.02,pair=.13,detail=.53"
+stage language 240 $learn --tower whole --align 3 --rates 1 .02 --seed 91
+stage rounded 8 $learn --start "$work/language.pt" --align 0 --int4 --rates .06 .02 --seed 101
+"$PYTHON" "$here/export.py" "$work" rounded "$work/export"
 once asked "$PYTHON" "$here/suite.py" "$work" "$work/suite"
 echo "now: visor eval --checkpoint $work/export/int4 --suite $work/suite --report report.html"

@@ -104,6 +104,7 @@ class Trainer:
         self.heads = Heads(CONFIG["img_processor"]["hidden_size"])
         self.words = Words(self.prompts, CONFIG["hidden_size"])
         self.crops, self.facts = looks.Crops(CONFIG["hidden_size"]), looks.Facts(CONFIG["hidden_size"])
+        self.letters = looks.Letters(CONFIG["hidden_size"], self.prompts)
         self.model.lm_head.weight.data = self.model.model.embed_tokens.weight.data * .04   # begins as what embeds
         self.state = dict(step=0, seconds=0., sequences=0)
         self.path = f"{a.work}/{a.name}.pt"
@@ -113,10 +114,9 @@ class Trainer:
             self.heads.load_state_dict(saved["heads"])
             if "words" in saved and saved["words"]["scale"].shape == self.words.scale.shape:
                 self.words.load_state_dict(saved["words"])
-            if "crops" in saved:
-                self.crops.load_state_dict(saved["crops"])
-            if "facts" in saved:
-                self.facts.load_state_dict(saved["facts"])
+            for key in ("crops", "facts", "letters"):
+                if key in saved:
+                    getattr(self, key).load_state_dict(saved[key], strict=False)
         else:
             matching_init(self.model)
         if a.tower and (not saved or a.new_tower):
@@ -127,7 +127,7 @@ class Trainer:
             for p in self.model.vision.tower.parameters():
                 p.requires_grad = False
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        trained += [("aside", p) for p in [*self.words.parameters(), *self.crops.parameters(), *self.facts.parameters()]]
+        trained += [("aside", p) for p in [*self.words.parameters(), *self.crops.parameters(), *self.facts.parameters(), *self.letters.parameters()]]
         matrix = lambda n, p: p.dim() == 2 and ("layers." in n or "img_projection" in n)
         self.optimiser = muon_and_adam([p for n, p in trained if matrix(n, p)], [p for n, p in trained if not matrix(n, p)], a.muon, a.adam)
         if saved and os.path.exists(self.path):
@@ -138,7 +138,7 @@ class Trainer:
 
     def save(self, seconds):
         state = dict(self.state, seconds=seconds)
-        torch.save(dict(model=self.model.state_dict(), heads=self.heads.state_dict(), words=self.words.state_dict(), crops=self.crops.state_dict(), facts=self.facts.state_dict(), optimiser=self.optimiser.state_dict(), state=state, joint=self.a.joint), self.path + ".tmp")
+        torch.save(dict(model=self.model.state_dict(), heads=self.heads.state_dict(), words=self.words.state_dict(), crops=self.crops.state_dict(), facts=self.facts.state_dict(), letters=self.letters.state_dict(), optimiser=self.optimiser.state_dict(), state=state, joint=self.a.joint), self.path + ".tmp")
         os.replace(self.path + ".tmp", self.path)
 
     def encode(self, kind, samples):
@@ -261,11 +261,12 @@ class Trainer:
             close = looks.loss(self.model, kept, at, mask, rows, layout)
             self.looked.append([c.item() for c in close])
             if layout.grids[-1].picture == 0:
-                close.append(self.facts.loss(kept[looks.ANSWERS[0][0] + 1], rows, layout))
-                self.known.append(close[-1].item())
+                close.append(self.facts.loss(kept, rows, layout))
+                close.append(self.letters.loss(kept[looks.ANSWERS[0][0]], rows, layout))
+                self.known.append([c.item() for c in close[-2:]])
             if layout.grids[0].rows > 12 or layout.grids[0].columns > 12:
-                close.append(self.crops.loss(kept[looks.ANSWERS[0][0]], layout))
-                self.placed.append(close[-1].item())
+                close += [self.crops.loss(kept, layout), *looks.seams(self.model, kept, at, layout)]
+                self.placed.append([c.item() for c in close[-3:]])
             aside = self.a.looks * sum(close)
         return loss, aside, (logits.argmax(-1) == targets[asked]).float().mean().item()
 
@@ -396,8 +397,8 @@ def main():
         if t.state["step"] % 100 == 0:
             line = dict(step=t.state["step"], sequences=t.state["sequences"], minutes=round(now / 60, 1), pool={k: len(v) for k, v in t.pools.items()},
                         loss={k: round(float(np.mean(x)), 4) for k, (x, _) in sums.items()}, tokens={k: round(100 * float(np.mean(x)), 1) for k, (_, x) in sums.items()})
-            line["cells"], line["looks"], line["crops"] = marks.percent(), np.mean(t.looked or [[0]], 0).round(3).tolist(), round(float(np.mean(t.placed or [0])), 3)
-            line["facts"] = round(float(np.mean(t.known or [0])), 3)
+            line["cells"], line["looks"], line["crops"] = marks.percent(), np.mean(t.looked or [[0]], 0).round(3).tolist(), np.mean(t.placed or [[0]], 0).round(3).tolist()
+            line["facts"] = np.mean(t.known or [[0]], 0).round(3).tolist()
             t.looked, t.placed, t.known = [], [], []
             sums, marks = {}, Marks()
             print(json.dumps(line), file=log, flush=True)
