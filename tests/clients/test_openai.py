@@ -1,8 +1,8 @@
 """The real `openai` client and curl against the real binary.
 
 Run:  python3 tests/clients/test_openai.py PATH/TO/visor
-The served model answers noise, so what is checked is structure, counts,
-determinism and errors, not words.
+What is checked is structure, counts, determinism and errors; how well the
+served demo model answers is the evaluation suite's business (tests/suite).
 """
 
 import base64
@@ -128,8 +128,9 @@ class OpenAIClient(unittest.TestCase):
 
     def test_sampling_is_deterministic_given_a_seed(self):
         messages = [{"role": "user", "content": "Tell me a story"}]
-        same = {self.create(messages, temperature=1.0, seed=7).choices[0].message.content for _ in range(3)}
-        other = {self.create(messages, temperature=1.0, seed=s).choices[0].message.content for s in range(8, 12)}
+        # As hot as it gets: the demo is sure of its few answers.
+        same = {self.create(messages, temperature=2.0, seed=7).choices[0].message.content for _ in range(3)}
+        other = {self.create(messages, temperature=2.0, seed=s).choices[0].message.content for s in range(8, 20)}
         self.assertEqual(len(same), 1)
         self.assertGreater(len(other), 1)
 

@@ -89,14 +89,14 @@ fn request_ids_are_taken_over_and_made() {
 }
 
 #[test]
-fn the_model_is_listed_and_its_noise_is_admitted() {
+fn the_model_is_listed_and_says_that_it_is_a_demo() {
     let server = crate::server::Server::start_without_flag("");
     let list = server.get("/v1/models").ok();
     assert_eq!(list["object"], "list");
     let model = &list["data"][0];
     assert_eq!(model["object"], "model");
     let id = model["id"].as_str().expect("an id");
-    assert!(model.to_string().contains("noise"), "{model}");
+    assert!(model.to_string().contains("demo model"), "{model}");
     let one = server.get(&format!("/v1/models/{id}")).ok();
     assert_eq!(one["id"], id);
     server.get("/v1/models/gpt-4").error(404);

@@ -12,6 +12,7 @@
 
 mod chat;
 mod client;
+mod demo;
 mod errors;
 mod eval;
 mod hostile;

@@ -15,10 +15,12 @@ const CONFIG: &[u8] = include_bytes!("../demo/config.json");
 const GENERATION_CONFIG: &[u8] = include_bytes!("../demo/generation_config.json");
 const PREPROCESSOR_CONFIG: &[u8] = include_bytes!("../demo/preprocessor_config.json");
 const MODEL: &[u8] = include_bytes!("../demo/model.safetensors");
-const TOKENIZER: &[u8] = include_bytes!("../phi3/tokenizer.json");
+const TOKENIZER: &[u8] = include_bytes!("../demo/tokenizer.json");
+/// The tokenizer of the published model, for checkpoints that carry none.
+const PHI3_TOKENIZER: &[u8] = include_bytes!("../phi3/tokenizer.json");
 
 /// Name of the model inside the binary.
-const EMBEDDED_ID: &str = "visor-demo-noise";
+const EMBEDDED_ID: &str = "visor-demo";
 /// What Phi-3.5-vision's preprocessor_config.json says.
 const NUM_CROPS_DEFAULT: u32 = 4;
 const NUM_CROPS_MAX: usize = 256;
@@ -38,7 +40,7 @@ pub struct Checkpoint {
 /// What a client may be told about a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckpointFacts {
-    /// The folder's name, or `visor-demo-noise`.
+    /// The folder's name, or `visor-demo`.
     pub id: String,
     /// Bytes of all weight files.
     pub bytes: u64,
@@ -100,7 +102,7 @@ impl Checkpoint {
         )
     }
 
-    /// The model inside the binary: real geometry and arithmetic, random weights.
+    /// The model inside the binary: the real architecture and arithmetic, small, trained on simple pictures.
     ///
     /// # Errors
     /// None in a binary that passed its tests.
@@ -156,7 +158,7 @@ impl Checkpoint {
         self.num_crops
     }
 
-    /// The checkpoint's own `tokenizer.json`, else the embedded Phi-3 one.
+    /// The checkpoint's own `tokenizer.json`, else the embedded Phi-3 one; the demo's for the demo.
     ///
     /// # Errors
     /// [`ModelError::Tokenizer`] for a file that is none, [`ModelError::TokenizerMismatch`] when it makes ids the model
@@ -165,10 +167,11 @@ impl Checkpoint {
         let own = self.own_tokenizer();
         let (tokenizer, file) = match &own {
             Some(path) => (Tokenizer::from_file(path)?, path.display().to_string()),
-            None => (
+            None if self.dir.is_none() => (
                 Tokenizer::from_bytes(TOKENIZER)?,
-                "the embedded Phi-3 tokenizer".to_owned(),
+                format!("{EMBEDDED_ID}/tokenizer.json"),
             ),
+            None => (phi3_tokenizer()?, "the embedded Phi-3 tokenizer".to_owned()),
         };
         if tokenizer.vocab_size() as usize > self.config.vocab_size {
             return Err(ModelError::TokenizerMismatch {
@@ -275,9 +278,9 @@ impl ConfigFiles<'_> {
     }
 }
 
-/// The embedded Phi-3 tokenizer.
-pub(crate) fn embedded_tokenizer() -> Result<Tokenizer, ModelError> {
-    Tokenizer::from_bytes(TOKENIZER)
+/// The tokenizer of the published model.
+pub(crate) fn phi3_tokenizer() -> Result<Tokenizer, ModelError> {
+    Tokenizer::from_bytes(PHI3_TOKENIZER)
 }
 
 /// What a folder is called; in Hugging Face's cache, `models--org--name/snapshots/<hash>`, the model's name.
@@ -318,7 +321,7 @@ mod tests {
         let facts = checkpoint.facts();
         assert_eq!(
             (facts.id.as_str(), facts.quantization.as_str()),
-            ("visor-demo-noise", "int4 group 64")
+            ("visor-demo", "int4 group 64")
         );
         assert_eq!(facts.digest.len(), 64);
         assert_eq!(checkpoint.num_crops(), 4);

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 
 pub use compare::{Outcome, StageResult, Totals};
 
-use crate::checkpoint::embedded_tokenizer;
+use crate::checkpoint::phi3_tokenizer;
 use crate::device::DeviceChoice;
 use crate::error::ModelError;
 use crate::tokenizer::Tokenizer;
@@ -95,6 +95,6 @@ fn default_tokenizer(options: &VerifyOptions, folder: &Folder) -> Result<Tokeniz
     match &options.tokenizer {
         Some(path) => Tokenizer::from_file(path),
         None if own.is_file() => Tokenizer::from_file(&own),
-        None => embedded_tokenizer(),
+        None => phi3_tokenizer(),
     }
 }

@@ -1,7 +1,7 @@
 """Holds this training code to the server: answers a suite's one-picture, one-crop questions with the PyTorch model and
 compares them with what `visor eval --json` answered from the exported checkpoint.
 
-    suite.py WORK SUITE --side 336
+    suite.py WORK SUITE
     export.py WORK NAME OUT
     visor eval --suite SUITE --config one-crop.toml --checkpoint OUT/f16 --json > answers.json
     check.py WORK NAME SUITE answers.json

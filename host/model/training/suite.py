@@ -145,7 +145,8 @@ def formats(suite, n):
         w, h = {"wide": (336, 120), "tall": (120, 336), "large": (1200, 1200)}.get(kind, (336, 336))
         canvas = S.Canvas(suite.rng, w, h)
         canvas.picture, canvas.background = np.full((h, w, 3), 255, np.float32), "white"
-        canvas.add_concept(suite.library, index, min(w, h) * .8)
+        while not canvas.things:                   # turned too far it finds no place
+            canvas.add_concept(suite.library, index, min(w, h) * .8)
         image = Image.fromarray(canvas.scene(0).picture)
         turn = Q.Turn("What is this?", "", "formats", [S.NOUNS[index]])
         if kind == "grey":

@@ -44,7 +44,7 @@ Examples:
   visor config check visor.toml             what is wrong with it, with line and key
   visor plugin check my-template.wasm       the checks the server runs before using it
   visor verify --golden tests/golden        compare this machine with the reference
-  visor eval --suite my-suite               how many questions about pictures are answered right
+  visor eval --suite tests/suite            how many questions about pictures are answered right
 
 Exit codes:
   0  done

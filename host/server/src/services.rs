@@ -14,8 +14,8 @@ use visor_sandbox::{
 
 use crate::config::ModelSection;
 
-/// Id of the embedded checkpoint, whose weights are random.
-pub const DEMO_NOISE_ID: &str = "visor-demo-noise";
+/// Id of the embedded checkpoint: a few million weights that know simple pictures.
+pub const DEMO_ID: &str = "visor-demo";
 
 /// The model this server serves, as plugins and the pipeline know it.
 #[derive(Debug)]
@@ -136,8 +136,8 @@ impl ModelFacts for ServedModel {
             ("digest".to_owned(), self.facts.digest.clone()),
             ("crops".to_owned(), self.num_crops.to_string()),
         ];
-        if self.facts.id == DEMO_NOISE_ID {
-            let note = "random demo weights: every answer is noise";
+        if self.facts.id == DEMO_ID {
+            let note = "a small demo model: simple objects, shapes, colors, positions, short text";
             details.push(("note".to_owned(), note.to_owned()));
         }
         details

@@ -21,9 +21,9 @@ pub(super) fn run(args: &AskArgs) -> Result<u8, Failure> {
         .with_images(files.map(AsRef::as_ref))
         .map_err(Failure::usage)?;
     let house = private_house(&args.overrides)?;
-    if house.model_is_noise() {
+    if house.model_is_demo() {
         progress::line(
-            "note: this is the demo model inside the binary; its answers are noise (see --model)",
+            "note: this is the small demo model inside the binary; it knows simple pictures (see --model)",
         );
     }
     let client = Client::new(&house).map_err(Failure::start)?;

@@ -24,7 +24,7 @@ use crate::wiring::House;
 
 /// Told when no suite is named: nothing hidden is looked for.
 const NO_SUITE: &str = "no suite is named: --suite DIR takes a folder with cases.jsonl and pictures \
-    (`visor eval --help` shows the format)";
+    (Visor's own is tests/suite of its repository; `visor eval --help` shows the format)";
 
 /// Shown by `visor eval --help`.
 pub(super) const HELP: &str = "\
@@ -190,10 +190,8 @@ fn measure(
     let house = ready_house(config)?;
     let load_s = loading.elapsed().as_secs_f64();
     check_plugins(&house, &name)?;
-    if house.model_is_noise() {
-        progress::line(
-            "note: this is the demo model inside the binary; its answers are noise (see --model)",
-        );
+    if house.model_is_demo() {
+        progress::line("note: this is the small demo model inside the binary (see --model)");
     }
     let client = Client::new(&house).map_err(Failure::start)?;
     let total = suite.cases.len();

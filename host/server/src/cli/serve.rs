@@ -50,12 +50,12 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
 fn greet(house: &House, listener: &TcpListener) -> Result<(), Failure> {
     let address = listener.local_addr().map_err(Failure::start)?;
     progress::line(&format!("listening on http://{address}"));
-    let noise = if house.model_is_noise() {
-        ": a demo inside the binary whose answers are noise; serve a real one with --model PATH"
+    let demo = if house.model_is_demo() {
+        ": a small demo inside the binary that knows simple pictures; serve a real one with --model PATH"
     } else {
         ""
     };
-    progress::line(&format!("model {}{noise}", house.model.id));
+    progress::line(&format!("model {}{demo}", house.model.id));
     for route in &house.wiring().routes {
         let plugins: Vec<String> = route
             .plugins()

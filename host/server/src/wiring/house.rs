@@ -21,7 +21,7 @@ use crate::config::change::{Change, keep_restart_keys};
 use crate::config::{CacheConfig, Config, ConfigError};
 use crate::metrics::Metrics;
 use crate::pipeline::Answer;
-use crate::services::{DEMO_NOISE_ID, ServedModel, Services};
+use crate::services::{DEMO_ID, ServedModel, Services};
 use crate::stats::ReloadState;
 
 /// Between two looks at a model that loads.
@@ -218,10 +218,10 @@ impl House {
         self.engine.stop(Duration::ZERO);
     }
 
-    /// Whether the served weights are random, so that answers mean nothing.
+    /// Whether the small model inside the binary is served.
     #[must_use]
-    pub fn model_is_noise(&self) -> bool {
-        self.model.facts.id == DEMO_NOISE_ID
+    pub fn model_is_demo(&self) -> bool {
+        self.model.facts.id == DEMO_ID
     }
 
     /// The device that computes, or where loading stands.

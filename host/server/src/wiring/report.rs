@@ -111,7 +111,7 @@ impl House {
             "bytes": model.facts.bytes,
             "quantization": model.facts.quantization,
             "digest": model.facts.digest,
-            "answers_are_noise": self.model_is_noise(),
+            "demo": self.model_is_demo(),
         })
     }
 

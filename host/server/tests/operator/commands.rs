@@ -142,11 +142,11 @@ fn a_plugin_file_is_checked_as_the_server_would() {
 }
 
 #[test]
-fn the_demo_model_says_that_its_answers_are_noise() {
+fn the_demo_model_says_that_it_is_one() {
     let folder = tempfile::tempdir().unwrap();
     let described = json(&run(folder.path(), &["models", "--json"]).stdout);
-    assert_eq!(described["id"], "visor-demo-noise");
-    assert_eq!(described["answers_are_noise"], true);
+    assert_eq!(described["id"], "visor-demo");
+    assert_eq!(described["demo"], true);
     assert_eq!(described["context_tokens"], 4096);
 }
 

@@ -137,7 +137,7 @@ fn a_cache_turned_off_is_empty_at_once() {
 fn stats_and_metrics_name_the_model_and_every_plugin() {
     let house = open(config(""));
     let stats = house.stats_json();
-    assert_eq!(stats["model"]["answers_are_noise"], true);
+    assert_eq!(stats["model"]["demo"], true);
     let plugins = stats["plugins"].as_array().expect("a list");
     assert_eq!(plugins.len(), 4);
     assert!(plugins.iter().all(|plugin| {
@@ -148,10 +148,10 @@ fn stats_and_metrics_name_the_model_and_every_plugin() {
     let metrics = house.metrics_text(false);
     for id in ["hd", "lru", "openai", "phi3"] {
         assert!(metrics.contains(&format!(
-            "visor_plugin_info{{model_name=\"visor-demo-noise\",plugin=\"{id}\""
+            "visor_plugin_info{{model_name=\"visor-demo\",plugin=\"{id}\""
         )));
     }
-    assert!(metrics.contains("vllm:num_requests_running{model_name=\"visor-demo-noise\"} 0"));
+    assert!(metrics.contains("vllm:num_requests_running{model_name=\"visor-demo\"} 0"));
 }
 
 #[test]
