@@ -13,6 +13,7 @@ mod models;
 mod plugin;
 mod progress;
 mod serve;
+mod signals;
 mod start;
 mod verify;
 

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::client::{Client, Question};
 use super::progress::{self, Counting};
-use super::serve::Signals;
+use super::signals::stop_signal;
 use super::start::{private_config, ready_house, start_log};
 use super::{EXIT_DONE, EXIT_NO, EXIT_STOPPED, EvalArgs, Failure};
 use crate::config::Config;
@@ -148,33 +148,6 @@ fn check_floors(args: &EvalArgs, suite: &Suite) -> Result<(), Failure> {
 fn create(path: &Path) -> Result<File, Failure> {
     File::create(path)
         .map_err(|error| Failure::usage(anyhow!("{} cannot be written: {error}", path.display())))
-}
-
-/// Cancelled by the first Ctrl-C or SIGTERM; the second ends the process at once.
-fn stop_signal() -> Result<CancellationToken, Failure> {
-    let stop = CancellationToken::new();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(Failure::start)?;
-    let mut signals = {
-        let _entered = runtime.enter();
-        Signals::new().map_err(Failure::start)?
-    };
-    let told = stop.clone();
-    // Never joined: it waits for a signal as long as the process lives.
-    let listen = move || {
-        runtime.block_on(async {
-            signals.next().await;
-            progress::line("stopping; once more stops at once");
-            told.cancel();
-            signals.next().await;
-            std::process::exit(i32::from(EXIT_STOPPED));
-        });
-    };
-    let thread = std::thread::Builder::new().name("signals".to_owned());
-    thread.spawn(listen).map_err(Failure::start)?;
-    Ok(stop)
 }
 
 /// Asks every question under one configuration, or as many as there is time for.

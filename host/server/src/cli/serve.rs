@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
+use super::signals::Signals;
 use super::start::{config_source, open_house, start_log};
 use super::{EXIT_DONE, EXIT_STOPPED, Failure, ServeArgs, progress};
 use crate::wiring::House;
@@ -105,47 +106,4 @@ fn stop_signal() -> Result<impl Future<Output = ()>, Failure> {
         std::process::exit(i32::from(EXIT_STOPPED));
     });
     Ok(async move { first.notified().await })
-}
-
-/// Ctrl-C and SIGTERM, as they come.
-#[cfg(unix)]
-pub(super) struct Signals {
-    interrupt: tokio::signal::unix::Signal,
-    terminate: tokio::signal::unix::Signal,
-}
-
-#[cfg(unix)]
-impl Signals {
-    pub(super) fn new() -> std::io::Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
-        let interrupt = signal(SignalKind::interrupt())?;
-        Ok(Self {
-            interrupt,
-            terminate: signal(SignalKind::terminate())?,
-        })
-    }
-
-    pub(super) async fn next(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
-}
-
-#[cfg(not(unix))]
-pub(super) struct Signals;
-
-#[cfg(not(unix))]
-impl Signals {
-    pub(super) fn new() -> std::io::Result<Self> {
-        Ok(Self)
-    }
-
-    pub(super) async fn next(&mut self) {
-        // Without a way to hear Ctrl-C the system's own handling ends the process.
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
 }
