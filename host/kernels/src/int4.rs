@@ -50,6 +50,24 @@ impl ScaleType {
         }
     }
 
+    /// The nearest value of this type; infinite beyond its range.
+    pub fn rounded(self, value: f32) -> f32 {
+        match self {
+            Self::F16 => half::f16::from_f32(value).to_f32(),
+            Self::Bf16 => half::bf16::from_f32(value).to_f32(),
+            Self::F32 => value,
+        }
+    }
+
+    /// Appends a value as it is stored.
+    pub fn put(self, value: f32, out: &mut Vec<u8>) {
+        match self {
+            Self::F16 => out.extend_from_slice(&half::f16::from_f32(value).to_le_bytes()),
+            Self::Bf16 => out.extend_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
+            Self::F32 => out.extend_from_slice(&value.to_le_bytes()),
+        }
+    }
+
     /// The value at `index`.
     #[inline]
     fn get(self, bytes: &[u8], index: usize) -> f32 {

@@ -24,6 +24,26 @@ pub enum ModelError {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// A file or folder cannot be written.
+    #[error("{path}: cannot be written: {reason}")]
+    Write {
+        /// The path that was to be written.
+        path: String,
+        /// The system's reason, or what is in the way and what to do.
+        reason: String,
+    },
+    /// A weight that the form asked for cannot hold.
+    #[error(
+        "tensor {name} in {file} cannot be quantized: {message}; bf16 reaches further than f16"
+    )]
+    Unfit {
+        /// The tensor.
+        name: String,
+        /// The file it is in.
+        file: String,
+        /// Which value, and why.
+        message: String,
+    },
     /// `config.json` (or another JSON file of the checkpoint) says something this model cannot be.
     #[error("{file}: {message}")]
     Config {

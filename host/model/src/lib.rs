@@ -2,7 +2,7 @@
 //!
 //! Pixels become crops ([`image`]), crops patch features (`clip`), patch features embeddings (`projector`), and
 //! embeddings with token ids hidden states, KV cache and logits (`decoder`). [`Checkpoint`] reads files, [`Phi3V`]
-//! computes, [`verify`] compares with the reference. Nothing here knows of requests, HTTP or plugins.
+//! computes, [`quantize()`] makes an INT4 checkpoint of a float one, [`verify`] compares with the reference. Nothing here knows of requests, HTTP or plugins.
 
 pub mod checkpoint;
 mod clip;
@@ -16,6 +16,7 @@ mod kv_cache;
 mod linear;
 pub mod model;
 mod projector;
+pub mod quantize;
 mod rope;
 mod table;
 pub mod tokenizer;
@@ -27,4 +28,5 @@ pub use device::{DeviceChoice, DeviceKind};
 pub use error::ModelError;
 pub use golden::{Outcome, StageResult, Totals, VerifyOptions, verify, verify_some};
 pub use model::{ImageFeatures, LoadProgress, Phi3V, SequenceState};
+pub use quantize::{FloatType, ModuleError, Precision, QuantizeOptions, QuantizeReport, quantize};
 pub use tokenizer::{Prompt, PromptPart, TokenKind, Tokenizer};

@@ -115,14 +115,47 @@ impl StoredTensor {
 
     /// The values of a float tensor as f32, or nothing for other types.
     pub(crate) fn to_f32(&self) -> Option<Vec<f32>> {
-        let mut out = vec![0.0; self.shape.iter().product()];
+        let values = self.shape.iter().product();
+        let mut out = vec![0.0; values];
+        self.widen(0..values, &mut out).then_some(out)
+    }
+
+    /// Some values of a float tensor as f32, in the order of the file; false for other types.
+    ///
+    /// # Panics
+    /// When the range is out of bounds or `out` is not its size.
+    pub(crate) fn widen(&self, values: Range<usize>, out: &mut [f32]) -> bool {
+        let size = self.value_bytes();
+        let bytes = &self.bytes()[values.start * size..values.end * size];
         match self.dtype {
-            StoredType::F32 => visor_kernels::widen::widen_f32(self.bytes(), &mut out),
-            StoredType::F16 => visor_kernels::widen::widen_f16(self.bytes(), &mut out),
-            StoredType::Bf16 => visor_kernels::widen::widen_bf16(self.bytes(), &mut out),
-            _ => return None,
+            StoredType::F32 => visor_kernels::widen::widen_f32(bytes, out),
+            StoredType::F16 => visor_kernels::widen::widen_f16(bytes, out),
+            StoredType::Bf16 => visor_kernels::widen::widen_bf16(bytes, out),
+            _ => return false,
         }
-        Some(out)
+        true
+    }
+
+    /// Bytes of one value; 0 for types that are not read.
+    pub(crate) fn value_bytes(&self) -> usize {
+        self.dtype.bytes().unwrap_or(0)
+    }
+
+    /// Lets the system take back the memory of this tensor's pages; the next reader gets them from the file again.
+    pub(crate) fn release(&self) {
+        #[cfg(unix)]
+        if let FileBytes::Mapped(map) = &self.file.bytes {
+            // SAFETY: the map is read-only and backed by its file: dropped pages come back with the same bytes.
+            let advised = unsafe {
+                map.unchecked_advise_range(
+                    memmap2::UncheckedAdvice::DontNeed,
+                    self.span.start,
+                    self.span.len(),
+                )
+            };
+            // Advice that is not taken costs memory, nothing else.
+            drop(advised);
+        }
     }
 
     /// The values of an i64 tensor, or nothing for other types.
@@ -190,6 +223,15 @@ impl Weights {
             let rest = name.strip_prefix(EMBEDDING)?;
             self.tensors.get(&format!("{EMBEDDING_ALIAS}{rest}"))
         })
+    }
+
+    /// All tensors, in the order of the files.
+    pub(crate) fn in_order(&self) -> Vec<&StoredTensor> {
+        let mut tensors: Vec<&StoredTensor> = self.tensors.values().collect();
+        tensors.sort_by(|a, b| {
+            (&a.file.name, a.span.start, &a.name).cmp(&(&b.file.name, b.span.start, &b.name))
+        });
+        tensors
     }
 
     /// Names of the files, for messages.

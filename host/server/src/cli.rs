@@ -12,6 +12,7 @@ mod eval;
 mod models;
 mod plugin;
 mod progress;
+mod quantize;
 mod serve;
 mod signals;
 mod start;
@@ -45,6 +46,7 @@ Examples:
   visor config check visor.toml             what is wrong with it, with line and key
   visor plugin check my-template.wasm       the checks the server runs before using it
   visor verify --golden tests/golden        compare this machine with the reference
+  visor quantize ~/Phi-3.5-vision ~/phi-int4  four bits a weight, in MLX's format
   visor eval --suite tests/suite            how many questions about pictures are answered right
 
 Exit codes:
@@ -87,6 +89,9 @@ enum Command {
     Models(ModelsArgs),
     /// Measure on this machine: load time, first token, tokens a second, memory.
     Bench(BenchArgs),
+    /// Make an MLX INT4 checkpoint of a float one, tensor by tensor.
+    #[command(after_help = quantize::HELP)]
+    Quantize(QuantizeArgs),
     /// Ask a suite of questions about pictures, and tell how many answers are right.
     #[command(after_help = eval::HELP, mut_arg("model", |model| model.visible_alias("checkpoint")))]
     Eval(EvalArgs),
@@ -228,6 +233,26 @@ struct BenchArgs {
 }
 
 #[derive(Debug, clap::Args)]
+struct QuantizeArgs {
+    /// Folder of a Hugging Face phi3_v checkpoint, f32, f16 or bf16
+    source: PathBuf,
+    /// Folder to write; it must not exist
+    target: PathBuf,
+    /// Linears of the vision tower and the projector: int4 or float
+    #[arg(long, value_name = "FORM", default_value = "float")]
+    vision: quantize::Form,
+    /// Token embeddings and lm_head: int4 or float
+    #[arg(long, value_name = "FORM", default_value = "int4")]
+    embeddings: quantize::Form,
+    /// f16 or bf16: scales, biases, and whatever stays float
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    float_type: quantize::Floats,
+    /// One JSON document instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
 struct EvalArgs {
     /// Folder with cases.jsonl and its pictures
     #[arg(long, value_name = "DIR")]
@@ -308,6 +333,7 @@ pub fn run(args: Args) -> ExitCode {
         })) => plugin::check(&file, json, &overrides),
         Some(Command::Models(args)) => models::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
+        Some(Command::Quantize(args)) => quantize::run(&args),
         Some(Command::Eval(args)) => eval::run(&args),
     };
     match done {

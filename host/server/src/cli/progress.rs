@@ -17,14 +17,26 @@ pub(super) fn line(text: &str) {
 
 /// How a loading model is shown: a bar on a terminal, else a log line now and then.
 pub(super) struct Loading {
+    command: Option<&'static str>,
     bar: Option<ProgressBar>,
     logged: Mutex<Instant>,
 }
 
 impl Loading {
     pub(super) fn new() -> Self {
+        Self::shown("loading model", None)
+    }
+
+    /// The same for a command that goes through a model's bytes and has no log.
+    pub(super) fn by_command(doing: &'static str) -> Self {
+        Self::shown(doing, Some(doing))
+    }
+
+    fn shown(doing: &str, command: Option<&'static str>) -> Self {
+        let template = format!("{doing} {{bar:40}} {{bytes}}/{{total_bytes}} {{eta}}");
         Self {
-            bar: bar(0, "loading model {bar:40} {bytes}/{total_bytes} {eta}"),
+            command,
+            bar: bar(0, &template),
             logged: Mutex::new(Instant::now()),
         }
     }
@@ -49,7 +61,10 @@ impl Loading {
         if logged.elapsed() >= LOG_INTERVAL {
             *logged = Instant::now();
             let percent = bytes_done.saturating_mul(100) / bytes_total.max(1);
-            tracing::info!(bytes_done, bytes_total, percent, "loading model");
+            match self.command {
+                Some(doing) => line(&format!("{doing}: {percent} %")),
+                None => tracing::info!(bytes_done, bytes_total, percent, "loading model"),
+            }
         }
     }
 }

@@ -21,6 +21,7 @@ fn help_names_every_command_and_the_exit_codes() {
         "plugin",
         "models",
         "bench",
+        "quantize",
         "Exit codes",
     ] {
         assert!(help.contains(word), "{word} is missing:\n{help}");
@@ -191,6 +192,32 @@ fn a_picture_that_is_none_is_refused_with_1() {
     assert_eq!(out.status.code(), Some(1));
     assert!(
         text(&out.stderr).contains("not a JPEG, PNG or WebP"),
+        "{}",
+        text(&out.stderr)
+    );
+}
+
+#[test]
+fn a_float_checkpoint_is_quantized_and_serves() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = repository("tests/golden/ckpt_mha").display().to_string();
+    let out = run(
+        folder.path(),
+        &["quantize", &source, "int4", "--vision", "int4"],
+    );
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+    let table = text(&out.stdout);
+    assert!(
+        table.contains("model.layers.0.self_attn.qkv_proj"),
+        "{table}"
+    );
+    assert!(table.contains("int4: "), "{table}");
+    let out = run(folder.path(), &["models", "--json", "--model", "int4"]);
+    assert_eq!(json(&out.stdout)["quantization"], "int4 group 64");
+    let out = run(folder.path(), &["quantize", &source, "int4"]);
+    assert_eq!(out.status.code(), Some(3));
+    assert!(
+        text(&out.stderr).contains("it exists"),
         "{}",
         text(&out.stderr)
     );

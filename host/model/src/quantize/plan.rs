@@ -1,0 +1,83 @@
+//! What becomes of every tensor of a checkpoint.
+
+use std::collections::HashMap;
+
+use super::{GROUP, Precision, QuantizeOptions};
+use crate::checkpoint::Checkpoint;
+use crate::error::ModelError;
+use crate::table::{self, Form, VISION};
+use crate::weights::{StoredTensor, StoredType};
+
+/// One tensor of the source and what is written of it.
+pub(super) struct Step<'a> {
+    pub(super) tensor: &'a StoredTensor,
+    pub(super) action: Action,
+}
+
+/// What is written of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Action {
+    /// Codes, scales and biases of a matrix.
+    Int4 { rows: usize, columns: usize },
+    /// The values in the float type.
+    Float,
+    /// The values of a convolution (out, channel, row, column) as (out, row, column, channel), in the float type.
+    ChannelsLast,
+}
+
+/// Every float tensor of the checkpoint in the order of its files, those that the model never reads among them: other
+/// readers of the format want them. What is no float (`position_ids`) is left out, as MLX leaves it out.
+pub(super) fn plan<'a>(
+    checkpoint: &'a Checkpoint,
+    options: &QuantizeOptions,
+) -> Result<Vec<Step<'a>>, ModelError> {
+    let forms: HashMap<String, Form> = table::tensors(checkpoint.config())
+        .into_iter()
+        .map(|entry| (entry.name, entry.form))
+        .collect();
+    let mut steps = Vec::new();
+    for tensor in checkpoint.weights().in_order() {
+        if tensor.name.ends_with(".scales") || tensor.dtype == StoredType::U32 {
+            return Err(ModelError::WrongType {
+                name: tensor.name.clone(),
+                file: tensor.file.name.clone(),
+                have: tensor.dtype.to_string(),
+                want: "the checkpoint is quantized already; give the one it was made from".into(),
+            });
+        }
+        let float = matches!(
+            tensor.dtype,
+            StoredType::F32 | StoredType::F16 | StoredType::Bf16
+        );
+        if float && !tensor.name.ends_with("rotary_emb.inv_freq") {
+            let action = action(tensor, forms.get(&tensor.name), options);
+            steps.push(Step { tensor, action });
+        }
+    }
+    Ok(steps)
+}
+
+fn action(tensor: &StoredTensor, form: Option<&Form>, options: &QuantizeOptions) -> Action {
+    let precision = if tensor.name.starts_with(VISION) && !tensor.name.contains(".wte.") {
+        options.vision
+    } else if tensor.name.contains("embed_tokens") || tensor.name.starts_with("lm_head") {
+        options.embeddings
+    } else {
+        Precision::Int4
+    };
+    match (form, tensor.shape.as_slice()) {
+        // The last tower layer is not in the table, and is stored as the others are.
+        (Some(Form::Matrix { .. }) | None, &[rows, columns])
+            if precision == Precision::Int4
+                && rows > 0
+                && columns > 0
+                && columns.is_multiple_of(GROUP)
+                && tensor.name.ends_with(".weight")
+                && !tensor.name.contains("position_embedding") =>
+        {
+            Action::Int4 { rows, columns }
+        }
+        (Some(Form::Patches { .. }), &[_, 3, _, _]) => Action::ChannelsLast,
+        _ => Action::Float,
+    }
+}

@@ -1,0 +1,229 @@
+//! A safetensors file written in one pass: the header first, then every tensor where the header says.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+use visor_kernels::{EncodeError, ScaleType, SquaredError, encode_rows};
+
+use super::plan::{Action, Step};
+use super::{GROUP, ModuleError, cannot_write};
+use crate::error::ModelError;
+use crate::weights::StoredTensor;
+
+/// Values widened at a time: 16 MiB of f32, enough rows for every core.
+const BLOCK_VALUES: usize = 4 << 20;
+
+/// A file whose header is written.
+pub(super) struct Writer {
+    path: PathBuf,
+    file: BufWriter<File>,
+    bytes: u64,
+}
+
+impl Writer {
+    /// Creates the file and writes the header of what the steps will write.
+    pub(super) fn create(
+        path: &Path,
+        steps: &[Step<'_>],
+        float_type: ScaleType,
+    ) -> Result<Self, ModelError> {
+        let mut header = Header {
+            entries: Map::new(),
+            at: 0,
+        };
+        let metadata = json!({ "format": "mlx" });
+        header.entries.insert("__metadata__".to_owned(), metadata);
+        for step in steps {
+            header.add_step(step, float_type);
+        }
+        let mut text = Value::Object(header.entries).to_string().into_bytes();
+        text.resize(text.len().next_multiple_of(8), b' ');
+        let file = File::create_new(path).map_err(|source| cannot_write(path, source))?;
+        let mut writer = Self {
+            path: path.to_owned(),
+            file: BufWriter::with_capacity(1 << 20, file),
+            bytes: 0,
+        };
+        writer.put(&(text.len() as u64).to_le_bytes())?;
+        writer.put(&text)?;
+        Ok(writer)
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
+        self.bytes += bytes.len() as u64;
+        self.file
+            .write_all(bytes)
+            .map_err(|source| cannot_write(&self.path, source))
+    }
+
+    /// Makes sure that all of it is on the disk, and tells its size.
+    pub(super) fn finish(self) -> Result<u64, ModelError> {
+        let Self { path, file, bytes } = self;
+        let file = file.into_inner().map_err(|error| error.into_error());
+        file.and_then(|file| file.sync_all())
+            .map_err(|source| cannot_write(&path, source))?;
+        Ok(bytes)
+    }
+}
+
+struct Header {
+    entries: Map<String, Value>,
+    at: usize,
+}
+
+impl Header {
+    fn add_step(&mut self, step: &Step<'_>, float_type: ScaleType) {
+        let (name, shape) = (&step.tensor.name, &step.tensor.shape);
+        let float = (float_name(float_type), float_type.bytes());
+        match step.action {
+            Action::Float => self.add(name, float, shape),
+            Action::ChannelsLast => {
+                self.add(name, float, &[shape[0], shape[2], shape[3], shape[1]]);
+            }
+            Action::Int4 { rows, columns } => {
+                let module = module(name);
+                self.add(name, ("U32", 4), &[rows, columns / 8]);
+                for part in ["scales", "biases"] {
+                    self.add(&format!("{module}.{part}"), float, &[rows, columns / GROUP]);
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, name: &str, (dtype, value_bytes): (&str, usize), shape: &[usize]) {
+        let end = self.at + value_bytes * shape.iter().product::<usize>();
+        let entry = json!({ "dtype": dtype, "shape": shape, "data_offsets": [self.at, end] });
+        self.entries.insert(name.to_owned(), entry);
+        self.at = end;
+    }
+}
+
+fn float_name(float_type: ScaleType) -> &'static str {
+    match float_type {
+        ScaleType::F16 => "F16",
+        ScaleType::Bf16 => "BF16",
+        ScaleType::F32 => "F32",
+    }
+}
+
+fn module(name: &str) -> &str {
+    name.strip_suffix(".weight").unwrap_or(name)
+}
+
+/// Writes one tensor, block by block; for a quantized one, what that changed. `on_bytes` hears of the source's bytes that
+/// are done and answers whether to go on.
+pub(super) fn write_tensor(
+    writer: &mut Writer,
+    step: &Step<'_>,
+    float_type: ScaleType,
+    on_bytes: &mut dyn FnMut(u64) -> bool,
+) -> Result<Option<ModuleError>, ModelError> {
+    let tensor = step.tensor;
+    let mut error = SquaredError::default();
+    let (mut scales, mut biases) = (Vec::new(), Vec::new());
+    let row_values = match step.action {
+        Action::Int4 { columns, .. } => columns,
+        Action::ChannelsLast => tensor.shape[1..].iter().product(),
+        Action::Float => 1,
+    };
+    let values: usize = tensor.shape.iter().product();
+    let block = (BLOCK_VALUES / row_values.max(1)).max(1) * row_values.max(1);
+    for start in (0..values).step_by(block) {
+        let range = start..values.min(start + block);
+        let mut floats = vec![0.0; range.len()];
+        tensor.widen(range, &mut floats);
+        match step.action {
+            Action::Float => writer.put(&as_floats(tensor, &floats, float_type)?)?,
+            Action::ChannelsLast => {
+                let moved = channels_last(&floats, &tensor.shape);
+                writer.put(&as_floats(tensor, &moved, float_type)?)?;
+            }
+            Action::Int4 { columns, .. } => {
+                let rows = encode_rows(&floats, columns, GROUP, float_type)
+                    .map_err(|error| refused(tensor, start / columns, &error))?;
+                writer.put(&rows.weight)?;
+                scales.extend(rows.scales);
+                biases.extend(rows.biases);
+                error += rows.error;
+            }
+        }
+        if !on_bytes((floats.len() * tensor.value_bytes()) as u64) {
+            return Err(ModelError::Cancelled);
+        }
+    }
+    writer.put(&scales)?;
+    writer.put(&biases)?;
+    Ok(match step.action {
+        Action::Int4 { rows, columns } => Some(ModuleError {
+            module: module(&tensor.name).to_owned(),
+            rows,
+            columns,
+            relative: relative(error.encoded, error.weights),
+            relative_by_ends: relative(error.ends, error.weights),
+        }),
+        _ => None,
+    })
+}
+
+fn relative(error: f64, weights: f64) -> f64 {
+    if weights > 0.0 {
+        (error / weights).sqrt()
+    } else {
+        0.0
+    }
+}
+
+/// Values in the float type; finite ones stay finite.
+fn as_floats(
+    tensor: &StoredTensor,
+    values: &[f32],
+    float_type: ScaleType,
+) -> Result<Vec<u8>, ModelError> {
+    let mut out = Vec::with_capacity(values.len() * float_type.bytes());
+    for &value in values {
+        if value.is_finite() && !float_type.rounded(value).is_finite() {
+            return Err(unfit(
+                tensor,
+                &format!("{value} does not fit {}", float_name(float_type)),
+            ));
+        }
+        float_type.put(value, &mut out);
+    }
+    Ok(out)
+}
+
+/// (out, channel, row, column) as (out, row, column, channel), whole outputs.
+fn channels_last(values: &[f32], shape: &[usize]) -> Vec<f32> {
+    let (channels, pixels) = (shape[1], shape[2] * shape[3]);
+    let mut out = Vec::with_capacity(values.len());
+    for filter in values.chunks_exact(channels * pixels) {
+        for pixel in 0..pixels {
+            out.extend((0..channels).map(|channel| filter[channel * pixels + pixel]));
+        }
+    }
+    out
+}
+
+fn refused(tensor: &StoredTensor, first_row: usize, error: &EncodeError) -> ModelError {
+    let message = match error {
+        EncodeError::Shape(shape) => shape.to_string(),
+        EncodeError::NotFinite { row } => {
+            format!("row {} holds a weight that is not finite", first_row + row)
+        }
+        EncodeError::Range { row } => format!(
+            "row {} needs a scale or bias that the float type cannot hold",
+            first_row + row
+        ),
+    };
+    unfit(tensor, &message)
+}
+
+fn unfit(tensor: &StoredTensor, message: &str) -> ModelError {
+    ModelError::Unfit {
+        name: tensor.name.clone(),
+        file: tensor.file.name.clone(),
+        message: message.to_owned(),
+    }
+}

@@ -1,0 +1,176 @@
+//! A float checkpoint quantized: what is written is MLX's format, loads, and is nearer to its source than MLX's own.
+#![expect(clippy::unwrap_used, reason = "helpers of tests panic like tests")]
+
+use std::path::{Path, PathBuf};
+
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+use visor_model::{
+    Checkpoint, FloatType, ModelError, Precision, QuantizeOptions, QuantizeReport, quantize,
+};
+
+const EVERYTHING: QuantizeOptions = QuantizeOptions {
+    vision: Precision::Int4,
+    embeddings: Precision::Int4,
+    float_type: FloatType::F16,
+};
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/golden")
+        .join(name)
+}
+
+fn quantized(source: &Path, target: &Path, options: &QuantizeOptions) -> QuantizeReport {
+    quantize(source, target, options, &mut |_| true).unwrap()
+}
+
+fn weights(folder: &Path) -> Vec<u8> {
+    std::fs::read(folder.join("model.safetensors")).unwrap()
+}
+
+/// The golden INT4 checkpoint was made by MLX from a float one: the same tensors, types and shapes come out here.
+#[test]
+fn the_layout_is_that_of_mlx() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("int4");
+    quantized(&golden("ckpt_mha"), &target, &EVERYTHING);
+    let (ours, theirs) = (weights(&target), weights(&golden("ckpt_mha_int4")));
+    let (ours, theirs) = (
+        SafeTensors::deserialize(&ours).unwrap(),
+        SafeTensors::deserialize(&theirs).unwrap(),
+    );
+    for (name, tensor) in ours.iter() {
+        let other = theirs
+            .tensor(name)
+            .unwrap_or_else(|_| panic!("MLX has no {name}"));
+        // MLX's converter of 2024 also quantizes the position table, current ones nothing of the tower.
+        if !name.contains("position_embedding") {
+            assert_eq!(tensor.shape(), other.shape(), "{name}");
+            let words = other.dtype() == Dtype::U32;
+            assert_eq!(tensor.dtype() == Dtype::U32, words, "{name}");
+        }
+    }
+    for name in theirs.names() {
+        assert!(
+            ours.tensor(name).is_ok() || name.contains("position_embedding"),
+            "{name} is missing here"
+        );
+    }
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(target.join("config.json")).unwrap()).unwrap();
+    assert_eq!(config["quantization"]["group_size"], 64);
+    assert_eq!(config["quantization"]["bits"], 4);
+    assert_eq!(
+        Checkpoint::open(&target).unwrap().facts().quantization,
+        "int4 group 64"
+    );
+}
+
+#[test]
+fn every_module_is_nearer_to_its_source_than_by_its_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, float_type) in [("f16", FloatType::F16), ("bf16", FloatType::Bf16)] {
+        let options = QuantizeOptions {
+            float_type,
+            ..EVERYTHING
+        };
+        let report = quantized(&golden("ckpt_mha"), &folder.path().join(name), &options);
+        assert!(report.modules.len() > 20, "{}", report.modules.len());
+        for module in &report.modules {
+            let (ours, by_ends) = (module.relative, module.relative_by_ends);
+            assert!(
+                ours < by_ends && by_ends < 0.2,
+                "{}: {ours} of {by_ends}",
+                module.module
+            );
+        }
+    }
+}
+
+#[test]
+fn what_is_to_stay_float_stays_float() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("text-only");
+    let options = QuantizeOptions {
+        vision: Precision::Float,
+        embeddings: Precision::Float,
+        float_type: FloatType::Bf16,
+    };
+    let report = quantized(&golden("ckpt_mha"), &target, &options);
+    assert!(
+        report
+            .modules
+            .iter()
+            .all(|module| module.module.starts_with("model.layers."))
+    );
+    let bytes = weights(&target);
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    for name in [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.vision_embed_tokens.img_projection.0.weight",
+    ] {
+        assert_eq!(tensors.tensor(name).unwrap().dtype(), Dtype::BF16, "{name}");
+    }
+    assert_eq!(
+        tensors
+            .tensor("model.layers.0.mlp.down_proj.weight")
+            .unwrap()
+            .dtype(),
+        Dtype::U32
+    );
+    assert_eq!(report.bytes, bytes.len() as u64);
+}
+
+#[test]
+fn a_run_that_is_stopped_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("int4");
+    let mut steps = 0;
+    let stopped = quantize(&golden("ckpt_mha"), &target, &EVERYTHING, &mut |_| {
+        steps += 1;
+        steps < 5
+    });
+    assert!(matches!(stopped, Err(ModelError::Cancelled)), "{stopped:?}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+/// What a killed process leaves does not load, and the next run replaces it; what is someone else's stays.
+#[test]
+fn a_leftover_is_replaced_and_a_stranger_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let (target, partial) = (
+        folder.path().join("int4"),
+        folder.path().join("int4.partial"),
+    );
+    std::fs::create_dir(&partial).unwrap();
+    std::fs::write(partial.join("thesis.txt"), "mine").unwrap();
+    let refused = |target: &Path| {
+        quantize(&golden("ckpt_mha"), target, &EVERYTHING, &mut |_| true)
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(
+        refused(&target).contains("in the way"),
+        "{}",
+        refused(&target)
+    );
+    std::fs::write(partial.join(".visor-partial"), "").unwrap();
+    quantized(&golden("ckpt_mha"), &target, &EVERYTHING);
+    assert!(target.join("model.safetensors").is_file() && !partial.exists());
+    assert!(
+        refused(&target).contains("it exists"),
+        "{}",
+        refused(&target)
+    );
+    let again = quantize(
+        &target,
+        &folder.path().join("twice"),
+        &EVERYTHING,
+        &mut |_| true,
+    )
+    .unwrap_err()
+    .to_string();
+    assert!(again.contains("quantized already"), "{again}");
+}

@@ -1,0 +1,129 @@
+//! `visor quantize`: a float checkpoint into MLX INT4, told module by module.
+
+use std::io::Write;
+
+use clap::ValueEnum;
+use serde_json::json;
+use visor_model::{FloatType, ModelError, ModuleError, Precision, QuantizeOptions, QuantizeReport};
+
+use super::progress::{self, Loading};
+use super::signals::stop_signal;
+use super::{EXIT_DONE, EXIT_STOPPED, Failure, QuantizeArgs};
+
+/// Shown by `visor quantize --help`.
+pub(super) const HELP: &str = "\
+TARGET is what mlx-vlm writes with -q: groups of 64 weights with a scale and a bias, any reader of MLX's affine
+INT4 loads it. The scale and bias of a group are searched for the least squared error; the table tells the
+relative error of every module, and what it had been with MLX's own choice.
+
+TARGET appears when it is whole. Until then it is TARGET.partial, which Ctrl-C removes and the next run replaces.
+
+bf16 reaches further than f16 and is coarser: take it when a weight does not fit f16.";
+
+/// How a part of the model is stored.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum Form {
+    /// Four bits a weight.
+    Int4,
+    /// As --float-type says.
+    Float,
+}
+
+impl From<Form> for Precision {
+    fn from(form: Form) -> Self {
+        match form {
+            Form::Int4 => Self::Int4,
+            Form::Float => Self::Float,
+        }
+    }
+}
+
+/// Of scales, biases and what is not quantized.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum Floats {
+    /// Eleven significant bits, up to 65504.
+    F16,
+    /// Eight significant bits, as far as f32.
+    Bf16,
+}
+
+impl From<Floats> for FloatType {
+    fn from(floats: Floats) -> Self {
+        match floats {
+            Floats::F16 => Self::F16,
+            Floats::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+pub(super) fn run(args: &QuantizeArgs) -> Result<u8, Failure> {
+    let stop = stop_signal()?;
+    let options = QuantizeOptions {
+        vision: args.vision.into(),
+        embeddings: args.embeddings.into(),
+        float_type: args.float_type.into(),
+    };
+    let bar = Loading::by_command("quantizing");
+    let mut on_progress = |done| {
+        bar.step(done);
+        !stop.is_cancelled()
+    };
+    match visor_model::quantize(&args.source, &args.target, &options, &mut on_progress) {
+        Ok(report) => {
+            tell(&report, args)?;
+            Ok(EXIT_DONE)
+        }
+        Err(ModelError::Cancelled) => {
+            progress::line("stopped: nothing was written");
+            Ok(EXIT_STOPPED)
+        }
+        Err(error) => Err(Failure::start(error)),
+    }
+}
+
+fn tell(report: &QuantizeReport, args: &QuantizeArgs) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let module = |module: &ModuleError| {
+            json!({
+                "module": module.module,
+                "shape": [module.rows, module.columns],
+                "relative_error": module.relative,
+                "relative_error_by_ends": module.relative_by_ends,
+            })
+        };
+        let modules: Vec<_> = report.modules.iter().map(module).collect();
+        let document = json!({
+            "source_bytes": report.source_bytes,
+            "bytes": report.bytes,
+            "modules": modules,
+        });
+        writeln!(out, "{document}")?;
+        return Ok(());
+    }
+    let width = report.modules.iter().map(|module| module.module.len());
+    let width = width.max().unwrap_or(0);
+    writeln!(
+        out,
+        "{:<width$} {:>14} {:>9} {:>9}",
+        "module", "shape", "error", "by ends"
+    )?;
+    for module in &report.modules {
+        let shape = format!("{} x {}", module.rows, module.columns);
+        let (error, by_ends) = (100.0 * module.relative, 100.0 * module.relative_by_ends);
+        writeln!(
+            out,
+            "{:<width$} {shape:>14} {error:>7.2} % {by_ends:>7.2} %",
+            module.module
+        )?;
+    }
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    writeln!(
+        out,
+        "{}: {:.1} MiB of weights, from {:.1} MiB",
+        args.target.display(),
+        mib(report.bytes),
+        mib(report.source_bytes)
+    )?;
+    Ok(())
+}
