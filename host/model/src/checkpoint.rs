@@ -42,6 +42,8 @@ pub struct Checkpoint {
 pub struct CheckpointFacts {
     /// The folder's name, or `visor-demo`.
     pub id: String,
+    /// It is the small model inside the binary, whatever a folder is called.
+    pub embedded: bool,
     /// Bytes of all weight files.
     pub bytes: u64,
     /// How the weights are stored: `int4 group 64`, `bf16`, `f16` or `f32`.
@@ -187,6 +189,7 @@ impl Checkpoint {
     pub fn facts(&self) -> CheckpointFacts {
         CheckpointFacts {
             id: self.id.clone(),
+            embedded: self.dir.is_none(),
             bytes: self.weights.bytes(),
             quantization: self.quantization(),
             digest: self.digest.clone(),
@@ -324,6 +327,7 @@ mod tests {
             ("visor-demo", "int4 group 64")
         );
         assert_eq!(facts.digest.len(), 64);
+        assert!(facts.embedded && facts.bytes <= 8 << 20, "{facts:?}");
         assert_eq!(checkpoint.num_crops(), 4);
         assert!(
             checkpoint.tokenizer().unwrap().vocab_size() as usize <= checkpoint.config().vocab_size

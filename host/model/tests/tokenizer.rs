@@ -1,5 +1,6 @@
 //! The tokenizer against the reference's cases, and against clients who type control tokens.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -106,6 +107,50 @@ fn ids(prompt: &Prompt) -> &[i64] {
     let slots = prompt.ids.iter().filter(|id| **id < 0).count();
     assert_eq!(prompt.image_tokens as usize, slots);
     &prompt.ids
+}
+
+/// The demo's own: a small vocabulary that still holds every text, and the real one's control tokens as they are.
+#[test]
+fn the_demo_tokenizer_is_of_the_same_kind() {
+    let path = |name: &str| {
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join(name)
+            .join("tokenizer.json")
+    };
+    let demo = Tokenizer::from_file(&path("demo")).expect("the demo's tokenizer is sound");
+    let reference = cases().encode.into_iter().map(|case| case.text);
+    let more = [
+        "naïve café – 日本語 🍎",
+        "  two  spaces\n\ttab ",
+        "\0\u{7}\u{10ffff}",
+        "",
+    ];
+    // "▁" itself is what both write for a space.
+    let texts = reference
+        .chain(more.map(str::to_owned))
+        .filter(|text| !text.contains('▁'));
+    for text in texts {
+        assert_eq!(
+            demo.decode(&demo.encode_text(&text), false),
+            text,
+            "{text:?}"
+        );
+    }
+    let added = |name: &str| -> BTreeMap<String, Value> {
+        let mut file: Value = json(&path(name));
+        let tokens: Vec<Value> =
+            serde_json::from_value(file["added_tokens"].take()).expect("a list");
+        let by_text = tokens.into_iter().map(|mut token| {
+            token["id"].take();
+            (token["content"].as_str().expect("text").to_owned(), token)
+        });
+        by_text.collect()
+    };
+    let (ours, theirs) = (added("demo"), added("phi3"));
+    assert_eq!(ours.len(), 15);
+    for (text, token) in ours {
+        assert_eq!(Some(&token), theirs.get(&text), "{text}");
+    }
 }
 
 #[test]

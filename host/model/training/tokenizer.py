@@ -50,7 +50,8 @@ def build():
     t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     j = json.loads(t.to_str())
     j["pre_tokenizer"] = None                      # as Phi-3's: the merges alone decide
-    token = lambda i, c, rstrip=False: dict(id=i, content=c, single_word=False, lstrip=False, rstrip=rstrip, normalized=False, special=True)
+    # "</s>" is not special in Phi-3's file either.
+    token = lambda i, c, rstrip=False: dict(id=i, content=c, single_word=False, lstrip=False, rstrip=rstrip, normalized=False, special=c != "</s>")
     first = max(j["model"]["vocab"].values()) + 1
     j["added_tokens"] = [token(0, "<unk>"), token(1, "<s>"), token(2, "</s>", True)] + [
         token(first + k, c, c.startswith(STRIPS_RIGHT)) for k, c in enumerate(SPECIAL)]

@@ -14,9 +14,6 @@ use visor_sandbox::{
 
 use crate::config::ModelSection;
 
-/// Id of the embedded checkpoint: a few million weights that know simple pictures.
-pub const DEMO_ID: &str = "visor-demo";
-
 /// The model this server serves, as plugins and the pipeline know it.
 #[derive(Debug)]
 pub struct ServedModel {
@@ -136,8 +133,8 @@ impl ModelFacts for ServedModel {
             ("digest".to_owned(), self.facts.digest.clone()),
             ("crops".to_owned(), self.num_crops.to_string()),
         ];
-        if self.facts.id == DEMO_ID {
-            let note = "a small demo model: simple objects, shapes, colors, positions, short text";
+        if self.facts.embedded {
+            let note = "a small demo model: simple objects, shapes, colors, positions, counts, a few digits or capital letters";
             details.push(("note".to_owned(), note.to_owned()));
         }
         details

@@ -6,7 +6,6 @@ use serde_json::{Map, Value, json};
 
 use super::start::load_config;
 use super::{EXIT_DONE, Failure, ModelsArgs};
-use crate::services::DEMO_ID;
 use crate::wiring::open_checkpoint;
 
 pub(super) fn run(args: &ModelsArgs) -> Result<u8, Failure> {
@@ -31,7 +30,7 @@ pub(super) fn run(args: &ModelsArgs) -> Result<u8, Failure> {
                 config.model.path.to_string_lossy()
             }),
         ),
-        ("demo", json!(facts.id == DEMO_ID)),
+        ("demo", json!(facts.embedded)),
         ("quantization", json!(facts.quantization)),
         ("bytes", json!(facts.bytes)),
         ("digest", json!(facts.digest)),

@@ -21,7 +21,7 @@ use crate::config::change::{Change, keep_restart_keys};
 use crate::config::{CacheConfig, Config, ConfigError};
 use crate::metrics::Metrics;
 use crate::pipeline::Answer;
-use crate::services::{DEMO_ID, ServedModel, Services};
+use crate::services::{ServedModel, Services};
 use crate::stats::ReloadState;
 
 /// Between two looks at a model that loads.
@@ -221,7 +221,7 @@ impl House {
     /// Whether the small model inside the binary is served.
     #[must_use]
     pub fn model_is_demo(&self) -> bool {
-        self.model.facts.id == DEMO_ID
+        self.model.facts.embedded
     }
 
     /// The device that computes, or where loading stands.

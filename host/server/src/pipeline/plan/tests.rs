@@ -16,6 +16,7 @@ fn model(context_tokens: u32) -> ServedModel {
         stop_ids: Vec::new(),
         tokenizer: Arc::new(tokenizer.expect("the demo's tokenizer")),
         facts: CheckpointFacts {
+            embedded: false,
             id: "phi".to_owned(),
             bytes: 0,
             quantization: "bf16".to_owned(),
