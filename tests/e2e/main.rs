@@ -1,7 +1,7 @@
 //! The real binary, asked over real sockets: what a client sees, what an operator sees.
 //!
-//! The model is a golden checkpoint, whose weights are random: its answers are noise, so the tests
-//! look at structure, counts, equality and difference, never at what is said.
+//! Most tests serve a golden checkpoint, whose weights are random: its answers are noise, so they look
+//! at structure, counts, equality and difference, never at what is said. `demo` asks the trained model.
 
 #![expect(
     clippy::unwrap_used,

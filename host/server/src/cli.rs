@@ -254,7 +254,7 @@ struct QuantizeArgs {
 
 #[derive(Debug, clap::Args)]
 struct EvalArgs {
-    /// Folder with cases.jsonl and its pictures
+    /// Folder with cases.jsonl and its pictures [default: tests/suite, when there is one]
     #[arg(long, value_name = "DIR")]
     suite: Option<PathBuf>,
     /// A second configuration file, to be compared with the first

@@ -22,9 +22,11 @@ use crate::pipeline;
 use crate::stats::Memory;
 use crate::wiring::House;
 
-/// Told when no suite is named: nothing hidden is looked for.
-const NO_SUITE: &str = "no suite is named: --suite DIR takes a folder with cases.jsonl and pictures \
-    (Visor's own is tests/suite of its repository; `visor eval --help` shows the format)";
+/// Looked for when no suite is named: where Visor's repository keeps its own.
+const OWN_SUITE: &str = "tests/suite";
+/// Told when there is none.
+const NO_SUITE: &str = "no suite is named, and there is no tests/suite here: --suite DIR takes a folder with \
+    cases.jsonl and pictures (`visor eval --help` shows the format)";
 
 /// Shown by `visor eval --help`.
 pub(super) const HELP: &str = "\
@@ -63,10 +65,9 @@ struct Candidate {
 }
 
 pub(super) fn run(args: &EvalArgs) -> Result<u8, Failure> {
-    let folder = args
-        .suite
-        .as_deref()
-        .ok_or_else(|| Failure::usage(anyhow!(NO_SUITE)))?;
+    let own = Path::new(OWN_SUITE);
+    let folder = args.suite.as_deref().or(own.is_dir().then_some(own));
+    let folder = folder.ok_or_else(|| Failure::usage(anyhow!(NO_SUITE)))?;
     let candidates = candidates(args)?;
     let picture_bytes = candidates.iter().map(|one| one.config.images.bytes_max);
     let suite = Suite::load(folder, picture_bytes.max().unwrap_or(0)).map_err(Failure::usage)?;
