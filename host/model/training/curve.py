@@ -1,11 +1,14 @@
 """curve.py WORK_DIR OUT.svg TOWER_NAMES LANGUAGE_NAMES: the learning curves of the logs, as one drawing.
 
-Names are separated by commas, in the order in which the runs followed each other. Left: cells that the tower names rightly
-against windows seen. Right: answers that are exactly right on held-out pictures against minutes."""
+Names are separated by commas, in the order in which the runs followed each other; "-" for none. Of the tower the cells of
+training pictures that it names rightly, against pictures seen; of the decoder its loss, and the answers that are exactly
+right on held-out pictures shown as one crop (details: as several), against minutes."""
 import json, sys
 
-WIDTH, HEIGHT, LEFT, TOP = 380, 230, 44, 34
+WIDTH, HEIGHT, LEFT, TOP, LEGEND = 330, 230, 44, 34, 96
 INK = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f"]
+STEPS = ("single", "global", "detail", "pair")                             # kinds of steps with a loss of their own
+ASKED = ("name", "colour", "position", "count", "read", "yes-no", "clothing")
 
 
 def lines(work, name):
@@ -27,27 +30,30 @@ def tower(work, names):
 
 
 def language(work, names):
-    series, before = {}, 0.
+    """(losses, percent of answers right), each {what: [(minutes, value)]}"""
+    losses, right, before = {}, {}, 0.
     for name in names:
         now = 0.
         for row in lines(work, name):
             now = row.get("minutes", now)
+            for kind in STEPS:
+                if kind in row:
+                    losses.setdefault(kind, []).append((before + now, row[kind][0]))
             for kind, marks in row.get("held_out", row.get("int4", {})).items():
-                for key in ("name", "colour", "position", "count", "read", "yes-no", "clothing"):
-                    if kind in ("single", "global") and key in marks:
-                        series.setdefault(key, []).append((before + now, marks[key][0]))
-                if kind == "detail" and "detail" in marks:
-                    series.setdefault("detail", []).append((before + now, marks["detail"][0]))
+                for key in ASKED if kind == "single" else ("detail",) if kind == "detail" else ():
+                    if key in marks:
+                        right.setdefault(key, []).append((before + now, marks[key][0]))
         before += now
-    return series
+    return losses, right
 
 
-def chart(title, across, series, x0):
+def chart(title, across, series, x0, top=100., unit=" %"):
     right = max(x for points in series.values() for x, _ in points) or 1
-    at = lambda x, y: (x0 + LEFT + x / right * WIDTH, TOP + HEIGHT * (1 - y / 100))
+    at = lambda x, y: (x0 + LEFT + x / right * WIDTH, TOP + HEIGHT * (1 - min(y, top) / top))
     yield f'<text x="{x0 + LEFT}" y="18" font-weight="bold">{title}</text>'
-    for y in range(0, 101, 20):
-        yield f'<path d="M{x0 + LEFT} {at(0, y)[1]:.0f}h{WIDTH}" stroke="#ddd"/><text x="{x0 + LEFT - 6}" y="{at(0, y)[1] + 4:.0f}" text-anchor="end">{y} %</text>'
+    for k in range(6):
+        y = top * k / 5
+        yield f'<path d="M{x0 + LEFT} {at(0, y)[1]:.0f}h{WIDTH}" stroke="#ddd"/><text x="{x0 + LEFT - 6}" y="{at(0, y)[1] + 4:.0f}" text-anchor="end">{y:.3g}{unit}</text>'
     for k in range(5):
         x = right * k / 4
         yield f'<text x="{at(x, 0)[0]:.0f}" y="{TOP + HEIGHT + 16}" text-anchor="middle">{x:.0f}</text>'
@@ -59,11 +65,17 @@ def chart(title, across, series, x0):
 
 
 def main(work, out, towers, languages):
-    parts = [*chart("Vision tower: cells named rightly", "thousand windows of 168 px", tower(work, towers.split(",")), 0),
-             *chart("Answers exactly right, held-out pictures", "minutes", language(work, languages.split(",")), WIDTH + 150)]
-    width = 2 * (WIDTH + 150)
+    charts = []
+    if towers != "-":
+        charts.append(("Vision tower: cells named rightly (training)", "thousand pictures", tower(work, towers.split(","))))
+    if languages != "-":
+        losses, right = language(work, languages.split(","))
+        charts.append(("Loss of the answers, by kind of step", "minutes", losses, .5, ""))
+        charts.append(("Answers exactly right, held-out pictures", "minutes", right))
+    wide = LEFT + WIDTH + LEGEND
+    parts = [part for k, (title, across, series, *scale) in enumerate(charts) for part in chart(title, across, series, k * wide, *scale)]
     with open(out, "w") as f:
-        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{TOP + HEIGHT + 46}" font-family="sans-serif" font-size="12">'
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{len(charts) * wide}" height="{TOP + HEIGHT + 46}" font-family="sans-serif" font-size="12">'
                 f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n')
 
 

@@ -2,7 +2,6 @@
 
 usage: export.py WORK_DIR NAME OUT_DIR"""
 import json, os, shutil, sys
-import numpy as np
 import torch
 from safetensors.numpy import save_file
 from config import CONFIG

@@ -16,8 +16,10 @@ apt-get download fonts-dejavu-core fonts-liberation2 fonts-roboto-unhinted fonts
     fonts-inconsolata fonts-comfortaa fonts-quicksand fonts-crosextra-carlito fonts-dosis fonts-jetbrains-mono
 for package in *.deb; do dpkg -x "$package" ../fonts; done
 cd ..
-if [ ! -d clothing ]; then
+if [ ! -d clothing ]; then                         # whole or not at all: what an interruption left is begun anew
+    rm -rf photos clothing.partial
     git clone https://github.com/alexeygrigorev/clothing-dataset-small photos
     git -C photos checkout --quiet 1196151
-    python3 "$here/photos.py" photos clothing
+    "${PYTHON:-python3}" "$here/photos.py" photos clothing.partial
+    mv clothing.partial clothing
 fi

@@ -195,6 +195,40 @@ class Facts(torch.nn.Module):
         return F.cross_entropy(self.all(F.rms_norm(x, x.shape[-1:])), torch.tensor([min(len(a[2][2]), 6) for a in asked]))
 
 
+class Things(torch.nn.Module):
+    """Asks the image tokens of the global view, where the heads that count look from, for a density: the exponential of one
+    linear map, as an attention score is, that sums to one over the cells of every thing and to nothing elsewhere. A head whose
+    score is this density shares itself evenly among things of any size."""
+    LEAST = 20  # px of the global view: what is smaller is not asked for
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.out = torch.nn.ModuleList(torch.nn.Linear(hidden, 1) for _ in COUNTS)
+        for out in self.out:
+            torch.nn.init.zeros_(out.weight), torch.nn.init.constant_(out.bias, -3.)
+
+    def loss(self, inputs, pictures, layout):
+        """inputs {layer: (batch, positions, hidden)}, pictures: the things of each. The loss, and the share of pictures whose
+        density sums to the number of their things."""
+        g, total, right = layout.grids[-1], 0., []
+        large = lambda t: min(t.box[2] / g.cell[0], t.box[3] / g.cell[1]) * CELL >= self.LEAST
+        asked = [i for i, things in enumerate(pictures) if things and all(t.kind != "clothing" and large(t) for t in things)]
+        if not asked:
+            return inputs[0].new_zeros(()), right
+        cells, most = slice(g.first, g.first + g.rows * (g.columns + 1)), max(len(pictures[i]) for i in asked)
+        nowhere = torch.zeros(layout.length, dtype=torch.bool)
+        wanted = torch.stack([torch.stack([layout.mark([t.box], True) for t in pictures[i]] + [nowhere] * (most - len(pictures[i]))) for i in asked])
+        wanted, number = wanted[..., cells].float(), torch.tensor([float(len(pictures[i])) for i in asked])
+        for out, (depth, _) in zip(self.out, COUNTS):
+            x = inputs[depth][asked, cells]
+            density = out(F.rms_norm(x, x.shape[-1:])).clamp(max=2.).exp()
+            each, there = (wanted @ density).squeeze(-1), wanted.any(-1)
+            total = total + F.smooth_l1_loss(each[there], torch.ones(()).expand_as(each[there]), beta=.2)
+            total = total + F.smooth_l1_loss(density.sum((1, 2)), number, beta=.3) / 2
+            right.append((density.sum((1, 2)).round() == number).float().mean().item())
+        return total / len(COUNTS), right
+
+
 def strips(rows, layout):
     """What is counted in a strip: (row, position of the text, boxes)."""
     g = layout.grids[-1]

@@ -4,8 +4,7 @@ CLIP tower (pre-LN, class token, quick GELU, features of layer -2) -> 2x2 merge 
 two-layer GELU projector -> Phi-3 decoder (RMSNorm, fused qkv and gate_up, longrope). Source of the maths: the remote code
 of microsoft/Phi-3.5-vision-instruct; the Rust port in host/model is held to it by golden tensors, and this file to the
 Rust port by `check.py`."""
-import json, math
-import numpy as np
+import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

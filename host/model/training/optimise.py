@@ -97,7 +97,7 @@ class Muon(torch.optim.Optimizer):
                 for (p, _), u in zip(items, updates):
                     p.grad.copy_(u)
             moved = [p for p in group["params"] if p.grad is not None]
-            if together():
+            if together() and moved:
                 sum_([p.grad for p in moved])
             for p in moved:
                 p.mul_(1 - group["lr"] * group["decay"])

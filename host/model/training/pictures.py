@@ -1,7 +1,6 @@
 """The pictures that questions are asked about: as people send them, of any shape and size, fitted to 336 px crops as the
 server fits them (host/model/src/image.rs)."""
 import numpy as np
-import cv2
 import scenes as S
 
 KINDS = dict(single=.08, several=.27, heap=.25, text=.27, shapes=.05, clothing=.08)
@@ -35,7 +34,7 @@ def picture(rng, library, kind=None, side=336, augment=True, worn=.5):
         scene = S.photo(rng, library, S.CLOTHES[rng.integers(len(S.CLOTHES))], side, side, augment)
         return scene, scene.things[0].box
     w, h = size(rng, side)
-    canvas = S.Canvas(rng, w, h)
+    canvas = S.Canvas(rng, w, h, library.held_out)
     least = min(w, h)
     if kind == "single":
         px = least * rng.uniform(.2, .97)
@@ -127,7 +126,7 @@ def detailed(rng, library, spread=None):
     if spread and max(rows, columns) > 2:
         rows = columns = 2
     w, h = columns * 336, rows * 336
-    canvas, used = S.Canvas(rng, w, h), {"text"}
+    canvas, used = S.Canvas(rng, w, h, library.held_out), {"text"}
     kind = str(rng.choice(["text", "concept", "shape"], p=[.55, .25, .2]))
     cells = [(c, r) for r in range(rows) for c in range(columns)]
     chosen = cells if spread else [cells[rng.integers(len(cells))]]

@@ -2,7 +2,6 @@
 
 `<|user|>\\n<|image_1|>\\nQUESTION<|end|>\\n<|assistant|>\\n`: the text is cut at the image tags and every piece is encoded on
 its own with BOS in front (spec of the real processor)."""
-import numpy as np
 import torch
 from looks import STRIPS, named, spans
 from tokenizers import Tokenizer

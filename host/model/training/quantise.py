@@ -47,6 +47,13 @@ def packed(w):
     return words, scale.squeeze(-1).half().numpy(), bias.squeeze(-1).half().numpy()
 
 
+def unpacked(words, scales, biases):
+    """The way back of `packed`, f32."""
+    q = (words[..., None] >> (4 * np.arange(8, dtype=np.uint32)) & 15).reshape(*scales.shape, GROUP).astype(np.float32)
+    w = q * scales.astype(np.float32)[..., None] + biases.astype(np.float32)[..., None]
+    return torch.from_numpy(w.reshape(words.shape[0], -1))
+
+
 class Straight:
     """Quantisation-aware steps: inside `with`, the weights are the rounded ones; the gradients reach the full ones."""
 

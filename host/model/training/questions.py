@@ -1,8 +1,8 @@
 """Questions about scenes with their answers, and the turns that need no picture.
 
-Every answer has one plain form; questions have many. A turn is (question, answer, category, accepted): `accepted` is
-what an evaluation looks for in the answer, `category` a row of its table."""
-from dataclasses import dataclass
+Every answer has one plain form; questions have many. `accepted` is what an evaluation looks for in the answer, `rejected`
+what makes it wrong all the same, `category` a row of its table."""
+from dataclasses import dataclass, field
 import scenes as S
 
 NUMBERS = ["no", "one", "two", "three", "four", "five", "six"]
@@ -27,6 +27,8 @@ class Turn:
     about: list | None = None      # the things that the answer is about, none of them or unknown, for `looks.py`
     beside: list | None = None     # what they are compared with
     things: list | None = None     # everything in the picture
+    rejected: list = field(default_factory=list)
+    then: "Turn | None" = None     # a question that is clear only after this one
 
 
 def pick(rng, options):
@@ -86,10 +88,17 @@ READ_DIGITS = ["What number is this?", "What number is shown?", "Which number do
 READ_LETTERS = ["What letters are shown?", "Which letters do you see?", "What word is this?", "What are the letters?", "Read the letters."]
 
 
+def longer(names):
+    """Nouns that hold one of these as a word: who says "palm tree" has not said "tree"."""
+    every = [*S.NOUNS, *S.CLOTHES, *set(SHAPE_NOUN.values())]
+    return sorted({m for m in every for n in names if m != n and n in m.replace("-", " ").split() and m not in names})
+
+
 def describe(rng, things, frame):
     things = sorted(things, key=lambda t: t.centre[0])
     question = pick(rng, DESCRIBE if len(things) != 1 or rng.random() < .5 else WHAT)
-    return Turn(question, shown(things), "describe", [noun(t) if t.kind != "text" else t.name for t in things], "all", things)
+    return Turn(question, shown(things), "describe", [noun(t) if t.kind != "text" else t.name for t in things], "all", things,
+                rejected=longer([noun(t) for t in things if t.kind != "text"]))
 
 
 def shown(things):
@@ -103,14 +112,14 @@ def shown(things):
 
 def name_single(rng, t, frame):
     if t.kind == "clothing":
-        return Turn(pick(rng, WEAR + WHAT + DESCRIBE), shown([t]), "clothing", [t.name], about=[t])
+        return Turn(pick(rng, WEAR + WHAT + DESCRIBE), shown([t]), "clothing", [t.name], about=[t], rejected=longer([t.name]))
     if t.kind == "text":
         return read(rng, t)
     if t.kind == "shape":
         q = pick(rng, ["What shape is this?", "Which shape is shown?", "What shape is it?", "What shape do you see?", "Name the shape.",
                        "What is the shape?", "What kind of shape is this?"])
         return Turn(q, f"It is {phrase(t, False)}.", "shape", [noun(t)], about=[t])
-    return Turn(pick(rng, WHAT + DESCRIBE), shown([t]), "name", [t.name], about=[t])
+    return Turn(pick(rng, WHAT + DESCRIBE), shown([t]), "name", [t.name], about=[t], rejected=longer([t.name]))
 
 
 def read(rng, t):
@@ -178,7 +187,7 @@ def count(rng, things):
     if rng.random() < .25 and all(t.kind in ("concept", "shape") for t in things):
         n = len(things)
         q = pick(rng, ["How many objects are there?", "How many things are in the picture?", "How many objects do you see?", "Count the objects."])
-        return Turn(q, f"There is one object." if n == 1 else f"There are {NUMBERS[n]} objects.", "count", [NUMBERS[n], str(n)], about=things)
+        return Turn(q, "There is one object." if n == 1 else f"There are {NUMBERS[n]} objects.", "count", [NUMBERS[n], str(n)], about=things)
     if rng.random() < .1:
         asked = pick(rng, [n for n in S.NOUNS if n not in nouns])
     else:
@@ -197,7 +206,30 @@ def where(rng, t, frame):
                    f"Where can I find the {n}?", f"What is the position of the {n}?"])
     words = z.split()
     accepted = [" ".join(words[2:])] + (["middle", "centre"] if words[-1] == "center" else [])
-    return Turn(q, f"The {n} is {z}.", "position", accepted, about=[t])
+    others = [w for w in ("top", "bottom", "left", "right", "center", "middle") if w not in words and w not in accepted]
+    return Turn(q, f"The {n} is {z}.", "position", accepted, about=[t], rejected=others)
+
+
+IT = ["Where is it?", "And where is it?", "Where is it in the picture?"]
+ITS = ["What color is it?", "What colour is it?", "And its color?", "Which color does it have?"]
+
+
+def follow_up(rng, turn, frame):
+    """A question about the one thing that a turn's answer names, which does not name it again; None where there is none."""
+    if len(turn.about or []) != 1 or turn.beside or (turn.match == "yes-no" and not turn.answer.startswith("Yes, I see")):
+        return None
+    t = turn.about[0]
+    if t.kind == "clothing" or noun(t) not in turn.answer or sum(noun(o) == noun(t) for o in turn.things) != 1:
+        return None
+    if t.colour and t.kind == "shape" and rng.random() < .5:
+        then = Turn(pick(rng, ITS), f"The {noun(t)} is {t.colour}.", "colour", [t.colour], about=[t])
+    elif near_border(t, frame):
+        return None
+    else:
+        then = where(rng, t, frame)
+        then.question = pick(rng, IT)
+    then.things = turn.things
+    return then if then.answer != turn.answer else None
 
 
 def not_there(rng, things):
@@ -391,6 +423,8 @@ def compare(rng, a, b):
                        "How do the images differ?", "What do the two images show?", "Describe both images."])
         answer = f"Both images show {x}." if x == y else f"The first image shows {x} and the second image shows {y}."
         turn = Turn(q, answer, "two-image", [nx, ny] if nx != ny else [nx], "all", [a], [b])
+        if nx != ny:                               # both named, but the other way round
+            turn.rejected = [f"first image shows {y}", f"second image shows {x}"]
     elif form < .7 and nx != ny:
         q = pick(rng, [f"Which image shows {article(n)}?", f"In which image is the {n}?", f"Which picture shows {article(n)}?",
                        f"Where is the {n}, in the first or the second image?"])
@@ -409,7 +443,7 @@ def compare(rng, a, b):
 # ---- no picture -----------------------------------------------------------------------------------------------
 
 I_AM = "I am a small demo model. I answer simple questions about pictures."
-I_CAN = "I can name simple objects, colors, shapes, positions and short text in pictures."
+I_CAN = "I can name simple objects, shapes, colors and positions, count to five and read a few digits or capital letters."
 CANNOT = "I cannot know that from the picture."
 NO_PICTURE = "I do not see a picture. Please send one."
 ONLY = "I cannot do that. I only answer simple questions about pictures."
@@ -428,11 +462,13 @@ UNKNOWABLE = ["Who made this picture?", "When was this picture taken?", "Who is 
               "Which city is this?", "What is the price?", "What is it thinking?", "How heavy is it?"]
 
 
-def talk(rng):
-    """A turn without a picture."""
-    if rng.random() < .25:
+def talk(rng, topic=None):
+    """A turn without a picture; `topic`: which of TALK, or what a picture would answer, the last."""
+    if topic is None:
+        topic = len(TALK) if rng.random() < .25 else rng.integers(len(TALK))
+    if topic == len(TALK):
         return vary(rng, Turn(pick(rng, DESCRIBE + WHAT + READ), NO_PICTURE, "text-only", ["send one"]))
-    questions, answer, accepted = TALK[rng.integers(len(TALK))]
+    questions, answer, accepted = TALK[topic]
     return vary(rng, Turn(pick(rng, questions), answer, "text-only", accepted))
 
 

@@ -5,7 +5,6 @@ vision tower is taught for each merged cell of 28 x 28 px (the cell that one ima
 All randomness comes from the generator that is handed in."""
 import glob, os
 from dataclasses import dataclass, field
-from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -21,6 +20,7 @@ NOUNS = [c[0] for c in CONCEPTS]
 CLASSES = ["background", "text"] + SHAPES + CLOTHES + NOUNS
 FIRST_SHAPE, FIRST_CLOTHING, FIRST_CONCEPT = 2, 2 + len(SHAPES), 2 + len(SHAPES) + len(CLOTHES)
 CHARS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+HELD_OUT_SEED = 2 ** 40                       # in front of every seed of an evaluation: no training has it
 CHAR_PLACES = 8  # a character's place in its string, 0..7
 
 # name: (exact colours people type, hue range in degrees, saturation range, value range)
@@ -78,10 +78,11 @@ class Scene:
 
 
 class Library:
-    """Sprites, glyphs and photographs. `held_out` swaps training fonts, photographs and style for those kept back."""
+    """Sprites, glyphs and photographs. `held_out` swaps training fonts, photographs and patterns of the ground for those kept
+    back; `style` takes the drawings of one style alone."""
 
     def __init__(self, work, held_out=False, style=None):
-        data = np.load(f"{work}/sprites.npz")
+        self.held_out, data = held_out, np.load(f"{work}/sprites.npz")
         styles = STYLES + HELD_OUT
         keep = data["style"] == styles.index(style) if style else data["style"] < len(STYLES)
         rgba, concept = data["rgba"][keep], data["concept"][keep]
@@ -186,8 +187,8 @@ class Font:
 
 # ---- drawing -------------------------------------------------------------------------------------------------
 
-def background(rng, w, h):
-    """(picture (h, w, 3) f32, the colour's name where it is plain)"""
+def background(rng, w, h, held_out=False):
+    """(picture (h, w, 3) f32, the colour's name where it is plain). The patterns of `held_out` are in no training picture."""
     kind = rng.random()
     if kind < .5:
         name = "white" if rng.random() < .35 else COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))]
@@ -198,7 +199,7 @@ def background(rng, w, h):
     if kind < .7:
         angle = rng.uniform(0, 2 * np.pi)
         t = (np.linspace(-.5, .5, w)[None] * np.cos(angle) + np.linspace(-.5, .5, h)[:, None] * np.sin(angle)) + .5
-    elif kind < .85:
+    elif kind < .85 and not held_out:
         n = int(rng.integers(3, 24))
         t = cv2.resize(rng.random((n, n)).astype(np.float32), (w, h), interpolation=cv2.INTER_CUBIC)
         b = a + (b - a) * rng.uniform(.2, .8)
@@ -208,6 +209,10 @@ def background(rng, w, h):
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         stripes = (u / period % 1) < .5
         t = (stripes ^ ((v / period % 1) < .5) if rng.random() < .5 else stripes).astype(np.float32)
+        if held_out:                               # dots, or rings around some point
+            dots = (u / period % 1 - .5) ** 2 + (v / period % 1 - .5) ** 2 < .09
+            rings = np.hypot(x - rng.uniform(0, w), y - rng.uniform(0, h)) / period % 1 < .5
+            t = (dots if rng.random() < .5 else rings).astype(np.float32)
         t = np.broadcast_to(t, (h, w))
         b = a + (b - a) * rng.uniform(.1, .5)
     t = np.clip(t, 0, 1)[..., None].astype(np.float32)
@@ -228,9 +233,9 @@ def stretch(source, width, height, rotate_deg=0., flip=False):
 
 
 class Canvas:
-    def __init__(self, rng, w, h):
+    def __init__(self, rng, w, h, held_out=False):
         self.rng, self.w, self.h = rng, w, h
-        self.picture, self.background = background(rng, w, h)
+        self.picture, self.background = background(rng, w, h, held_out)
         self.owner = np.zeros((h, w), np.uint8)
         self.things = []
 

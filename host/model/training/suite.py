@@ -16,7 +16,7 @@ COUNTS |= {"yes-no": 28, "two-image": 16, "follow-up": 8, "text-only": 8, "canno
 
 class Suite:
     def __init__(self, a):
-        self.rng = np.random.default_rng(a.seed)
+        self.rng = np.random.default_rng([S.HELD_OUT_SEED, a.seed])
         self.library = S.Library(a.work, held_out=True, style=a.style)
         self.out, self.cases, self.pictures = a.out, [], 0
         os.makedirs(f"{a.out}/pictures", exist_ok=True)
@@ -36,6 +36,8 @@ class Suite:
                     question=turn.question, accept=turn.accepted)
         if turn.match != "words":
             case["match"] = turn.match
+        if turn.rejected:
+            case["reject"] = turn.rejected
         if history:
             case["history"] = [dict(question=h.question, answer=h.answer) for h in history]
         self.cases.append(case | more)
@@ -47,7 +49,7 @@ class Suite:
 
     def draw(self, kind, wanted):
         """A picture of that kind and a turn for which `wanted` holds."""
-        for _ in range(400):
+        for _ in range(4000):
             scene, frame = P.picture(self.rng, self.library, kind, augment=False, worn=.3)
             for turn in Q.turns(self.rng, scene, frame, 6):
                 if wanted(turn, scene):
@@ -72,11 +74,28 @@ RULES = {
 }
 
 
+# What every k-th case of a category is about, so that a category is no two answers over and over.
+SPREAD = {
+    "shape": sorted(set(Q.SHAPE_NOUN.values())),
+    "count": [Q.NUMBERS[n] for n in (1, 2, 3, 4, 5, 2, 3, 4, 5)],
+    "read": [1, 2, 3],                             # characters
+    "clothing": S.CLOTHES,
+}
+
+
+def is_next(category, turn, k):
+    options = SPREAD.get(category)
+    if not options:
+        return True
+    said = len(turn.accepted[0]) if category == "read" else turn.accepted[0]
+    return said == options[k % len(options)]
+
+
 def make(suite, scale):
     rng = suite.rng
     for category, (kind, wanted) in RULES.items():
-        for _ in range(COUNTS[category] * scale):
-            scene, frame, turn = suite.draw(kind, wanted)
+        for k in range(COUNTS[category] * scale):
+            scene, frame, turn = suite.draw(kind, lambda t, s: wanted(t, s) and is_next(category, t, k))
             suite.add(turn, [suite.save(suite.cropped(scene, frame))], category)
     wish = {"yes": 0, "no": 0}
     while sum(wish.values()) < COUNTS["yes-no"] * scale:       # as many yes as no
@@ -87,11 +106,11 @@ def make(suite, scale):
     pairs(suite, COUNTS["two-image"] * scale)
     follow_ups(suite, COUNTS["follow-up"] * scale)
     formats(suite, COUNTS["formats"] * scale)
-    for _ in range(COUNTS["text-only"] * scale):
-        suite.add(Q.talk(rng), [])
-    for _ in range(COUNTS["cannot-know"] * scale):
+    for k in range(COUNTS["text-only"] * scale):
+        suite.add(Q.talk(rng, k % (len(Q.TALK) + 1)), [])
+    for k in range(COUNTS["cannot-know"] * scale):
         scene, frame = P.picture(rng, suite.library, "several")
-        turn = Q.Turn(Q.pick(rng, Q.UNKNOWABLE), "", "cannot-know", ["cannot"])
+        turn = Q.Turn(Q.UNKNOWABLE[k % len(Q.UNKNOWABLE)], "", "cannot-know", ["cannot"])
         suite.add(turn, [suite.save(suite.cropped(scene, frame))])
 
 
@@ -127,13 +146,19 @@ def pairs(suite, n):
 
 
 def follow_ups(suite, n):
-    for _ in range(n):
+    """Every other one asks about what the answer before it named, without naming it again."""
+    for k in range(n):
         while True:
             scene, frame = P.picture(suite.rng, suite.library, "several", worn=.3)
             turns = Q.turns(suite.rng, scene, frame, 4)
-            if len(turns) >= 2 and turns[-1].category != "describe":
+            if len(turns) < 2 or turns[-1].category == "describe":
+                continue
+            before, last = turns[:-1][:2], turns[-1]
+            if k % 2:
+                before, last = turns[:1], Q.follow_up(suite.rng, turns[0], frame)
+            if last:
                 break
-        suite.add(turns[-1], [suite.save(suite.cropped(scene, frame))], "follow-up", turns[:-1][:2])
+        suite.add(last, [suite.save(suite.cropped(scene, frame))], "follow-up", before)
 
 
 def formats(suite, n):
@@ -152,7 +177,8 @@ def formats(suite, n):
         if kind == "grey":
             path = suite.save(image.convert("L"), "png")
         elif kind == "alpha":
-            image.putalpha(Image.new("L", image.size, 255))
+            # Clear wherever it is white: who lays it on black sees another picture than the one beneath.
+            image.putalpha(image.convert("L").point(lambda v: 0 if v > 250 else 255))
             path = suite.save(image, "png")
         elif kind == "palette":
             path = suite.save(image.quantize(64), "png")

@@ -1,7 +1,8 @@
 #!/bin/sh
 # train.sh WORK_DIR: from an empty virtual environment to the checkpoint, in one command. WORK_DIR receives everything: the
 # downloads, the checkpoints, the figures (*.log) and at last export/int4, what the binary carries.
-# Every stage resumes: run it again after an interruption. Two cores and 8 GB of memory; about eight hours of training.
+# Every stage resumes: run it again after an interruption. Two cores and 12 GB of memory; about ten hours of training.
+# To go on from the shipped weights instead: restore.py, then the last two stages.
 #   PYTHON=python3  the virtual environment's interpreter, with requirements.txt installed (made in WORK_DIR/venv if unset)
 #   PROCESSES=2     one per core
 #   SPEED=1         divides every stage's minutes: 20 tries the whole chain out
@@ -33,9 +34,11 @@ stage teacher 60 teacher.py --decay --seed 1
 stage tower 75 train_tower.py --teacher teacher --decay --seed 31
 stage letters 40 train_tower.py --start "$work/tower.pt" --teacher teacher --decay --muon .013 --adam 7e-4 --text .48 --seed 61
 stage whole 38 train_tower.py --start "$work/letters.pt" --side 336 --batch 16 --decay --muon .008 --adam 5e-4 --text .36 --seed 71
-learn="train_language.py --batch 10 --drawn 4 --every 2 --muon .014 --adam 1.4e-3 --looks .15 --mix global=.28,single=.04,talk=.02,pair=.13,detail=.53"
-stage language 240 $learn --tower whole --align 3 --rates 1 .02 --seed 91
-stage rounded 8 $learn --start "$work/language.pt" --align 0 --int4 --rates .06 .02 --seed 101
+learn="train_language.py --batch 10 --every 2 --muon .014 --adam 1.4e-3 --looks .15 --mix global=.28,single=.04,talk=.02,pair=.13,detail=.53"
+joint="--align 0 --joint 3 --drawn 10 --pool 600"    # the tower's last layers learn to count with the decoder
+stage language 240 $learn --drawn 4 --tower whole --align 3 --rates 1 .02 --seed 91
+stage counted 70 $learn --start "$work/language.pt" $joint --mix single=.56,talk=.02,pair=.08,detail=.34 --rates .25 .04 --seed 211
+stage rounded 35 $learn --start "$work/counted.pt" $joint --mix single=.42,talk=.04,pair=.08,detail=.46 --int4 --rates .04 .008 --seed 221
 "$PYTHON" "$here/export.py" "$work" rounded "$work/export"
 once asked "$PYTHON" "$here/suite.py" "$work" "$work/suite"
 echo "now: visor eval --checkpoint $work/export/int4 --suite $work/suite --report report.html"
