@@ -443,7 +443,7 @@ def compare(rng, a, b):
 # ---- no picture -----------------------------------------------------------------------------------------------
 
 I_AM = "I am a small demo model. I answer simple questions about pictures."
-I_CAN = "I can name simple objects, shapes, colors and positions, count to five and read a few digits or capital letters."
+I_CAN = "I can name simple objects, shapes, colors, positions and short text in pictures."
 CANNOT = "I cannot know that from the picture."
 NO_PICTURE = "I do not see a picture. Please send one."
 ONLY = "I cannot do that. I only answer simple questions about pictures."
