@@ -1,11 +1,11 @@
 //! f32 weights to MLX's affine INT4 ([`crate::int4`] draws the format): which scale and bias a group gets.
 //!
-//! MLX takes the two ends of a group ([`ends`]). The squared error is smaller when the ends are pulled in a little and
+//! MLX takes the two ends of a group (`ends`). The squared error is smaller when the ends are pulled in a little and
 //! when, for given codes, scale and bias are the least-squares line through the weights; both are tried from several
 //! starts, and the best is kept, MLX's own among them: a group is never worse than `mx.quantize` makes it.
 //! Scale and bias are rounded to their stored type before anything is measured, so that what is measured is what is read
 //! back.
-//! Source of [`ends`]: `affine_quantize`, ml-explore/mlx v0.32 `mlx/ops.cpp`.
+//! Source of `ends`: `affine_quantize`, ml-explore/mlx v0.32 `mlx/ops.cpp`.
 
 use rayon::prelude::*;
 
@@ -36,6 +36,18 @@ pub enum EncodeError {
         /// Row, counted from the first one given.
         row: usize,
     },
+}
+
+impl EncodeError {
+    /// The same of rows that follow `rows` others, counted from the first of all.
+    #[must_use]
+    pub fn after(self, rows: usize) -> Self {
+        match self {
+            Self::Shape(shape) => Self::Shape(shape),
+            Self::NotFinite { row } => Self::NotFinite { row: rows + row },
+            Self::Range { row } => Self::Range { row: rows + row },
+        }
+    }
 }
 
 impl std::fmt::Display for EncodeError {

@@ -33,15 +33,13 @@ pub enum ModelError {
         reason: String,
     },
     /// A weight that the form asked for cannot hold.
-    #[error(
-        "tensor {name} in {file} cannot be quantized: {message}; bf16 reaches further than f16"
-    )]
+    #[error("tensor {name} in {file} cannot be quantized: {message}")]
     Unfit {
         /// The tensor.
         name: String,
         /// The file it is in.
         file: String,
-        /// Which value, and why.
+        /// Which value, why, and what helps.
         message: String,
     },
     /// `config.json` (or another JSON file of the checkpoint) says something this model cannot be.

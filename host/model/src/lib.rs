@@ -2,7 +2,8 @@
 //!
 //! Pixels become crops ([`image`]), crops patch features (`clip`), patch features embeddings (`projector`), and
 //! embeddings with token ids hidden states, KV cache and logits (`decoder`). [`Checkpoint`] reads files, [`Phi3V`]
-//! computes, [`quantize()`] makes an INT4 checkpoint of a float one, [`verify`] compares with the reference. Nothing here knows of requests, HTTP or plugins.
+//! computes, [`quantize()`] makes an INT4 checkpoint of a float one, [`verify`] compares with the reference. Nothing
+//! here knows of requests, HTTP or plugins.
 
 pub mod checkpoint;
 mod clip;

@@ -174,3 +174,37 @@ fn a_leftover_is_replaced_and_a_stranger_is_not() {
     .to_string();
     assert!(again.contains("quantized already"), "{again}");
 }
+
+#[test]
+fn a_weight_that_is_no_number_is_told_with_its_row() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("broken");
+    std::fs::create_dir(&source).unwrap();
+    std::fs::copy(
+        golden("ckpt_mha").join("config.json"),
+        source.join("config.json"),
+    )
+    .unwrap();
+    let mut bytes = weights(&golden("ckpt_mha"));
+    let (end, rows) = {
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let tensor = tensors.tensor("lm_head.weight").unwrap();
+        let start = tensor.data().as_ptr() as usize - bytes.as_ptr() as usize;
+        (start + tensor.data().len(), tensor.shape()[0])
+    };
+    bytes[end - 2..end].copy_from_slice(&[0xC0, 0x7F]); // the upper half of a NaN, f32 or bf16
+    std::fs::write(source.join("model.safetensors"), bytes).unwrap();
+    let target = folder.path().join("int4");
+    let error = quantize(&source, &target, &EVERYTHING, &mut |_| true)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("lm_head.weight") && error.contains(&format!("row {} ", rows - 1)),
+        "{error}"
+    );
+    assert!(
+        error.ends_with("not finite"),
+        "no advice that does not help: {error}"
+    );
+    assert!(!target.exists() && !folder.path().join("int4.partial").exists());
+}

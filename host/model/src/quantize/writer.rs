@@ -15,6 +15,9 @@ use crate::weights::StoredTensor;
 /// Values widened at a time: 16 MiB of f32, enough rows for every core.
 const BLOCK_VALUES: usize = 4 << 20;
 
+/// What helps where a value is too large.
+const FURTHER: &str = "; bf16 reaches further than f16";
+
 /// A file whose header is written.
 pub(super) struct Writer {
     path: PathBuf,
@@ -142,7 +145,7 @@ pub(super) fn write_tensor(
             }
             Action::Int4 { columns, .. } => {
                 let rows = encode_rows(&floats, columns, GROUP, float_type)
-                    .map_err(|error| refused(tensor, start / columns, &error))?;
+                    .map_err(|error| refused(tensor, start / columns, error))?;
                 writer.put(&rows.weight)?;
                 scales.extend(rows.scales);
                 biases.extend(rows.biases);
@@ -184,9 +187,10 @@ fn as_floats(
     let mut out = Vec::with_capacity(values.len() * float_type.bytes());
     for &value in values {
         if value.is_finite() && !float_type.rounded(value).is_finite() {
+            let name = float_name(float_type);
             return Err(unfit(
                 tensor,
-                &format!("{value} does not fit {}", float_name(float_type)),
+                &format!("{value} does not fit {name}{FURTHER}"),
             ));
         }
         float_type.put(value, &mut out);
@@ -206,18 +210,12 @@ fn channels_last(values: &[f32], shape: &[usize]) -> Vec<f32> {
     out
 }
 
-fn refused(tensor: &StoredTensor, first_row: usize, error: &EncodeError) -> ModelError {
-    let message = match error {
-        EncodeError::Shape(shape) => shape.to_string(),
-        EncodeError::NotFinite { row } => {
-            format!("row {} holds a weight that is not finite", first_row + row)
-        }
-        EncodeError::Range { row } => format!(
-            "row {} needs a scale or bias that the float type cannot hold",
-            first_row + row
-        ),
+fn refused(tensor: &StoredTensor, first_row: usize, error: EncodeError) -> ModelError {
+    let hint = match error {
+        EncodeError::Range { .. } => FURTHER,
+        _ => "",
     };
-    unfit(tensor, &message)
+    unfit(tensor, &format!("{}{hint}", error.after(first_row)))
 }
 
 fn unfit(tensor: &StoredTensor, message: &str) -> ModelError {

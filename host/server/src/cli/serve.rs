@@ -5,9 +5,9 @@ use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
-use super::signals::Signals;
+use super::signals::{Signals, obey};
 use super::start::{config_source, open_house, start_log};
-use super::{EXIT_DONE, EXIT_STOPPED, Failure, ServeArgs, progress};
+use super::{EXIT_DONE, Failure, ServeArgs, progress};
 use crate::wiring::House;
 
 /// Threads for sockets; exchanges run on blocking threads, the model on its own.
@@ -97,13 +97,8 @@ fn tell_when_ready(house: &Arc<House>) {
 fn stop_signal() -> Result<impl Future<Output = ()>, Failure> {
     let first = Arc::new(Notify::new());
     let told = Arc::clone(&first);
-    let mut signals = Signals::new().map_err(Failure::start)?;
-    tokio::spawn(async move {
-        signals.next().await;
-        progress::line("stopping: finishing what is in flight; once more stops at once");
-        told.notify_one();
-        signals.next().await;
-        std::process::exit(i32::from(EXIT_STOPPED));
-    });
+    let signals = Signals::new().map_err(Failure::start)?;
+    let stopping = "stopping: finishing what is in flight";
+    tokio::spawn(obey(signals, stopping, move || told.notify_one()));
     Ok(async move { first.notified().await })
 }

@@ -11,24 +11,27 @@ pub(super) fn stop_signal() -> Result<CancellationToken, Failure> {
         .enable_all()
         .build()
         .map_err(Failure::start)?;
-    let mut signals = {
+    let signals = {
         let _entered = runtime.enter();
         Signals::new().map_err(Failure::start)?
     };
     let told = stop.clone();
     // Never joined: it waits for a signal as long as the process lives.
     let listen = move || {
-        runtime.block_on(async {
-            signals.next().await;
-            progress::line("stopping; once more stops at once");
-            told.cancel();
-            signals.next().await;
-            std::process::exit(i32::from(EXIT_STOPPED));
-        });
+        runtime.block_on(obey(signals, "stopping", move || told.cancel()));
     };
     let thread = std::thread::Builder::new().name("signals".to_owned());
     thread.spawn(listen).map_err(Failure::start)?;
     Ok(stop)
+}
+
+/// Says what stops and does `first` at the first signal; the second ends the process.
+pub(super) async fn obey(mut signals: Signals, stopping: &str, first: impl FnOnce()) {
+    signals.next().await;
+    progress::line(&format!("{stopping}; once more stops at once"));
+    first();
+    signals.next().await;
+    std::process::exit(i32::from(EXIT_STOPPED));
 }
 
 /// Ctrl-C and SIGTERM, as they come.
@@ -49,7 +52,7 @@ impl Signals {
         })
     }
 
-    pub(super) async fn next(&mut self) {
+    async fn next(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
@@ -66,7 +69,7 @@ impl Signals {
         Ok(Self)
     }
 
-    pub(super) async fn next(&mut self) {
+    async fn next(&mut self) {
         // Without a way to hear Ctrl-C the system's own handling ends the process.
         if tokio::signal::ctrl_c().await.is_err() {
             std::future::pending::<()>().await;
