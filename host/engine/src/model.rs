@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use visor_model::image::PixelValues;
 use visor_model::{
-    Checkpoint, DeviceKind, ImageFeatures, LoadProgress, ModelError, Phi3V, Prompt, SequenceState,
+    Activations, Checkpoint, DeviceKind, ImageFeatures, LoadProgress, ModelError, Phi3V, Prompt,
+    SequenceState,
 };
 
 /// Pixels and tokens in, logits out. Lives on the engine thread alone.
@@ -114,14 +115,16 @@ impl Model for Phi3V {
 /// Loads [`Phi3V`] from a checkpoint and tells how far it is.
 pub struct CheckpointLoader<P> {
     checkpoint: Arc<Checkpoint>,
+    activations: Activations,
     progress: P,
 }
 
 impl<P: Fn(LoadProgress) + Send + 'static> CheckpointLoader<P> {
     /// `progress` is called on the engine thread while weights are read.
-    pub fn new(checkpoint: Arc<Checkpoint>, progress: P) -> Self {
+    pub fn new(checkpoint: Arc<Checkpoint>, activations: Activations, progress: P) -> Self {
         Self {
             checkpoint,
+            activations,
             progress,
         }
     }
@@ -131,6 +134,6 @@ impl<P: Fn(LoadProgress) + Send + 'static> ModelLoader for CheckpointLoader<P> {
     type Model = Phi3V;
 
     fn load(&mut self, device: DeviceKind) -> Result<Phi3V, ModelError> {
-        Phi3V::load(&self.checkpoint, device, &self.progress)
+        Phi3V::load_with(&self.checkpoint, device, self.activations, &self.progress)
     }
 }

@@ -27,6 +27,7 @@
 //! Scales may be negative. `P.biases` (plural) is part of the format; `P.bias` (singular) is the layer's own.
 //! Source: `mx.quantize` / `mx.dequantize`, ml-explore/mlx v0.32 `mlx/ops.cpp`, mode `affine`.
 
+use crate::activations::BLOCK;
 use crate::matrix::ShapeError;
 use crate::widen;
 
@@ -65,6 +66,15 @@ impl ScaleType {
             Self::F16 => out.extend_from_slice(&half::f16::from_f32(value).to_le_bytes()),
             Self::Bf16 => out.extend_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
             Self::F32 => out.extend_from_slice(&value.to_le_bytes()),
+        }
+    }
+
+    /// The value at `index`, zero behind the last.
+    pub(crate) fn get_or_zero(self, bytes: &[u8], index: usize) -> f32 {
+        if (index + 1) * self.bytes() <= bytes.len() {
+            self.get(bytes, index)
+        } else {
+            0.0
         }
     }
 
@@ -144,6 +154,43 @@ impl<'a> Int4Rows<'a> {
     /// Values per row.
     pub fn columns(&self) -> usize {
         self.columns
+    }
+
+    /// Whether a group is whole blocks of 64 columns, as the integer kernels take them.
+    pub fn is_blocked(&self) -> bool {
+        self.group.is_multiple_of(BLOCK)
+    }
+
+    /// Codes of 64 columns of a row, and the scale and bias of their group.
+    pub(crate) fn block(&self, row: usize, block: usize) -> (&'a [u8], f32, f32) {
+        let start = row * self.columns / 2 + block * BLOCK / 2;
+        let group = row * (self.columns / self.group) + block * BLOCK / self.group;
+        (
+            &self.weight[start..start + BLOCK / 2],
+            self.scale_type.get(self.scales, group),
+            self.scale_type.get(self.biases, group),
+        )
+    }
+
+    /// The parts of one row: its codes, its scales and its biases.
+    pub(crate) fn row(&self, row: usize) -> [&'a [u8]; 3] {
+        let part = |bytes: &'a [u8], width: usize| &bytes[row * width..(row + 1) * width];
+        let scale_bytes = self.columns / self.group * self.scale_type.bytes();
+        [
+            part(self.weight, self.columns / 2),
+            part(self.scales, scale_bytes),
+            part(self.biases, scale_bytes),
+        ]
+    }
+
+    /// Columns of a group.
+    pub(crate) fn group(&self) -> usize {
+        self.group
+    }
+
+    /// How scales and biases are stored.
+    pub(crate) fn scale_type(&self) -> ScaleType {
+        self.scale_type
     }
 
     /// Converts one row to f32. A multiplication and an addition per value, in f32, not fused.

@@ -1,15 +1,27 @@
 //! Arithmetic on stored weights: the home of unsafe.
 //!
-//! A weight matrix stays as its file has it, f32, f16, bf16 or INT4, and is widened to f32 a few rows at a time.
-//! [`int4`] draws the INT4 format byte by byte, [`mod@encode`] makes it of f32, [`widen`] converts the float types,
-//! [`StoredMatrix`] puts both behind one shape and multiplies. Everything here is the scalar specification, safe and
-//! written so that the compiler can vectorize it; nothing here knows of tensors, files or models.
+//! A weight matrix stays as its file has it, f32, f16, bf16 or INT4. [`int4`] draws the INT4 format byte by byte, [`mod@encode`]
+//! makes it of f32, [`widen`] converts the float types.
+//!
+//! There are two ways to multiply. [`StoredMatrix`] widens a few rows at a time to f32: safe, for any type, written so that
+//! the compiler can vectorize it. [`multiply()`] takes INT4 as it is, with [`activations`] of eight bits: `scalar` specifies
+//! it, and one file for each instruction set does the same, to the bit, as fast as that can. Nothing here knows of tensors,
+//! files or models.
 
+pub mod activations;
 pub mod encode;
 pub mod int4;
+mod kernel;
 mod matrix;
+mod product;
+mod scalar;
 pub mod widen;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
+pub use activations::QuantizedRows;
 pub use encode::{EncodeError, EncodedRows, SquaredError, encode_rows};
 pub use int4::{Int4Rows, ScaleType};
+pub use kernel::Kernel;
 pub use matrix::{ShapeError, StoredMatrix, StoredRows, dot};
+pub use product::multiply;

@@ -25,7 +25,7 @@ mod weights;
 
 pub use checkpoint::{Checkpoint, CheckpointFacts};
 pub use config::ModelConfig;
-pub use device::{DeviceChoice, DeviceKind};
+pub use device::{Activations, DeviceChoice, DeviceKind};
 pub use error::ModelError;
 pub use golden::{Outcome, StageResult, Totals, VerifyOptions, verify, verify_some};
 pub use model::{ImageFeatures, LoadProgress, Phi3V, SequenceState};

@@ -1,12 +1,13 @@
 //! Weight matrices and the layers made of them: the one seam to the kernels.
 //!
-//! On the CPU a matrix stays as its file has it, mapped, and a block of output rows at a time is widened to f32 and
-//! multiplied. On an accelerator it is a tensor of the compute type. Callers cannot tell.
+//! On the CPU a matrix stays as its file has it, mapped. INT4 is multiplied as it is with activations of eight bits; where
+//! floats are asked for, and any other type, a block of output rows at a time is widened to f32 and multiplied. On an
+//! accelerator it is a tensor of the compute type. Callers cannot tell.
 
 use std::cell::Cell;
 
 use candle_core::{DType, Device, Tensor};
-use visor_kernels::{Int4Rows, ScaleType, StoredMatrix, StoredRows};
+use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, StoredMatrix, StoredRows};
 
 use crate::config::PATCH_SIDE_PX;
 use crate::error::ModelError;
@@ -70,16 +71,7 @@ impl WeightMatrix {
 
     fn try_view(&self) -> Result<StoredMatrix<'_>, visor_kernels::ShapeError> {
         let data = match &self.source {
-            Source::Int4 {
-                parts,
-                group,
-                scale_type,
-            } => StoredRows::Int4(Int4Rows::new(
-                parts.each_ref().map(StoredTensor::bytes),
-                self.columns,
-                *group,
-                *scale_type,
-            )?),
+            Source::Int4 { .. } => StoredRows::Int4(self.try_int4()?),
             Source::Floats(tensor) => match tensor.dtype {
                 StoredType::F16 => StoredRows::F16(tensor.bytes()),
                 StoredType::Bf16 => StoredRows::Bf16(tensor.bytes()),
@@ -87,6 +79,37 @@ impl WeightMatrix {
             },
         };
         StoredMatrix::new(data, self.rows, self.columns)
+    }
+
+    /// The matrix as codes with scales; a matrix of floats has none.
+    fn try_int4(&self) -> Result<Int4Rows<'_>, visor_kernels::ShapeError> {
+        let Source::Int4 {
+            parts,
+            group,
+            scale_type,
+        } = &self.source
+        else {
+            return Err(visor_kernels::ShapeError("not an INT4 matrix".into()));
+        };
+        Int4Rows::new(
+            parts.each_ref().map(StoredTensor::bytes),
+            self.columns,
+            *group,
+            *scale_type,
+        )
+    }
+
+    /// `x` (n, columns) in eight bits times the transposed matrix: (n, rows). A row gives the same values whatever the rows
+    /// beside it. Nothing where the matrix is not INT4 in groups of whole blocks.
+    fn multiply_int8(&self, x: &Tensor, kernel: Kernel) -> candle_core::Result<Option<Tensor>> {
+        let Some(int4) = self.try_int4().ok().filter(Int4Rows::is_blocked) else {
+            return Ok(None);
+        };
+        let (n, columns) = x.dims2()?;
+        let x = QuantizedRows::new(kernel, &x.flatten_all()?.to_vec1::<f32>()?, columns);
+        let mut out = vec![0.0; n * self.rows];
+        visor_kernels::multiply(kernel, &int4, &x, &mut out);
+        Tensor::from_vec(out, (n, self.rows), &Device::Cpu).map(Some)
     }
 
     fn view(&self) -> StoredMatrix<'_> {
@@ -161,8 +184,8 @@ pub(crate) struct Linear {
 }
 
 enum LinearWeight {
-    /// On the CPU: stored as the file has it.
-    Stored(Box<WeightMatrix>),
+    /// On the CPU: stored as the file has it; with a kernel, multiplied by it where it can.
+    Stored(Box<WeightMatrix>, Option<Kernel>),
     /// On an accelerator: (out, in) in the compute type.
     Device(Tensor),
 }
@@ -171,7 +194,16 @@ impl Linear {
     /// (n, in) to (n, out).
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let out = match &self.weight {
-            LinearWeight::Stored(matrix) => matrix.multiply(x)?,
+            LinearWeight::Stored(matrix, kernel) => {
+                let product = match kernel {
+                    Some(kernel) => matrix.multiply_int8(x, *kernel)?,
+                    None => None,
+                };
+                match product {
+                    Some(product) => product,
+                    None => matrix.multiply(x)?,
+                }
+            }
             LinearWeight::Device(weight) => x.matmul(&weight.t()?)?,
         };
         match &self.bias {
@@ -188,6 +220,8 @@ pub(crate) struct Loader<'a> {
     pub(crate) dtype: DType,
     /// Matrices stay as their files have them instead of becoming tensors of `dtype`: the CPU, in f32.
     pub(crate) stored: bool,
+    /// What multiplies INT4 matrices with activations of eight bits; none where activations are floats.
+    pub(crate) kernel: Option<Kernel>,
     pub(crate) progress: &'a dyn Fn(LoadProgress),
     pub(crate) bytes_done: Cell<u64>,
 }
@@ -261,7 +295,7 @@ impl Loader<'_> {
 
     fn linear_of(&self, matrix: WeightMatrix) -> Result<Linear, ModelError> {
         let weight = if self.stored {
-            LinearWeight::Stored(Box::new(matrix))
+            LinearWeight::Stored(Box::new(matrix), self.kernel)
         } else {
             let shape = [matrix.rows, matrix.columns];
             LinearWeight::Device(self.place(matrix.to_f32(), &shape)?)

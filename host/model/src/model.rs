@@ -6,12 +6,13 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use visor_kernels::Kernel;
 
 use crate::checkpoint::Checkpoint;
 use crate::clip::Tower;
 use crate::config::ModelConfig;
 use crate::decoder::Decoder;
-use crate::device::DeviceKind;
+use crate::device::{Activations, DeviceKind};
 use crate::error::ModelError;
 use crate::image::PixelValues;
 use crate::kv_cache::KvCache;
@@ -44,6 +45,7 @@ struct Placement {
     dtype: DType,
     /// Matrices stay as their files have them.
     stored: bool,
+    activations: Activations,
 }
 
 /// Projected features of one image, what its slots are filled with.
@@ -116,7 +118,7 @@ impl SequenceState {
 }
 
 impl Phi3V {
-    /// Loads the model to a device. On the CPU weights stay mapped and little is read.
+    /// Loads the model to a device, to compute in floats. On the CPU weights stay mapped and little is read.
     ///
     /// # Errors
     /// [`ModelError::Device`] when the device does not start, [`ModelError::Forward`] when it has no room.
@@ -125,10 +127,24 @@ impl Phi3V {
         device: DeviceKind,
         progress: &dyn Fn(LoadProgress),
     ) -> Result<Self, ModelError> {
+        Self::load_with(checkpoint, device, Activations::Float, progress)
+    }
+
+    /// As [`Self::load`], with the activations that INT4 weights are multiplied with.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_with(
+        checkpoint: &Checkpoint,
+        device: DeviceKind,
+        activations: Activations,
+        progress: &dyn Fn(LoadProgress),
+    ) -> Result<Self, ModelError> {
         let placement = Placement {
             device: device.open()?,
             dtype: device.compute_dtype(checkpoint.parameters(), checkpoint.stored_dtype()),
             stored: device == DeviceKind::Cpu,
+            activations,
         };
         Self::load_at(checkpoint, device, placement, progress)
     }
@@ -140,6 +156,7 @@ impl Phi3V {
             device,
             dtype,
             stored,
+            activations,
         }: Placement,
         progress: &dyn Fn(LoadProgress),
     ) -> Result<Self, ModelError> {
@@ -149,6 +166,9 @@ impl Phi3V {
             device: &device,
             dtype,
             stored,
+            kernel: (activations == Activations::Int8)
+                .then(Kernel::detect)
+                .flatten(),
             progress,
             bytes_done: Cell::new(0),
         };

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use plugins::{PluginConfig, PluginLimits, PluginsConfig};
 pub use report::{ConfigError, Issue};
 pub use sandbox::SandboxConfig;
-use visor_model::DeviceChoice;
+use visor_model::{Activations, DeviceChoice};
 
 /// The embedded copy of `config/visor.toml`: every key, its unit, its default and why.
 pub const DOCUMENTED: &str = include_str!("../../../config/visor.toml");
@@ -169,8 +169,11 @@ pub struct ModelSection {
     /// Folder of a Hugging Face checkpoint; empty is the embedded demo. Needs a restart.
     pub path: PathBuf,
     /// `auto`, `cpu`, `metal` or `cuda`. Needs a restart.
-    #[serde(with = "device_text")]
+    #[serde(with = "choice_text")]
     pub device: DeviceChoice,
+    /// `int8` or `float`: what INT4 weights are multiplied with on the CPU. Needs a restart.
+    #[serde(with = "choice_text")]
+    pub activations: Activations,
     /// Longest prompt plus answer, in tokens. Needs a restart.
     pub context_tokens: u32,
     /// Name clients use; empty takes the checkpoint's. Needs a restart.
@@ -186,6 +189,7 @@ impl Default for ModelSection {
         Self {
             path: PathBuf::new(),
             device: DeviceChoice::Auto,
+            activations: Activations::Int8,
             context_tokens: 4096,
             served_name: String::new(),
             aliases: Vec::new(),
@@ -306,22 +310,23 @@ impl Default for RouteConfig {
     }
 }
 
-/// `DeviceChoice` as its text, so that the model crate needs no serde here.
-mod device_text {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-    use visor_model::DeviceChoice;
+/// Choices of the model crate as their text, so that it needs no serde here.
+mod choice_text {
+    use std::fmt::Display;
+    use std::str::FromStr;
 
-    pub(super) fn serialize<S: Serializer>(value: &DeviceChoice, s: S) -> Result<S::Ok, S::Error> {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<T: Display, S: Serializer>(value: &T, s: S) -> Result<S::Ok, S::Error> {
         s.collect_str(value)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<DeviceChoice, D::Error> {
-        let text = String::deserialize(d)?;
-        text.parse().map_err(|_| {
-            D::Error::custom(format!(
-                "unknown device `{text}`, expected one of `auto`, `cpu`, `metal`, `cuda`"
-            ))
-        })
+    pub(super) fn deserialize<'de, T, D>(d: D) -> Result<T, D::Error>
+    where
+        T: FromStr<Err = String>,
+        D: Deserializer<'de>,
+    {
+        String::deserialize(d)?.parse().map_err(D::Error::custom)
     }
 }
 

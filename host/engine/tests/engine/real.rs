@@ -6,7 +6,7 @@ use visor_engine::{
     CacheBytes, Caches, CheckpointLoader, Engine, EngineOptions, EngineState, GenerateRequest,
 };
 use visor_model::image::PixelValues;
-use visor_model::{Checkpoint, DeviceKind, ImageFeatures, Phi3V, Prompt};
+use visor_model::{Activations, Checkpoint, DeviceKind, ImageFeatures, Phi3V, Prompt};
 
 use crate::scripted::{PATIENCE, ask};
 
@@ -73,7 +73,7 @@ fn the_engine_says_what_the_model_says() {
         model_digest: checkpoint.facts().digest,
         ..EngineOptions::default()
     };
-    let loader = CheckpointLoader::new(Arc::clone(&checkpoint), |_| ());
+    let loader = CheckpointLoader::new(Arc::clone(&checkpoint), Activations::Float, |_| ());
     let engine = Engine::start(loader, Arc::clone(&tokenizer), &caches, options);
     let device = DeviceKind::Cpu;
     assert_eq!(engine.wait_ready(PATIENCE), EngineState::Ready { device });

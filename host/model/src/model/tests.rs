@@ -9,6 +9,7 @@ fn load(stored: bool, dtype: DType) -> Phi3V {
         device: Device::Cpu,
         dtype,
         stored,
+        activations: Activations::Float,
     };
     let dir = concat!(
         env!("CARGO_MANIFEST_DIR"),

@@ -195,6 +195,10 @@ fn numbers_that_are_no_numbers_are_refused() {
         "generation.temperature"
     );
     assert_eq!(mistake("[model]\ndevice = \"tpu\"\n").key, "model.device");
+    assert_eq!(
+        mistake("[model]\nactivations = \"int2\"\n").key,
+        "model.activations"
+    );
 }
 
 #[test]

@@ -89,7 +89,7 @@ impl House {
             Arc::new(Services(Arc::clone(&model))),
         )?;
         let folder = open_folder(&config, &sandbox, &current)?;
-        let loader = CheckpointLoader::new(checkpoint, options.progress);
+        let loader = CheckpointLoader::new(checkpoint, config.model.activations, options.progress);
         let engine_options = EngineOptions {
             devices: config.model.device.kinds(),
             queue_requests_max: config.server.queue_requests_max,

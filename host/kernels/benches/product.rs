@@ -1,0 +1,82 @@
+//! `cargo bench -p visor-kernels`: the products of one decoder layer at the true shapes, in Gop/s (two a multiplication and
+//! addition) and, for one row, in GB/s of weights read. Weights are more than the caches hold.
+#![expect(clippy::print_stdout, reason = "printing is what a benchmark does")]
+
+use std::time::Instant;
+
+use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, multiply};
+
+fn main() {
+    // On a thread of the pool, as the engine is.
+    rayon::scope(|_| measure());
+}
+
+fn measure() {
+    let rows_of: Vec<usize> = std::env::args()
+        .filter_map(|arg| arg.parse().ok())
+        .collect();
+    let kernel = Kernel::detect().unwrap_or(Kernel::Scalar);
+    println!(
+        "kernel {}, {} threads",
+        kernel.name(),
+        rayon::current_num_threads()
+    );
+    println!("read bandwidth {:.1} GB/s", read_bandwidth());
+    for (rows, columns) in [(9216, 3072), (3072, 3072), (16384, 3072), (3072, 8192)] {
+        let copies = (200_000_000 / (rows * columns / 2)).max(1);
+        let weight: Vec<u8> = (0..rows * columns / 2 * copies)
+            .map(|index| (index * 2_654_435_761) as u8)
+            .collect();
+        let mut scales = Vec::new();
+        (0..rows * columns / 64).for_each(|_| ScaleType::F16.put(0.01, &mut scales));
+        for &m in if rows_of.is_empty() {
+            &[1, 2, 4, 8, 64, 757][..]
+        } else {
+            &rows_of
+        } {
+            let x: Vec<f32> = (0..m * columns)
+                .map(|index| (index % 251) as f32 - 125.0)
+                .collect();
+            let mut out = vec![0.0; m * rows];
+            let mut times = Vec::new();
+            let mut quantized = QuantizedRows::default();
+            for run in 0..(copies * 4).min(if m > 32 { 4 } else { 64 }) {
+                let part = &weight[run % copies * rows * columns / 2..][..rows * columns / 2];
+                let view = Int4Rows::new([part, &scales, &scales], columns, 64, ScaleType::F16)
+                    .expect("a matrix");
+                let start = Instant::now();
+                quantized.fill(kernel, &x, columns);
+                multiply(kernel, &view, &quantized, &mut out);
+                times.push(start.elapsed().as_secs_f64());
+            }
+            times.sort_by(f64::total_cmp);
+            let seconds = times[times.len() / 2];
+            let gop = 2.0 * (rows * columns * m) as f64 / seconds / 1e9;
+            let bytes = rows * columns / 2 + rows * columns / 64 * 4;
+            println!(
+                "{rows:>6} x {columns}, {m:>4} rows: {:8.3} ms  {gop:6.1} Gop/s  {:5.1} GB/s",
+                seconds * 1e3,
+                bytes as f64 / seconds / 1e9
+            );
+        }
+    }
+}
+
+/// All threads reading memory one after the other, the median of several runs.
+fn read_bandwidth() -> f64 {
+    use rayon::prelude::*;
+    let words = vec![1u64; 64 << 20];
+    let mut times: Vec<f64> = (0..9)
+        .map(|_| {
+            let start = Instant::now();
+            let sum: u64 = words
+                .par_chunks(1 << 16)
+                .map(|part| part.iter().fold(0, |sum, word| sum ^ word))
+                .reduce(|| 0, |a, b| a ^ b);
+            assert_eq!(sum, 0);
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    8.0 * words.len() as f64 / times[times.len() / 2] / 1e9
+}

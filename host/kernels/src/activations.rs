@@ -1,0 +1,111 @@
+//! Rows of activations in eight bits, what the integer kernels multiply.
+//!
+//! Columns come in blocks of 64, a weight's group. A block has one scale, and its codes lie in the order in which four-bit
+//! weights leave their words (see [`crate::int4`]): first the even columns, then the odd ones.
+//!
+//! ```text
+//! scale = max |x| / 127        code = x / scale, rounded to the nearest, ties to even: -127..=127
+//! sum   = scale * (sum of the block's codes)
+//! ```
+//!
+//! A block of zeros, or of values too small to divide by, has scale 0. A block with an infinity or a NaN has scale NaN, and so
+//! has every product with it: nothing that broke upstream comes out looking sound.
+
+use rayon::prelude::*;
+
+use crate::kernel::Kernel;
+
+/// Columns of a block.
+pub const BLOCK: usize = 64;
+/// Codes packed into one word: four columns, lowest byte first.
+pub(crate) const WORDS: usize = BLOCK / 4;
+/// Below this a block's largest magnitude counts as zero: its reciprocal would not be finite.
+pub(crate) const LARGEST_MIN: f32 = 1e-30;
+/// Rows that lie interleaved in memory: as many as a kernel multiplies at once.
+pub(crate) const TILE_ROWS: usize = 5;
+
+/// One block of columns of a few rows; zeros where there are fewer.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Tile {
+    pub(crate) words: [[i32; TILE_ROWS]; WORDS],
+    pub(crate) scales: [f32; TILE_ROWS],
+    pub(crate) sums: [f32; TILE_ROWS],
+}
+
+/// Eight blocks of one row; zeros where there are fewer.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Eight {
+    pub(crate) words: [[i32; WORDS]; 8],
+    pub(crate) scales: [f32; 8],
+    pub(crate) sums: [f32; 8],
+}
+
+/// Activations (rows, columns) in eight bits.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct QuantizedRows {
+    pub(crate) tiles: Vec<Tile>, // (rows / TILE_ROWS, blocks)
+    /// A lone row once more, eight blocks at a time: what decoding reads.
+    pub(crate) lone: Vec<Eight>,
+    pub(crate) blocks: usize,
+    rows: usize,
+}
+
+impl QuantizedRows {
+    /// Quantizes rows of `columns` values.
+    ///
+    /// # Panics
+    /// When `columns` is not a positive multiple of [`BLOCK`], or `x` not whole rows.
+    pub fn new(kernel: Kernel, x: &[f32], columns: usize) -> Self {
+        let mut out = Self::default();
+        out.fill(kernel, x, columns);
+        out
+    }
+
+    /// The same into the memory that is already here.
+    ///
+    /// # Panics
+    /// As [`Self::new`].
+    pub fn fill(&mut self, kernel: Kernel, x: &[f32], columns: usize) {
+        assert!(
+            columns > 0 && columns.is_multiple_of(BLOCK) && x.len().is_multiple_of(columns),
+            "whole rows of whole blocks"
+        );
+        self.blocks = columns / BLOCK;
+        self.rows = x.len() / columns;
+        self.tiles.clear();
+        self.tiles
+            .resize(self.rows.div_ceil(TILE_ROWS) * self.blocks, Tile::default());
+        let each = |(tiles, rows): (&mut [Tile], &[f32])| {
+            for (row, values) in rows.chunks_exact(columns).enumerate() {
+                kernel.quantize(values.as_chunks().0, row, tiles);
+            }
+        };
+        if self.rows <= TILE_ROWS {
+            each((&mut self.tiles, x));
+        } else {
+            let tiles = self.tiles.par_chunks_mut(self.blocks);
+            tiles.zip(x.par_chunks(TILE_ROWS * columns)).for_each(each);
+        }
+        self.lone.clear();
+        if self.rows == 1 {
+            self.lone.extend(self.tiles.chunks(8).map(|tiles| {
+                let mut eight = Eight::default();
+                for (index, tile) in tiles.iter().enumerate() {
+                    eight.words[index] = tile.words.map(|word| word[0]);
+                    (eight.scales[index], eight.sums[index]) = (tile.scales[0], tile.sums[0]);
+                }
+                eight
+            }));
+        }
+    }
+
+    /// Rows held.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Values per row.
+    pub fn columns(&self) -> usize {
+        self.blocks * BLOCK
+    }
+}

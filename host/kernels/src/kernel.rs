@@ -1,0 +1,92 @@
+//! Which instructions compute: found once, at run time.
+
+use std::ops::Range;
+
+use crate::activations::{BLOCK, QuantizedRows, Tile};
+use crate::int4::Int4Rows;
+use crate::product::PANEL;
+use crate::scalar;
+#[cfg(target_arch = "x86_64")]
+use crate::x86_64::Avx2;
+
+/// A set of instructions that the kernels are written for, proved to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// The specification, for any processor.
+    Scalar,
+    /// AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+}
+
+impl Kernel {
+    /// The fastest that this processor has; none where that is the specification, which is slower than floats.
+    pub fn detect() -> Option<Self> {
+        Self::available()
+            .pop()
+            .filter(|kernel| *kernel != Self::Scalar)
+    }
+
+    /// All that this processor has, the slowest first.
+    pub fn available() -> Vec<Self> {
+        #[cfg_attr(
+            not(target_arch = "x86_64"),
+            expect(unused_mut, reason = "nothing to add")
+        )]
+        let mut all = vec![Self::Scalar];
+        #[cfg(target_arch = "x86_64")]
+        all.extend(Avx2::detect().map(Self::Avx2));
+        all
+    }
+
+    /// As logs and reports call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => "avx2",
+        }
+    }
+
+    /// Values of a range of panels of eight weight rows: `out(panel of the range, row of x, its eight values)`. Behind the last
+    /// row of the matrix a panel's values mean nothing.
+    pub(crate) fn multiply(
+        self,
+        weights: &Int4Rows<'_>,
+        panels: Range<usize>,
+        x: &QuantizedRows,
+        out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+    ) {
+        match self {
+            Self::Scalar => {
+                for (index, panel) in panels.enumerate() {
+                    for m in 0..x.rows() {
+                        let mut values = [0.0; PANEL];
+                        let rows = panel * PANEL..weights.rows().min((panel + 1) * PANEL);
+                        for (value, row) in values.iter_mut().zip(rows) {
+                            *value = scalar::value(weights, row, x, m);
+                        }
+                        out(index, m, &values);
+                    }
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(avx2) => avx2.multiply(weights, panels, x, out),
+        }
+    }
+
+    /// Quantizes the blocks of one row to place `row` of its tiles.
+    pub(crate) fn quantize(self, blocks: &[[f32; BLOCK]], row: usize, tiles: &mut [Tile]) {
+        for (block, tile) in blocks.iter().zip(tiles) {
+            let (words, scale, sum) = match self {
+                Self::Scalar => scalar::quantize(block),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx2(avx2) => avx2.quantize(block),
+            };
+            for (place, word) in tile.words.iter_mut().zip(words) {
+                place[row] = word;
+            }
+            (tile.scales[row], tile.sums[row]) = (scale, sum);
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! Every kernel this processor has against the specification, to the bit.
+#![expect(clippy::unwrap_used, reason = "helpers of tests panic like tests")]
+
+use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, multiply};
+
+/// Uniform numbers of a fixed seed.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        self.0 >> 33
+    }
+
+    fn unit(&mut self) -> f32 {
+        self.next() as f32 / (1u64 << 31) as f32 * 2.0 - 1.0
+    }
+}
+
+struct Matrix {
+    parts: [Vec<u8>; 3],
+    columns: usize,
+    group: usize,
+    scale_type: ScaleType,
+}
+
+impl Matrix {
+    fn random(
+        random: &mut Random,
+        (rows, columns): (usize, usize),
+        group: usize,
+        scale_type: ScaleType,
+    ) -> Self {
+        let weight = (0..rows * columns / 2)
+            .map(|_| random.next() as u8)
+            .collect();
+        let mut line = |size: f32| {
+            let mut out = Vec::new();
+            for index in 0..rows * columns / group {
+                // Zero, negative and huge ones among them.
+                let value = [0.0, 1.0, -1.0, 3e4][index % 4] * size * random.unit();
+                scale_type.put(value, &mut out);
+            }
+            out
+        };
+        Self {
+            parts: [weight, line(1.0), line(0.5)],
+            columns,
+            group,
+            scale_type,
+        }
+    }
+
+    fn view(&self) -> Int4Rows<'_> {
+        let [weight, scales, biases] = &self.parts;
+        Int4Rows::new(
+            [weight, scales, biases],
+            self.columns,
+            self.group,
+            self.scale_type,
+        )
+        .unwrap()
+    }
+}
+
+fn product(kernel: Kernel, weights: &Int4Rows<'_>, x: &[f32]) -> Vec<f32> {
+    let x = QuantizedRows::new(kernel, x, weights.columns());
+    let mut out = vec![f32::NAN; x.rows() * weights.rows()];
+    multiply(kernel, weights, &x, &mut out);
+    out
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+#[test]
+fn every_kernel_gives_the_bits_of_the_specification() {
+    let mut random = Random(1);
+    println!(
+        "kernels: {:?}",
+        Kernel::available()
+            .iter()
+            .map(|kernel| kernel.name())
+            .collect::<Vec<_>>()
+    );
+    for scale_type in [ScaleType::F16, ScaleType::Bf16, ScaleType::F32] {
+        for group in [64, 128] {
+            for (rows, columns, m) in [
+                (1, 128, 1),
+                (9, 64, 1),
+                (9, 64, 7),
+                (3, 64 * 9, 1),
+                (8, 128, 1),
+                (9, 128, 2),
+                (16, 256, 3),
+                (17, 640, 4),
+                (24, 128, 5),
+                (31, 1152, 6),
+                (40, 128, 7),
+                (40, 256, 11),
+                (200, 128, 1),
+                (7, 128, 13),
+            ] {
+                if columns % group != 0 {
+                    continue;
+                }
+                let matrix = Matrix::random(&mut random, (rows, columns), group, scale_type);
+                let x: Vec<f32> = (0..m * columns).map(|_| random.unit() * 4.0).collect();
+                let want = product(Kernel::Scalar, &matrix.view(), &x);
+                assert!(want.iter().all(|value| value.is_finite()));
+                for kernel in Kernel::available() {
+                    let got = product(kernel, &matrix.view(), &x);
+                    assert_eq!(
+                        bits(&got),
+                        bits(&want),
+                        "{} {scale_type:?} {group} {rows}x{columns} {m}",
+                        kernel.name()
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quantized_activations_are_the_same_to_the_bit() {
+    let mut random = Random(2);
+    let mut x: Vec<f32> = (0..64 * 64).map(|_| random.unit()).collect();
+    for (block, values) in x.chunks_exact_mut(64).enumerate() {
+        match block {
+            0 => values.fill(0.0),
+            1 => values.fill(1e-38),
+            2 => values[63] = f32::NAN,
+            3 => values[0] = f32::NEG_INFINITY,
+            4 => values.fill(f32::MAX),
+            5 => values[17] = -f32::MAX,
+            6 => values
+                .iter_mut()
+                .enumerate()
+                .for_each(|(k, v)| *v = k as f32 - 63.5), // ties
+            7 => values
+                .iter_mut()
+                .enumerate()
+                .for_each(|(k, v)| *v = if k == 9 { -127.0 } else { k as f32 - 31.5 }),
+            8 => values.fill(-0.0),
+            _ => values
+                .iter_mut()
+                .for_each(|value| *value *= 10f32.powi(block as i32 - 30)),
+        }
+    }
+    let want = format!("{:?}", QuantizedRows::new(Kernel::Scalar, &x, 64 * 8));
+    for kernel in Kernel::available() {
+        assert_eq!(
+            format!("{:?}", QuantizedRows::new(kernel, &x, 64 * 8)),
+            want,
+            "{}",
+            kernel.name()
+        );
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_so() {
+    let mut random = Random(3);
+    let matrix = Matrix::random(&mut random, (16, 128), 64, ScaleType::F32);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut x = vec![1.0; 3 * 128];
+        x[128 + 70] = bad;
+        for kernel in Kernel::available() {
+            let out = product(kernel, &matrix.view(), &x);
+            assert!(
+                out[..16]
+                    .iter()
+                    .chain(&out[32..])
+                    .all(|value| value.is_finite()),
+                "{}",
+                kernel.name()
+            );
+            assert!(
+                out[16..32].iter().all(|value| value.is_nan()),
+                "{}",
+                kernel.name()
+            );
+        }
+    }
+}
+
+/// All byte values against the largest activations of either sign: the 16-bit sums reach their bounds.
+#[test]
+fn extreme_codes_do_not_overflow() {
+    for (code, sign) in [(0xFFu8, 1.0f32), (0xFF, -1.0), (0xF0, 1.0), (0x0F, -1.0)] {
+        let mut scales = Vec::new();
+        (0..8 * 2).for_each(|_| ScaleType::F16.put(1.0, &mut scales));
+        let biases = vec![0; scales.len()];
+        let weight = vec![code; 8 * 64];
+        let weights = Int4Rows::new([&weight, &scales, &biases], 128, 64, ScaleType::F16).unwrap();
+        let x = vec![sign * 127.0; 6 * 128];
+        let per_byte = f32::from(code >> 4) + f32::from(code & 0xF);
+        for kernel in Kernel::available() {
+            let out = product(kernel, &weights, &x);
+            assert!(
+                out.iter()
+                    .all(|&value| value == sign * 127.0 * 64.0 * per_byte),
+                "{}: {out:?}",
+                kernel.name()
+            );
+        }
+    }
+}
+
+/// A row's values do not depend on the rows beside it.
+#[test]
+fn rows_multiply_alike_alone_and_together() {
+    let mut random = Random(4);
+    let matrix = Matrix::random(&mut random, (48, 1024), 64, ScaleType::F16);
+    let x: Vec<f32> = (0..19 * 1024).map(|_| random.unit()).collect();
+    for kernel in Kernel::available() {
+        let together = product(kernel, &matrix.view(), &x);
+        for (row, x) in x.chunks_exact(1024).enumerate() {
+            let alone = product(kernel, &matrix.view(), x);
+            assert_eq!(
+                bits(&alone),
+                bits(&together[row * 48..(row + 1) * 48]),
+                "{} {row}",
+                kernel.name()
+            );
+        }
+    }
+}
+
+/// Eight bits of activations cost less than a hundredth of the product, on weights and activations as layers have them.
+#[test]
+fn eight_bits_are_near_the_floats() {
+    let mut random = Random(5);
+    let (rows, columns, m) = (64, 1024, 4);
+    let weights: Vec<f32> = (0..rows * columns)
+        .map(|_| (0..6).map(|_| random.unit()).sum::<f32>())
+        .collect();
+    let encoded = visor_kernels::encode_rows(&weights, columns, 64, ScaleType::F16).unwrap();
+    let view = Int4Rows::new(
+        [&encoded.weight, &encoded.scales, &encoded.biases],
+        columns,
+        64,
+        ScaleType::F16,
+    )
+    .unwrap();
+    let x: Vec<f32> = (0..m * columns)
+        .map(|_| (0..6).map(|_| random.unit()).sum::<f32>())
+        .collect();
+    let got = product(Kernel::Scalar, &view, &x);
+    let (mut error, mut size) = (0.0, 0.0);
+    let mut row = vec![0.0; columns];
+    for n in 0..rows {
+        view.dequantize_row(n, &mut row);
+        for k in 0..m {
+            let want: f64 = row
+                .iter()
+                .zip(&x[k * columns..])
+                .map(|(w, x)| f64::from(*w) * f64::from(*x))
+                .sum();
+            error += (f64::from(got[k * rows + n]) - want).powi(2);
+            size += want.powi(2);
+        }
+    }
+    let relative = (error / size).sqrt();
+    println!("relative error {relative:.5}");
+    assert!(relative < 0.01, "{relative}");
+}
