@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::activations::{BLOCK, QuantizedRows, Tile};
+use crate::attention::{self, Head};
 use crate::int4::Int4Rows;
 use crate::product::PANEL;
 use crate::scalar;
@@ -72,6 +73,15 @@ impl Kernel {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(avx2) => avx2.multiply(weights, panels, x, out),
+        }
+    }
+
+    /// Attention of one head: `out(row, values)` once for each query.
+    pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
+        match self {
+            Self::Scalar => attention::attend_naive(head, out),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(avx2) => avx2.attend(head, out),
         }
     }
 

@@ -9,6 +9,7 @@
 //! files or models.
 
 pub mod activations;
+pub mod attention;
 pub mod encode;
 pub mod int4;
 mod kernel;
@@ -20,6 +21,7 @@ pub mod widen;
 mod x86_64;
 
 pub use activations::QuantizedRows;
+pub use attention::{AttentionInput, AttentionShape, HeadRows, attend};
 pub use encode::{EncodeError, EncodedRows, SquaredError, encode_rows};
 pub use int4::{Int4Rows, ScaleType};
 pub use kernel::Kernel;

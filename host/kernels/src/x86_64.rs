@@ -16,6 +16,8 @@
     reason = "loads, prefetches, and calls that a CPU feature must allow"
 )]
 
+mod attention;
+
 use std::arch::x86_64::*;
 
 use crate::activations::{BLOCK, Eight, LARGEST_MIN, QuantizedRows, TILE_ROWS, Tile, WORDS};

@@ -4,8 +4,11 @@
 //! `post_layernorm` never run.
 //! Source: transformers `modeling_clip.py`, `CLIPVisionTransformer`; HF Phi-3.5 `get_img_features`.
 
+mod eight_bit;
+
 use candle_core::{DType, Tensor};
 use candle_nn::ops::{layer_norm, sigmoid, softmax_last_dim};
+use visor_kernels::Kernel;
 
 use crate::config::{CROP_SIDE_PATCHES, CROP_SIDE_PX, LAYER_NORM_EPS, ModelConfig, PATCH_SIDE_PX};
 use crate::error::ModelError;
@@ -28,6 +31,8 @@ pub(crate) struct Tower {
     width: usize,
     dtype: DType,
     device: candle_core::Device,
+    /// With one, rows are plain memory and products of INT4 weights are the kernel's.
+    kernel: Option<Kernel>,
 }
 
 struct Layer {
@@ -99,6 +104,9 @@ impl Tower {
             width,
             dtype: loader.dtype,
             device: loader.device.clone(),
+            kernel: loader
+                .kernel
+                .filter(|_| loader.stored && loader.dtype == DType::F32),
         })
     }
 
@@ -124,7 +132,10 @@ impl Tower {
                 if !keep_going() {
                     return Err(ModelError::Cancelled);
                 }
-                hidden = self.run_layer(layer, hidden, count)?;
+                hidden = match self.kernel {
+                    Some(kernel) => self.run_layer_rows(kernel, layer, &hidden)?,
+                    None => self.run_layer(layer, hidden, count)?,
+                };
             }
             let hidden = hidden.reshape((count, 1 + PATCHES, self.width))?;
             parts.push(hidden.narrow(1, 1, PATCHES)?.contiguous()?);

@@ -2,15 +2,19 @@
 //!
 //! Source: HF Phi-3.5 `modeling_phi3_v.py`, `Phi3DecoderLayer` and `Phi3Attention` (eager path).
 
+mod eight_bit;
+
 use candle_core::{DType, Tensor};
 use candle_nn::ops::{rms_norm, softmax_last_dim, swiglu};
 use candle_nn::rotary_emb::rope;
+use visor_kernels::Kernel;
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::kv_cache::KvCache;
 use crate::linear::{Linear, Loader, WeightMatrix};
 use crate::rope::{Regime, Rope};
+use crate::rows::Rows;
 use crate::table;
 
 /// Attention scores held at once, over all heads: 32 MiB of f32. Longer prompts run in blocks of query rows.
@@ -27,6 +31,8 @@ pub(crate) struct Decoder {
     eps: f32,
     dtype: DType,
     device: candle_core::Device,
+    /// With one, rows are plain memory and products of INT4 weights are the kernel's.
+    kernel: Option<Kernel>,
 }
 
 struct Layer {
@@ -86,6 +92,9 @@ impl Decoder {
             eps: config.rms_norm_eps as f32,
             dtype: loader.dtype,
             device: loader.device.clone(),
+            kernel: loader
+                .kernel
+                .filter(|_| loader.stored && loader.dtype == DType::F32),
         })
     }
 
@@ -103,6 +112,10 @@ impl Decoder {
 
     /// Makes room in a cache for a whole sequence.
     pub(crate) fn reserve(&self, cache: &mut KvCache, positions: usize) -> candle_core::Result<()> {
+        if self.kernel.is_some() {
+            cache.reserve_half(positions);
+            return Ok(());
+        }
         cache.reserve(positions, &self.device, self.dtype)
     }
 
@@ -114,6 +127,11 @@ impl Decoder {
         cache: &mut KvCache,
         regime: Regime,
     ) -> candle_core::Result<Tensor> {
+        if let Some(kernel) = self.kernel {
+            return self
+                .forward_rows(kernel, Rows::of(&x)?, cache, regime)?
+                .to_tensor();
+        }
         let n = x.dim(0)?;
         self.reserve(cache, cache.len() + n)?;
         let (cosines, sines) =

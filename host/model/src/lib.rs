@@ -19,6 +19,7 @@ pub mod model;
 mod projector;
 pub mod quantize;
 mod rope;
+mod rows;
 mod table;
 pub mod tokenizer;
 mod weights;

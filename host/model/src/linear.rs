@@ -12,6 +12,7 @@ use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, StoredMatrix, St
 use crate::config::PATCH_SIDE_PX;
 use crate::error::ModelError;
 use crate::model::LoadProgress;
+use crate::rows::Rows;
 use crate::table;
 use crate::weights::{StoredTensor, StoredType, Weights};
 
@@ -99,17 +100,9 @@ impl WeightMatrix {
         )
     }
 
-    /// `x` (n, columns) in eight bits times the transposed matrix: (n, rows). A row gives the same values whatever the rows
-    /// beside it. Nothing where the matrix is not INT4 in groups of whole blocks.
-    fn multiply_int8(&self, x: &Tensor, kernel: Kernel) -> candle_core::Result<Option<Tensor>> {
-        let Some(int4) = self.try_int4().ok().filter(Int4Rows::is_blocked) else {
-            return Ok(None);
-        };
-        let (n, columns) = x.dims2()?;
-        let x = QuantizedRows::new(kernel, &x.flatten_all()?.to_vec1::<f32>()?, columns);
-        let mut out = vec![0.0; n * self.rows];
-        visor_kernels::multiply(kernel, &int4, &x, &mut out);
-        Tensor::from_vec(out, (n, self.rows), &Device::Cpu).map(Some)
+    /// The matrix as the integer kernels take it: INT4 in groups of whole blocks.
+    fn blocked(&self) -> Option<Int4Rows<'_>> {
+        self.try_int4().ok().filter(Int4Rows::is_blocked)
     }
 
     fn view(&self) -> StoredMatrix<'_> {
@@ -194,15 +187,12 @@ impl Linear {
     /// (n, in) to (n, out).
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let out = match &self.weight {
-            LinearWeight::Stored(matrix, kernel) => {
-                let product = match kernel {
-                    Some(kernel) => matrix.multiply_int8(x, *kernel)?,
-                    None => None,
-                };
-                match product {
-                    Some(product) => product,
-                    None => matrix.multiply(x)?,
-                }
+            LinearWeight::Stored(matrix, None) => matrix.multiply(x)?,
+            LinearWeight::Stored(_, Some(kernel)) => {
+                let rows = Rows::of(x)?;
+                return self
+                    .forward_rows(&rows, &Quantized::new(*kernel, &rows))?
+                    .to_tensor();
             }
             LinearWeight::Device(weight) => x.matmul(&weight.t()?)?,
         };
@@ -210,6 +200,44 @@ impl Linear {
             Some(bias) => out.broadcast_add(bias),
             None => Ok(out),
         }
+    }
+}
+
+/// Rows with their eight-bit form, for all the layers that take them.
+pub(crate) struct Quantized(Option<QuantizedRows>);
+
+impl Quantized {
+    /// Rows of a width that is no whole number of blocks have none, and no layer asks for it.
+    pub(crate) fn new(kernel: Kernel, rows: &Rows) -> Self {
+        let whole = rows
+            .columns
+            .is_multiple_of(visor_kernels::activations::BLOCK);
+        Self(whole.then(|| QuantizedRows::new(kernel, &rows.values, rows.columns)))
+    }
+}
+
+impl Linear {
+    /// The same on plain rows: INT4 by the integer kernel with the rows' eight-bit form, anything else with the rows.
+    pub(crate) fn forward_rows(
+        &self,
+        x: &Rows,
+        quantized: &Quantized,
+    ) -> candle_core::Result<Rows> {
+        let LinearWeight::Stored(matrix, kernel) = &self.weight else {
+            return Rows::of(&self.forward(&x.to_tensor()?)?);
+        };
+        let mut out = match (kernel, matrix.blocked(), &quantized.0) {
+            (Some(kernel), Some(int4), Some(quantized)) => {
+                let mut out = Rows::zeros(x.count(), matrix.rows);
+                visor_kernels::multiply(*kernel, &int4, quantized, &mut out.values);
+                out
+            }
+            _ => Rows::of(&matrix.multiply(&x.to_tensor()?)?)?,
+        };
+        if let Some(bias) = &self.bias {
+            out.add_to_each(&bias.to_vec1()?);
+        }
+        Ok(out)
     }
 }
 

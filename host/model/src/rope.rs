@@ -65,6 +65,22 @@ impl Rope {
         count: usize,
         (device, dtype): (&Device, DType),
     ) -> candle_core::Result<(Tensor, Tensor)> {
+        let (cosines, sines) = self.angles(regime, start, count);
+        let place = |values| {
+            Tensor::from_vec(values, (count, self.short.len()), &Device::Cpu)?
+                .to_dtype(dtype)?
+                .to_device(device)
+        };
+        Ok((place(cosines)?, place(sines)?))
+    }
+
+    /// The same as plain f32, one position after the other.
+    pub(crate) fn angles(
+        &self,
+        regime: Regime,
+        start: usize,
+        count: usize,
+    ) -> (Vec<f32>, Vec<f32>) {
         let inv_freq = match regime {
             Regime::Short => &self.short,
             Regime::Long => &self.long,
@@ -78,12 +94,7 @@ impl Rope {
                 sines.push(sine * self.magnitude);
             }
         }
-        let place = |values| {
-            Tensor::from_vec(values, (count, inv_freq.len()), &Device::Cpu)?
-                .to_dtype(dtype)?
-                .to_device(device)
-        };
-        Ok((place(cosines)?, place(sines)?))
+        (cosines, sines)
     }
 }
 

@@ -1,0 +1,87 @@
+//! `cargo bench -p visor-kernels --bench attention`: one layer's attention at the true shapes.
+#![expect(clippy::print_stdout, reason = "printing is what a benchmark does")]
+
+use std::time::Instant;
+
+use half::f16;
+use visor_kernels::{AttentionInput, AttentionShape, HeadRows, Kernel, attend};
+
+fn main() {
+    // On a thread of the pool, as the engine is.
+    rayon::scope(|_| {
+        measure(
+            "a crop of the tower",
+            AttentionShape {
+                heads: 16,
+                kv_heads: 16,
+                head_dim: 64,
+                causal: false,
+            },
+            (577, 577),
+        );
+        let decoder = AttentionShape {
+            heads: 32,
+            kv_heads: 32,
+            head_dim: 96,
+            causal: true,
+        };
+        measure("prefill of 757", decoder, (757, 757));
+        measure("prefill of 512 behind 1997", decoder, (512, 2509));
+        measure("decode behind 757", decoder, (1, 758));
+    });
+}
+
+fn measure(name: &str, shape: AttentionShape, (rows, keys): (usize, usize)) {
+    let kernel = Kernel::detect().unwrap_or(Kernel::Scalar);
+    let width = shape.heads * shape.head_dim;
+    let queries: Vec<f32> = (0..rows * width)
+        .map(|index| (index % 17) as f32 / 17.0 - 0.5)
+        .collect();
+    // Several layers' caches, so that none stays in the processor's.
+    let layers = if rows == 1 { 32 } else { 2 };
+    let cache: Vec<f16> = (0..layers * 2 * keys * width)
+        .map(|index| f16::from_f32((index % 13) as f32 / 13.0 - 0.5))
+        .collect();
+    let mut out = vec![0.0; rows * width];
+    let mut times = Vec::new();
+    for run in 0..if rows == 1 { 96 } else { 6 } {
+        let layer = &cache[run % layers * 2 * keys * width..][..2 * keys * width];
+        let rows_of = |head: usize| {
+            [0, 1].map(|part| {
+                HeadRows::F16(
+                    &layer[(part * shape.kv_heads + head) * keys * shape.head_dim..]
+                        [..keys * shape.head_dim],
+                    shape.head_dim,
+                )
+            })
+        };
+        let input = AttentionInput {
+            queries: &queries,
+            query_stride: width,
+            rows,
+            keys,
+            key_values: &rows_of,
+        };
+        let start = Instant::now();
+        attend(kernel, shape, &input, &mut out);
+        times.push(start.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    let seconds = times[times.len() / 2];
+    let seen: usize = (0..rows)
+        .map(|row| {
+            if shape.causal {
+                keys - rows + row + 1
+            } else {
+                keys
+            }
+        })
+        .sum();
+    let flop = 4.0 * (seen * width) as f64;
+    println!(
+        "{name:>28}: {:8.3} ms  {:6.1} GFLOP/s  {:5.1} GB/s of keys and values",
+        seconds * 1e3,
+        flop / seconds / 1e9,
+        (4 * keys * shape.kv_heads * shape.head_dim) as f64 / seconds / 1e9
+    );
+}

@@ -1,0 +1,178 @@
+//! Softmax attention of one head after the other, without a matrix of all scores.
+//!
+//! ```text
+//! out = softmax(scale * q k^T) v        a causal query sees the keys up to its own position
+//! ```
+//!
+//! Keys and values are rows of f32 or f16 at any stride, so that a KV cache of either type and a fused projection's output are
+//! read where they lie. `attend_naive` is the specification. Many queries of a head run against a tile of keys at a time
+//! with a running maximum (online softmax; Dao et al., FlashAttention, 2022); few queries read keys and values once.
+
+#![expect(unsafe_code, reason = "threads write the columns of their heads")]
+
+use half::f16;
+use rayon::prelude::*;
+
+use crate::kernel::Kernel;
+
+/// Head counts, width and visibility of an attention.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionShape {
+    /// Heads of the queries.
+    pub heads: usize,
+    /// Heads of keys and values; each serves `heads / kv_heads` neighbours.
+    pub kv_heads: usize,
+    /// Values a head.
+    pub head_dim: usize,
+    /// Query i sees the keys up to `keys - queries + i`; otherwise all.
+    pub causal: bool,
+}
+
+/// Rows of one head: row i starts at `i * stride`.
+#[derive(Debug, Clone, Copy)]
+pub enum HeadRows<'a> {
+    /// f32.
+    F32(&'a [f32], usize),
+    /// IEEE binary16, as a KV cache keeps it.
+    F16(&'a [f16], usize),
+}
+
+impl HeadRows<'_> {
+    /// Row `index`, as f32.
+    pub(crate) fn widen(&self, index: usize, out: &mut [f32]) {
+        match self {
+            Self::F32(data, stride) => out.copy_from_slice(&data[index * stride..][..out.len()]),
+            Self::F16(data, stride) => {
+                for (value, half) in out.iter_mut().zip(&data[index * stride..]) {
+                    *value = half.to_f32();
+                }
+            }
+        }
+    }
+}
+
+/// What one attention reads.
+pub struct AttentionInput<'a> {
+    /// Queries, (rows, stride); head h of a row begins at column `h * head_dim`.
+    pub queries: &'a [f32],
+    /// Values from one row of queries to the next.
+    pub query_stride: usize,
+    /// Rows of queries.
+    pub rows: usize,
+    /// Keys and values seen in all.
+    pub keys: usize,
+    /// Keys and values of a key head.
+    pub key_values: &'a (dyn Fn(usize) -> [HeadRows<'a>; 2] + Sync),
+}
+
+/// One head's part of an attention.
+pub(crate) struct Head<'a> {
+    pub(crate) queries: &'a [f32],
+    pub(crate) stride: usize,
+    pub(crate) rows: usize,
+    pub(crate) keys: HeadRows<'a>,
+    pub(crate) values: HeadRows<'a>,
+    pub(crate) count: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) causal: bool,
+}
+
+impl Head<'_> {
+    /// Keys that a query sees.
+    pub(crate) fn visible(&self, row: usize) -> usize {
+        if self.causal {
+            self.count - self.rows + row + 1
+        } else {
+            self.count
+        }
+    }
+
+    pub(crate) fn query(&self, row: usize) -> &[f32] {
+        &self.queries[row * self.stride..][..self.head_dim]
+    }
+
+    pub(crate) fn scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+}
+
+/// Attention of all heads, on all cores: `out` is (rows, heads * head_dim).
+///
+/// # Panics
+/// When slices are shorter than their shape, or fewer keys than queries are causal.
+pub fn attend(kernel: Kernel, shape: AttentionShape, input: &AttentionInput<'_>, out: &mut [f32]) {
+    let width = shape.heads * shape.head_dim;
+    assert_eq!(
+        out.len(),
+        input.rows * width,
+        "one value per row and column"
+    );
+    assert!(
+        !shape.causal || input.keys >= input.rows,
+        "a causal query has a key"
+    );
+    if input.rows == 0 {
+        return;
+    }
+    let group = shape.heads / shape.kv_heads;
+    let out = HeadColumns(out.as_mut_ptr(), out.len());
+    (0..shape.heads).into_par_iter().for_each(|index| {
+        let [keys, values] = (input.key_values)(index / group);
+        let head = Head {
+            queries: &input.queries[index * shape.head_dim..],
+            stride: input.query_stride,
+            rows: input.rows,
+            keys,
+            values,
+            count: input.keys,
+            head_dim: shape.head_dim,
+            causal: shape.causal,
+        };
+        kernel.attend(&head, &mut |row, values| {
+            let at = row * width + index * shape.head_dim;
+            // SAFETY: no other task has this head's columns, and the borrow of `out` outlives the loop.
+            unsafe { out.write(at, values) };
+        });
+    });
+}
+
+/// The output, whose columns several threads write.
+struct HeadColumns(*mut f32, usize);
+
+// SAFETY: `write` is told to be called by one thread for one place, and nothing reads before all are done.
+unsafe impl Sync for HeadColumns {}
+
+impl HeadColumns {
+    /// # Safety
+    /// The output is borrowed for as long, and no other thread writes these values.
+    unsafe fn write(&self, at: usize, values: &[f32]) {
+        assert!(at + values.len() <= self.1, "inside the output");
+        // SAFETY: inside the output, as was asserted.
+        let start = unsafe { self.0.add(at) };
+        // SAFETY: as many values from there are the caller's alone.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), start, values.len()) };
+    }
+}
+
+/// The specification: one query at a time, scores, their softmax, the weighted sum of values.
+pub(crate) fn attend_naive(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
+    let mut row_of = vec![0.0; head.head_dim];
+    for row in 0..head.rows {
+        let mut scores = Vec::with_capacity(head.visible(row));
+        for key in 0..head.visible(row) {
+            head.keys.widen(key, &mut row_of);
+            let products = head.query(row).iter().zip(&row_of).map(|(q, k)| q * k);
+            scores.push(products.sum::<f32>() * head.scale());
+        }
+        let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f32 = scores.iter().map(|score| (score - most).exp()).sum();
+        let mut mixed = vec![0.0; head.head_dim];
+        for (key, score) in scores.iter().enumerate() {
+            head.values.widen(key, &mut row_of);
+            for (mixed, value) in mixed.iter_mut().zip(&row_of) {
+                *mixed += (score - most).exp() / sum * value;
+            }
+        }
+        out(row, &mixed);
+    }
+}

@@ -1,0 +1,424 @@
+//! Attention of one head with AVX2 and FMA. [`crate::attention`] specifies it.
+
+use std::arch::x86_64::*;
+
+use half::f16;
+
+use super::{Avx2, load_f32};
+use crate::attention::{Head, HeadRows};
+
+/// Queries of a strip and columns of a panel: 6 x 2 registers of sums, 2 of a panel's row, 1 of a query's value.
+const STRIP: usize = 6;
+const PANEL: usize = 16;
+/// Keys of a tile: with values of 96, both packed tiles are 48 KiB, in the second-level cache.
+const TILE: usize = 64;
+/// Up to this many queries read keys and values where they lie; more are worth packing them.
+const FEW: usize = 4;
+
+impl Avx2 {
+    /// `out(row, values)` once for each query.
+    pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
+        if head.rows <= FEW {
+            // SAFETY: `self` exists, so `detect` saw the features.
+            unsafe { few(head, out) };
+        } else {
+            // SAFETY: `self` exists, so `detect` saw the features.
+            unsafe { many(head, out) };
+        }
+    }
+}
+
+/// Every query alone.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn few(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
+    let mut mixed = vec![0.0; head.head_dim];
+    let mut query = vec![0.0; head.head_dim];
+    for row in 0..head.rows {
+        for (scaled, value) in query.iter_mut().zip(head.query(row)) {
+            *scaled = value * head.scale();
+        }
+        let visible = head.visible(row);
+        let mut scores = vec![f32::NEG_INFINITY; visible.next_multiple_of(8)];
+        for (key, score) in scores[..visible].iter_mut().enumerate() {
+            *score = match head.keys {
+                HeadRows::F32(data, stride) => dot(&query, &data[key * stride..][..head.head_dim]),
+                HeadRows::F16(data, stride) => {
+                    dot_f16(&query, &data[key * stride..][..head.head_dim])
+                }
+            };
+        }
+        let most = largest(&scores);
+        let sum = weights(&mut scores, most);
+        mixed.fill(0.0);
+        match head.values {
+            HeadRows::F32(data, stride) => {
+                for (key, weight) in scores[..visible].iter().enumerate() {
+                    add(&mut mixed, &data[key * stride..][..head.head_dim], *weight);
+                }
+            }
+            HeadRows::F16(data, stride) => add_f16(&mut mixed, data, stride, &scores[..visible]),
+        }
+        for value in &mut mixed {
+            *value /= sum;
+        }
+        out(row, &mixed);
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [_mm256_setzero_ps(); 4];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    for (index, (a, b)) in a.iter().zip(b).enumerate() {
+        sums[index % 4] = _mm256_fmadd_ps(load_f32(a), load_f32(b), sums[index % 4]);
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    total(sums) + rest
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn dot_f16(a: &[f32], b: &[f16]) -> f32 {
+    let mut sums = [_mm256_setzero_ps(); 4];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    for (index, (a, b)) in a.iter().zip(b).enumerate() {
+        sums[index % 4] = _mm256_fmadd_ps(load_f32(a), load_f16(b), sums[index % 4]);
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b.to_f32()).sum();
+    total(sums) + rest
+}
+
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn load_f16(values: &[f16; 8]) -> __m256 {
+    // SAFETY: sixteen bytes, and the load needs no alignment.
+    let bits = unsafe { _mm_loadu_si128(values.as_ptr().cast()) };
+    _mm256_cvtph_ps(bits)
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn total(sums: [__m256; 4]) -> f32 {
+    let sum = _mm256_add_ps(
+        _mm256_add_ps(sums[0], sums[1]),
+        _mm256_add_ps(sums[2], sums[3]),
+    );
+    let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
+    let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn add(mixed: &mut [f32], row: &[f32], weight: f32) {
+    for (mixed, value) in mixed.iter_mut().zip(row) {
+        *mixed = value.mul_add(weight, *mixed);
+    }
+}
+
+/// The weighted sum of rows, twelve registers of it at a time.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_f16(mixed: &mut [f32], rows: &[f16], stride: usize, weights: &[f32]) {
+    const WIDE: usize = 12;
+    let whole = mixed.len() / 8;
+    for first in (0..whole).step_by(WIDE) {
+        let count = WIDE.min(whole - first);
+        let mut sums = [_mm256_setzero_ps(); WIDE];
+        for (key, &weight) in weights.iter().enumerate() {
+            let (eights, _) = rows[key * stride + 8 * first..][..8 * count].as_chunks::<8>();
+            let weight = _mm256_set1_ps(weight);
+            if let Some(eights) = eights.first_chunk::<WIDE>() {
+                for index in 0..WIDE {
+                    sums[index] = _mm256_fmadd_ps(load_f16(&eights[index]), weight, sums[index]);
+                }
+            } else {
+                for (sum, eight) in sums.iter_mut().zip(eights) {
+                    *sum = _mm256_fmadd_ps(load_f16(eight), weight, *sum);
+                }
+            }
+        }
+        for (out, sum) in mixed[8 * first..]
+            .as_chunks_mut::<8>()
+            .0
+            .iter_mut()
+            .zip(&sums[..count])
+        {
+            *out = super::store(*sum);
+        }
+    }
+    for column in 8 * whole..mixed.len() {
+        let products = weights
+            .iter()
+            .enumerate()
+            .map(|(key, weight)| rows[key * stride + column].to_f32() * weight);
+        mixed[column] = products.sum();
+    }
+}
+
+/// The largest of a multiple of eight scores; which, when one is NaN, does not matter.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn largest(scores: &[f32]) -> f32 {
+    let mut most = _mm256_set1_ps(f32::NEG_INFINITY);
+    for eight in scores.as_chunks::<8>().0 {
+        most = _mm256_max_ps(most, load_f32(eight));
+    }
+    super::store(most)
+        .into_iter()
+        .fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Scores become `exp(score - most)`, whose sum is returned. A multiple of eight of them.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn weights(scores: &mut [f32], most: f32) -> f32 {
+    let mut sum = _mm256_setzero_ps();
+    for eight in scores.as_chunks_mut::<8>().0 {
+        let weight = exp(_mm256_sub_ps(load_f32(eight), _mm256_set1_ps(most)));
+        *eight = super::store(weight);
+        sum = _mm256_add_ps(sum, weight);
+    }
+    total([
+        sum,
+        _mm256_setzero_ps(),
+        _mm256_setzero_ps(),
+        _mm256_setzero_ps(),
+    ])
+}
+
+/// `e^x` for x up to 0, within 2e-7 of itself; 0 below -87. By 2^n * e^r with |r| at most ln(2) / 2, and e^r by its series.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn exp(x: __m256) -> __m256 {
+    const SERIES: [f32; 6] = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0];
+    let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(-87.0));
+    let x = _mm256_max_ps(_mm256_set1_ps(-87.0), x); // the second operand when either is NaN
+    let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(_mm256_mul_ps(
+        x,
+        _mm256_set1_ps(std::f32::consts::LOG2_E),
+    ));
+    let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693_359_4), x); // ln 2, its first bits and the rest
+    let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.121_944_4e-4), r);
+    let mut value = _mm256_set1_ps(SERIES[0]);
+    for term in &SERIES[1..] {
+        value = _mm256_fmadd_ps(value, r, _mm256_set1_ps(*term));
+    }
+    value = _mm256_fmadd_ps(value, r, _mm256_set1_ps(1.0));
+    let power = _mm256_slli_epi32::<23>(_mm256_add_epi32(
+        _mm256_cvtps_epi32(n),
+        _mm256_set1_epi32(127),
+    ));
+    _mm256_andnot_ps(tiny, _mm256_mul_ps(value, _mm256_castsi256_ps(power)))
+}
+
+/// A tile of keys and values, packed into panels; zeros behind the last key and the last column.
+struct Packed {
+    keys: Vec<[f32; PANEL]>,   // (TILE / PANEL, head_dim), sixteen keys
+    values: Vec<[f32; PANEL]>, // (columns / PANEL, TILE), sixteen columns
+}
+
+impl Packed {
+    fn new(head_dim: usize) -> Self {
+        Self {
+            keys: vec![[0.0; PANEL]; TILE / PANEL * head_dim],
+            values: vec![[0.0; PANEL]; head_dim.div_ceil(PANEL) * TILE],
+        }
+    }
+
+    #[target_feature(enable = "avx2,f16c")]
+    fn fill(&mut self, head: &Head<'_>, first: usize, row: &mut [f32]) {
+        let count = TILE.min(head.count - first);
+        for key in 0..TILE {
+            row.fill(0.0);
+            if key < count {
+                widen(&head.keys, first + key, row);
+            }
+            let panel = &mut self.keys[key / PANEL * head.head_dim..][..head.head_dim];
+            for (place, value) in panel.iter_mut().zip(row.iter()) {
+                place[key % PANEL] = *value;
+            }
+            if key < count {
+                widen(&head.values, first + key, row);
+            }
+            for (panel, values) in row.chunks(PANEL).enumerate() {
+                self.values[panel * TILE + key][..values.len()].copy_from_slice(values);
+            }
+        }
+    }
+}
+
+/// One row as f32.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn widen(rows: &HeadRows<'_>, index: usize, out: &mut [f32]) {
+    let HeadRows::F16(data, stride) = rows else {
+        return rows.widen(index, out);
+    };
+    let ((stored, rest), (out, out_rest)) = (
+        data[index * stride..][..out.len()].as_chunks::<8>(),
+        out.as_chunks_mut::<8>(),
+    );
+    for (out, stored) in out.iter_mut().zip(stored) {
+        *out = super::store(load_f16(stored));
+    }
+    for (out, stored) in out_rest.iter_mut().zip(rest) {
+        *out = stored.to_f32();
+    }
+}
+
+/// Six queries and what they have gathered.
+struct Strip {
+    queries: Vec<[f32; STRIP]>, // (head_dim), scaled
+    mixed: Vec<[f32; PANEL]>,   // (columns / PANEL, STRIP)
+    most: [f32; STRIP],
+    sum: [f32; STRIP],
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn many(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
+    let mut strips: Vec<Strip> = (0..head.rows)
+        .step_by(STRIP)
+        .map(|first| Strip::new(head, first))
+        .collect();
+    let mut packed = Packed::new(head.head_dim);
+    let mut row = vec![0.0; head.head_dim];
+    for first in (0..head.count).step_by(TILE) {
+        packed.fill(head, first, &mut row);
+        for (index, strip) in strips.iter_mut().enumerate() {
+            let rows = index * STRIP..head.rows.min((index + 1) * STRIP);
+            if head.visible(rows.end - 1) > first {
+                let visible = std::array::from_fn(|row| {
+                    head.visible((rows.start + row).min(rows.end - 1))
+                        .saturating_sub(first)
+                        .min(TILE)
+                });
+                strip.see(head.head_dim, &packed, visible);
+            }
+        }
+    }
+    for (index, strip) in strips.iter().enumerate() {
+        for offset in 0..STRIP.min(head.rows - index * STRIP) {
+            for (panel, values) in row.chunks_mut(PANEL).enumerate() {
+                for (out, value) in values.iter_mut().zip(&strip.mixed[panel * STRIP + offset]) {
+                    *out = value / strip.sum[offset];
+                }
+            }
+            out(index * STRIP + offset, &row);
+        }
+    }
+}
+
+impl Strip {
+    fn new(head: &Head<'_>, first: usize) -> Self {
+        let mut queries = vec![[0.0; STRIP]; head.head_dim];
+        for offset in 0..STRIP.min(head.rows - first) {
+            for (scaled, value) in queries.iter_mut().zip(head.query(first + offset)) {
+                scaled[offset] = value * head.scale();
+            }
+        }
+        Self {
+            queries,
+            mixed: vec![[0.0; PANEL]; head.head_dim.div_ceil(PANEL) * STRIP],
+            most: [f32::NEG_INFINITY; STRIP],
+            sum: [0.0; STRIP],
+        }
+    }
+
+    /// Takes in a tile, of which each query sees the first few keys.
+    #[target_feature(enable = "avx2,fma")]
+    fn see(&mut self, head_dim: usize, packed: &Packed, visible: [usize; STRIP]) {
+        let mut scores = [[0f32; TILE]; STRIP];
+        for (panel, keys) in packed.keys.chunks_exact(head_dim).enumerate() {
+            let sums = scores_of(&self.queries, keys);
+            for (scores, sums) in scores.iter_mut().zip(sums) {
+                write_panel(&mut scores[panel * PANEL..], sums);
+            }
+        }
+        let mut shrink = [1f32; STRIP];
+        for row in 0..STRIP {
+            scores[row][visible[row]..].fill(f32::NEG_INFINITY);
+            let most = largest(&scores[row]).max(self.most[row]);
+            if most == f32::NEG_INFINITY {
+                scores[row].fill(0.0); // this query sees none of these keys
+                continue;
+            }
+            shrink[row] = (self.most[row] - most).exp();
+            self.sum[row] = self.sum[row] * shrink[row] + weights(&mut scores[row], most);
+            self.most[row] = most;
+        }
+        for (values, mixed) in packed
+            .values
+            .as_chunks::<TILE>()
+            .0
+            .iter()
+            .zip(self.mixed.as_chunks_mut::<STRIP>().0)
+        {
+            let mut sums = [[_mm256_setzero_ps(); 2]; STRIP];
+            for row in 0..STRIP {
+                let [low, high] = read_panel(&mixed[row]);
+                let shrink = _mm256_set1_ps(shrink[row]);
+                sums[row] = [_mm256_mul_ps(low, shrink), _mm256_mul_ps(high, shrink)];
+            }
+            let sums = mixed_with(sums, &scores, values);
+            for (mixed, sums) in mixed.iter_mut().zip(sums) {
+                write_panel(mixed, sums);
+            }
+        }
+    }
+}
+
+/// Scores of six queries with sixteen keys.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn scores_of(queries: &[[f32; STRIP]], keys: &[[f32; PANEL]]) -> [[__m256; 2]; STRIP] {
+    let mut sums = [[_mm256_setzero_ps(); 2]; STRIP];
+    for (queries, keys) in queries.iter().zip(keys) {
+        add_products(&mut sums, queries, keys);
+    }
+    sums
+}
+
+/// `sums` and the weighted sum of a tile's values, sixteen columns of them.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn mixed_with(
+    mut sums: [[__m256; 2]; STRIP],
+    weights: &[[f32; TILE]; STRIP],
+    values: &[[f32; PANEL]; TILE],
+) -> [[__m256; 2]; STRIP] {
+    for key in 0..TILE {
+        let mut of_key = [0.0; STRIP];
+        for (place, weights) in of_key.iter_mut().zip(weights) {
+            *place = weights[key];
+        }
+        add_products(&mut sums, &of_key, &values[key]);
+    }
+    sums
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn add_products(sums: &mut [[__m256; 2]; STRIP], column: &[f32; STRIP], row: &[f32; PANEL]) {
+    let [low, high] = read_panel(row);
+    for (sums, value) in sums.iter_mut().zip(column) {
+        let value = _mm256_set1_ps(*value);
+        sums[0] = _mm256_fmadd_ps(value, low, sums[0]);
+        sums[1] = _mm256_fmadd_ps(value, high, sums[1]);
+    }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn read_panel(panel: &[f32; PANEL]) -> [__m256; 2] {
+    let [low, high] =
+        [panel.first_chunk(), panel.last_chunk()].map(|half| half.expect("sixteen values"));
+    [load_f32(low), load_f32(high)]
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn write_panel(out: &mut [f32], sums: [__m256; 2]) {
+    out[..8].copy_from_slice(&super::store(sums[0]));
+    out[8..PANEL].copy_from_slice(&super::store(sums[1]));
+}

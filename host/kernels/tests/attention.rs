@@ -1,0 +1,142 @@
+//! Attention of every kernel this processor has against the specification.
+
+use half::f16;
+use visor_kernels::{AttentionInput, AttentionShape, HeadRows, Kernel, attend};
+
+/// Sums of f32 in another order, and an exponential within 2e-7.
+const TOLERANCE: f32 = 2e-5;
+
+struct Case {
+    shape: AttentionShape,
+    rows: usize,
+    keys: usize,
+}
+
+fn numbers(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    (0..count)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+impl Case {
+    /// Keys and values as a cache keeps them, (kv_heads, keys + 3, head_dim), f32 or f16.
+    fn run(&self, kernel: Kernel, half: bool, size: f32) -> Vec<f32> {
+        let AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = self.shape;
+        let stride = heads * head_dim + 5;
+        let queries: Vec<f32> = numbers(self.rows * stride, 1)
+            .iter()
+            .map(|x| x * size)
+            .collect();
+        let capacity = (self.keys + 3) * head_dim;
+        let stored = [2, 3].map(|seed| numbers(kv_heads * capacity, seed));
+        let stored16 = stored
+            .each_ref()
+            .map(|all| all.iter().map(|x| f16::from_f32(*x)).collect::<Vec<_>>());
+        let rows_of = |head: usize| {
+            [0, 1].map(|part| {
+                let span = head * capacity..(head + 1) * capacity;
+                if half {
+                    HeadRows::F16(&stored16[part][span], head_dim)
+                } else {
+                    HeadRows::F32(&stored[part][span], head_dim)
+                }
+            })
+        };
+        let input = AttentionInput {
+            queries: &queries,
+            query_stride: stride,
+            rows: self.rows,
+            keys: self.keys,
+            key_values: &rows_of,
+        };
+        let mut out = vec![f32::NAN; self.rows * heads * head_dim];
+        attend(kernel, self.shape, &input, &mut out);
+        out
+    }
+}
+
+#[test]
+fn every_kernel_attends_as_the_specification_does() {
+    for (heads, kv_heads, head_dim) in [
+        (4, 4, 96),
+        (6, 2, 64),
+        (2, 1, 16),
+        (1, 1, 8),
+        (2, 2, 20),
+        (3, 1, 128),
+        (2, 2, 100),
+    ] {
+        for causal in [false, true] {
+            for (rows, keys) in [
+                (1, 1),
+                (1, 7),
+                (1, 200),
+                (3, 65),
+                (5, 64),
+                (6, 6),
+                (7, 130),
+                (64, 64),
+                (70, 257),
+            ] {
+                let case = Case {
+                    shape: AttentionShape {
+                        heads,
+                        kv_heads,
+                        head_dim,
+                        causal,
+                    },
+                    rows,
+                    keys,
+                };
+                for (half, size) in [(false, 1.0), (true, 1.0), (false, 40.0)] {
+                    let want = case.run(Kernel::Scalar, half, size);
+                    for kernel in Kernel::available() {
+                        let got = case.run(kernel, half, size);
+                        for (got, want) in got.iter().zip(&want) {
+                            assert!(
+                                (got - want).abs() < TOLERANCE,
+                                "{} {heads}/{kv_heads} x {head_dim}, {rows} of {keys}, causal {causal}, half {half}: {got} {want}",
+                                kernel.name()
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One query gives the same values alone and among others, up to the order of sums.
+#[test]
+fn what_is_not_finite_stays_so() {
+    let case = Case {
+        shape: AttentionShape {
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 16,
+            causal: true,
+        },
+        rows: 8,
+        keys: 8,
+    };
+    for kernel in Kernel::available() {
+        assert!(
+            case.run(kernel, false, f32::NAN)
+                .iter()
+                .all(|value| value.is_nan()),
+            "{}",
+            kernel.name()
+        );
+    }
+}

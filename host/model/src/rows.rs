@@ -1,0 +1,181 @@
+//! Rows of f32 in plain memory, and what the CPU's eight-bit path does to them between the products.
+//!
+//! The same maths as candle's operators of the same names, which the float path uses; here a row is touched once.
+
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+
+/// Values that one parallel task touches at least.
+const TASK_VALUES: usize = 16 << 10;
+
+/// (count, columns), row-major.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Rows {
+    pub(crate) values: Vec<f32>,
+    pub(crate) columns: usize,
+}
+
+impl Rows {
+    pub(crate) fn zeros(count: usize, columns: usize) -> Self {
+        Self {
+            values: vec![0.0; count * columns],
+            columns,
+        }
+    }
+
+    /// The rows of a tensor (count, columns) on the CPU.
+    pub(crate) fn of(x: &Tensor) -> candle_core::Result<Self> {
+        let (_, columns) = x.dims2()?;
+        Ok(Self {
+            values: x.flatten_all()?.to_vec1()?,
+            columns,
+        })
+    }
+
+    pub(crate) fn to_tensor(&self) -> candle_core::Result<Tensor> {
+        Tensor::from_slice(&self.values, (self.count(), self.columns), &Device::Cpu)
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.values.len() / self.columns
+    }
+
+    /// Calls `work` for each row, on all cores where there is enough to do.
+    fn each(&mut self, work: impl Fn(&mut [f32]) + Sync) {
+        if self.values.len() <= TASK_VALUES {
+            self.values.chunks_exact_mut(self.columns).for_each(work);
+            return;
+        }
+        let rows = (TASK_VALUES / self.columns).max(1);
+        self.values
+            .par_chunks_mut(rows * self.columns)
+            .for_each(|rows| rows.chunks_exact_mut(self.columns).for_each(&work));
+    }
+
+    /// Adds a vector to each row: a bias.
+    pub(crate) fn add_to_each(&mut self, bias: &[f32]) {
+        self.each(|row| row.iter_mut().zip(bias).for_each(|(x, b)| *x += b));
+    }
+
+    /// Adds rows of the same shape: a residual connection.
+    pub(crate) fn add(&mut self, other: &Self) {
+        let task = TASK_VALUES.max(self.columns);
+        let add = |(out, values): (&mut [f32], &[f32])| {
+            out.iter_mut().zip(values).for_each(|(x, y)| *x += y);
+        };
+        let parts = self
+            .values
+            .par_chunks_mut(task)
+            .zip(other.values.par_chunks(task));
+        if other.values.len() <= task {
+            add((&mut self.values, &other.values));
+        } else {
+            parts.for_each(add);
+        }
+    }
+
+    /// `x / sqrt(mean(x^2) + eps) * weight`
+    pub(crate) fn rms_norm(&self, weight: &[f32], eps: f32) -> Self {
+        let mut out = self.clone();
+        out.each(|row| {
+            let factor = 1.0 / (sum(row, |x| x * x) / row.len() as f32 + eps).sqrt();
+            row.iter_mut()
+                .zip(weight)
+                .for_each(|(x, w)| *x = *x * factor * w);
+        });
+        out
+    }
+
+    /// `(x - mean) / sqrt(variance + eps) * weight + bias`
+    pub(crate) fn layer_norm(&self, weight: &[f32], bias: &[f32], eps: f32) -> Self {
+        let mut out = self.clone();
+        out.each(|row| {
+            let mean = sum(row, |x| x) / row.len() as f32;
+            let factor =
+                1.0 / (sum(row, |x| (x - mean) * (x - mean)) / row.len() as f32 + eps).sqrt();
+            for ((x, w), b) in row.iter_mut().zip(weight).zip(bias) {
+                *x = (*x - mean) * factor * w + b;
+            }
+        });
+        out
+    }
+
+    /// `silu(gate) * up` of rows that hold gate and up side by side.
+    pub(crate) fn swiglu(&self) -> Self {
+        let inner = self.columns / 2;
+        let mut out = Self::zeros(self.count(), inner);
+        let work = |(out, row): (&mut [f32], &[f32])| {
+            let (gate, up) = row.split_at(inner);
+            for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+                *out = gate / (1.0 + (-gate).exp()) * up;
+            }
+        };
+        out.values
+            .par_chunks_mut(inner)
+            .zip(self.values.par_chunks(self.columns))
+            .for_each(work);
+        out
+    }
+
+    /// `x * sigmoid(1.702 x)`: CLIP's activation, not GELU.
+    pub(crate) fn quick_gelu(&mut self) {
+        self.each(|row| row.iter_mut().for_each(|x| *x /= 1.0 + (-1.702 * *x).exp()));
+    }
+}
+
+/// A sum in sixteen lanes, so that the compiler can vectorize it.
+fn sum(row: &[f32], of: impl Fn(f32) -> f32) -> f32 {
+    let (lanes, rest) = row.as_chunks::<16>();
+    let mut sums = [0f32; 16];
+    for lane in lanes {
+        sums.iter_mut()
+            .zip(lane)
+            .for_each(|(sum, x)| *sum += of(*x));
+    }
+    sums.iter().sum::<f32>() + rest.iter().map(|x| of(*x)).sum::<f32>()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_nn::ops::{layer_norm, rms_norm, sigmoid, swiglu};
+
+    use super::*;
+
+    fn near(ours: &Rows, theirs: &Tensor) {
+        let theirs = Rows::of(theirs).unwrap();
+        assert_eq!(ours.columns, theirs.columns);
+        for (a, b) in ours.values.iter().zip(&theirs.values) {
+            assert!((a - b).abs() < 1e-5, "{a} {b}");
+        }
+    }
+
+    #[test]
+    fn every_operation_is_that_of_the_float_path() {
+        for (count, columns) in [(1, 64), (3, 100), (700, 64)] {
+            let x = Tensor::randn(0f32, 2.0, (count, columns), &Device::Cpu).unwrap();
+            let weight = Tensor::randn(0f32, 1.0, columns, &Device::Cpu).unwrap();
+            let (w, rows) = (weight.to_vec1::<f32>().unwrap(), Rows::of(&x).unwrap());
+            near(
+                &rows.rms_norm(&w, 1e-5),
+                &rms_norm(&x, &weight, 1e-5).unwrap(),
+            );
+            near(
+                &rows.layer_norm(&w, &w, 1e-5),
+                &layer_norm(&x, &weight, &weight, 1e-5).unwrap(),
+            );
+            near(&rows.swiglu(), &swiglu(&x).unwrap());
+            let mut gelu = rows.clone();
+            gelu.quick_gelu();
+            near(
+                &gelu,
+                &(&x * sigmoid(&(&x * 1.702).unwrap()).unwrap()).unwrap(),
+            );
+            let mut added = rows.clone();
+            added.add(&rows);
+            near(&added, &(&x + &x).unwrap());
+            added = rows;
+            added.add_to_each(&w);
+            near(&added, &x.broadcast_add(&weight).unwrap());
+        }
+    }
+}
