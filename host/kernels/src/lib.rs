@@ -8,6 +8,7 @@
 //! it, and one file for each instruction set does the same, to the bit, as fast as that can. Nothing here knows of tensors,
 //! files or models.
 
+mod activation;
 pub mod activations;
 pub mod attention;
 pub mod encode;

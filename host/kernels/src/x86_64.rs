@@ -16,6 +16,7 @@
     reason = "loads, prefetches, and calls that a CPU feature must allow"
 )]
 
+mod activation;
 mod attention;
 
 use std::arch::x86_64::*;

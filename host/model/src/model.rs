@@ -327,6 +327,18 @@ impl Phi3V {
         state: &mut SequenceState,
         positions_max: usize,
     ) -> Result<Option<Vec<f32>>, ModelError> {
+        if self.kind == DeviceKind::Cpu {
+            // On a thread of the pool: from outside, each of the hundreds of parallel steps would wait to be woken.
+            return rayon::scope(|_| self.advance_here(state, positions_max));
+        }
+        self.advance_here(state, positions_max)
+    }
+
+    fn advance_here(
+        &self,
+        state: &mut SequenceState,
+        positions_max: usize,
+    ) -> Result<Option<Vec<f32>>, ModelError> {
         let hidden = self.run(state, positions_max)?;
         if state.pending() > 0 {
             return Ok(None);

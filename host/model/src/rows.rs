@@ -4,6 +4,7 @@
 
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
+use visor_kernels::Kernel;
 
 /// Values that one parallel task touches at least.
 const TASK_VALUES: usize = 16 << 10;
@@ -101,14 +102,12 @@ impl Rows {
     }
 
     /// `silu(gate) * up` of rows that hold gate and up side by side.
-    pub(crate) fn swiglu(&self) -> Self {
+    pub(crate) fn swiglu(&self, kernel: Kernel) -> Self {
         let inner = self.columns / 2;
         let mut out = Self::zeros(self.count(), inner);
         let work = |(out, row): (&mut [f32], &[f32])| {
             let (gate, up) = row.split_at(inner);
-            for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                *out = gate / (1.0 + (-gate).exp()) * up;
-            }
+            kernel.swiglu(gate, up, out);
         };
         out.values
             .par_chunks_mut(inner)
@@ -118,8 +117,8 @@ impl Rows {
     }
 
     /// `x * sigmoid(1.702 x)`: CLIP's activation, not GELU.
-    pub(crate) fn quick_gelu(&mut self) {
-        self.each(|row| row.iter_mut().for_each(|x| *x /= 1.0 + (-1.702 * *x).exp()));
+    pub(crate) fn quick_gelu(&mut self, kernel: Kernel) {
+        self.each(|row| kernel.quick_gelu(row));
     }
 }
 
@@ -163,9 +162,12 @@ mod tests {
                 &rows.layer_norm(&w, &w, 1e-5),
                 &layer_norm(&x, &weight, &weight, 1e-5).unwrap(),
             );
-            near(&rows.swiglu(), &swiglu(&x).unwrap());
+            near(
+                &rows.swiglu(Kernel::detect().unwrap_or(Kernel::Scalar)),
+                &swiglu(&x).unwrap(),
+            );
             let mut gelu = rows.clone();
-            gelu.quick_gelu();
+            gelu.quick_gelu(Kernel::detect().unwrap_or(Kernel::Scalar));
             near(
                 &gelu,
                 &(&x * sigmoid(&(&x * 1.702).unwrap()).unwrap()).unwrap(),

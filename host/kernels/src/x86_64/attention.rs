@@ -190,7 +190,7 @@ fn weights(scores: &mut [f32], most: f32) -> f32 {
 /// `e^x` for x up to 0, within 2e-7 of itself; 0 below -87. By 2^n * e^r with |r| at most ln(2) / 2, and e^r by its series.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-fn exp(x: __m256) -> __m256 {
+pub(super) fn exp(x: __m256) -> __m256 {
     const SERIES: [f32; 6] = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0];
     let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(-87.0));
     let x = _mm256_max_ps(_mm256_set1_ps(-87.0), x); // the second operand when either is NaN

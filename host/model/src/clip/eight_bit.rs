@@ -42,7 +42,7 @@ impl Tower {
         let mut inner = layer
             .fc1
             .forward_rows(&normed, &Quantized::new(kernel, &normed))?;
-        inner.quick_gelu();
+        inner.quick_gelu(kernel);
         hidden.add(
             &layer
                 .fc2

@@ -51,7 +51,7 @@ impl Decoder {
         let gate_up = layer
             .gate_up
             .forward_rows(&normed, &Quantized::new(kernel, &normed))?;
-        let inner = gate_up.swiglu();
+        let inner = gate_up.swiglu(kernel);
         layer
             .down
             .forward_rows(&inner, &Quantized::new(kernel, &inner))
