@@ -485,6 +485,30 @@ fn eight_bit_activations_stay_near_the_floats() {
     assert!(hidden < ERROR_MAX, "hidden state {hidden}");
 }
 
+/// Keys and values of the eight-bit path lie in memory that grows: what was decoded one by one, across several growths, must
+/// be what one prefill gives, but for the order of sums and the codes that it flips.
+#[test]
+fn eight_bit_decoding_equals_prefill_while_the_cache_grows() {
+    let demo = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("demo");
+    let checkpoint = Checkpoint::open(&demo).unwrap();
+    let model = Phi3V::load_with(&checkpoint, DeviceKind::Cpu, Activations::Int8, &|_| ()).unwrap();
+    let all = ids(600, 300);
+    let mut whole = model.begin(&text_prompt(all.clone()), &[]).unwrap();
+    advance(&model, &mut whole, 600);
+    for (first, chunk) in [(1, 1), (250, 7), (3, 250)] {
+        let mut state = model.begin(&text_prompt(all[..first].to_vec()), &[]).unwrap();
+        advance(&model, &mut state, chunk);
+        for next in all[first..].chunks(chunk) {
+            for id in next {
+                model.push(&mut state, u32::try_from(*id).unwrap()).unwrap();
+            }
+            advance(&model, &mut state, chunk);
+        }
+        let error = relative_error(state.last_hidden(), whole.last_hidden());
+        assert!(error < 0.02, "{first} and then {chunk} at a time: {error}");
+    }
+}
+
 fn relative_error(got: &[f32], want: &[f32]) -> f32 {
     assert_eq!(got.len(), want.len());
     let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
