@@ -38,7 +38,7 @@ impl<F: Send + Sync + 'static> FeatureStore<F> {
         model: &M,
         pixels: &PixelValues,
         access: &CacheAccess,
-        keep_going: &dyn Fn() -> bool,
+        keep_going: &(dyn Fn() -> bool + Sync),
     ) -> Result<Encoded<F>, Trouble> {
         let key = self.key(model.device(), pixels, access);
         let found = access.features.read.then(|| self.cache.get(&key)).flatten();

@@ -25,7 +25,7 @@ pub trait Model: Send + 'static {
     fn encode_image(
         &self,
         pixels: &PixelValues,
-        keep_going: &dyn Fn() -> bool,
+        keep_going: &(dyn Fn() -> bool + Sync),
     ) -> Result<Self::Features, ModelError>;
 
     /// Memory the features take, in bytes.
@@ -82,7 +82,7 @@ impl Model for Phi3V {
     fn encode_image(
         &self,
         pixels: &PixelValues,
-        keep_going: &dyn Fn() -> bool,
+        keep_going: &(dyn Fn() -> bool + Sync),
     ) -> Result<ImageFeatures, ModelError> {
         Self::encode_image(self, pixels, keep_going)
     }

@@ -36,7 +36,7 @@ pub(crate) struct Bench<'a, M: Model> {
     pub(crate) model: &'a M,
     pub(crate) features: &'a FeatureStore<M::Features>,
     pub(crate) chunk_tokens: usize,
-    pub(crate) is_stop_due: &'a dyn Fn() -> bool,
+    pub(crate) is_stop_due: &'a (dyn Fn() -> bool + Sync),
 }
 
 /// An admitted request.

@@ -72,9 +72,11 @@ impl QuantizedRows {
         );
         self.blocks = columns / BLOCK;
         self.rows = x.len() / columns;
-        self.tiles.clear();
-        self.tiles
-            .resize(self.rows.div_ceil(TILE_ROWS) * self.blocks, Tile::default());
+        let tiles = self.rows.div_ceil(TILE_ROWS) * self.blocks;
+        self.tiles.resize(tiles, Tile::default());
+        if !self.rows.is_multiple_of(TILE_ROWS) {
+            self.tiles[tiles - self.blocks..].fill(Tile::default());
+        }
         let each = |(tiles, rows): (&mut [Tile], &[f32])| {
             for (row, values) in rows.chunks_exact(columns).enumerate() {
                 kernel.quantize(values.as_chunks().0, row, tiles);

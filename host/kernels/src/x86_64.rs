@@ -27,6 +27,13 @@ use crate::product::PANEL;
 
 /// Panels that are multiplied with a tile of activations: 2 * 5 sums, 2 weights, activations and products fill 16 registers.
 const TILE_PANELS: usize = 2;
+/// Rows of activations whose values are gathered at a time, whole tiles: with a stretch of blocks 141 KB, their values 15 KB for
+/// a pair of panels, in the second-level cache.
+const ROWS_AT_ONCE: usize = 48 * TILE_ROWS;
+/// Pairs of panels that a chunk of rows meets before the next stretch of blocks.
+const PAIRS_AT_ONCE: usize = 8;
+/// Up to this many rows, pairs of panels are taken one by one.
+const FEW_ROWS: usize = 64;
 /// Blocks of weights unpacked at a time: two panels of 8 are 8 KiB, a quarter of the first-level cache.
 const BLOCKS_AT_ONCE: usize = 8;
 
@@ -359,7 +366,9 @@ fn prefetch_after(first: &Panel<'_>, block: usize) {
     }
 }
 
-/// Prefill: weights are unpacked once for all rows of activations.
+/// Several rows: weights are unpacked once for a chunk of them. A stretch of blocks of the chunk's activations is read from the
+/// second-level cache for every pair of panels in turn; with few rows it is in the first-level cache anyway, and pairs are
+/// taken one by one, so that weights are read in their order.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn many_rows(
     weights: &Int4Rows<'_>,
@@ -367,47 +376,79 @@ fn many_rows(
     x: &QuantizedRows,
     out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
 ) {
-    let mut pair: [Panel<'_>; TILE_PANELS] = std::array::from_fn(|_| Panel::new());
-    let mut values = vec![[_mm256_setzero_ps(); TILE_PANELS]; x.rows()];
-    let mut unpacked = Unpacked::new();
-    for first in panels.clone().step_by(TILE_PANELS) {
-        for (offset, panel) in pair.iter_mut().enumerate() {
-            panel.find(weights, (first + offset).min(panels.end - 1));
-            panel.read_lines(weights);
-        }
-        values.fill([_mm256_setzero_ps(); TILE_PANELS]);
-        for start in (0..x.blocks).step_by(BLOCKS_AT_ONCE) {
-            let end = (start + BLOCKS_AT_ONCE).min(x.blocks);
-            unpacked.fill(&pair, start..end);
-            multiply_tile(&unpacked, x, start..end, &mut values);
-        }
-        for (row, values) in values.iter().enumerate() {
-            for (offset, value) in values.iter().enumerate() {
-                if first + offset < panels.end {
-                    out(first + offset - panels.start, row, &store(*value));
+    let pairs_at_once = if x.rows() > FEW_ROWS {
+        PAIRS_AT_ONCE
+    } else {
+        1
+    };
+    for first in panels.clone().step_by(TILE_PANELS * pairs_at_once) {
+        let end = panels.end.min(first + TILE_PANELS * pairs_at_once);
+        let pairs: Vec<_> = (first..end)
+            .step_by(TILE_PANELS)
+            .map(|panel| panel_pair(weights, panel..end))
+            .collect();
+        for row in (0..x.rows()).step_by(ROWS_AT_ONCE) {
+            let rows = row..(row + ROWS_AT_ONCE).min(x.rows());
+            let values = chunk_times_pairs(&pairs, x, rows.clone());
+            for (panel, values) in (first..)
+                .step_by(TILE_PANELS)
+                .zip(values.chunks(rows.len()))
+            {
+                for (row, values) in rows.clone().zip(values) {
+                    for (panel, value) in (panel..end).zip(values) {
+                        out(panel - panels.start, row, &store(*value));
+                    }
                 }
             }
         }
     }
 }
 
-/// Adds a stretch of blocks to the values of all rows.
+/// Two panels from the first of a range; the last one twice where there is no second.
+#[target_feature(enable = "avx2,f16c")]
+fn panel_pair<'a>(
+    weights: &Int4Rows<'a>,
+    panels: std::ops::Range<usize>,
+) -> [Panel<'a>; TILE_PANELS] {
+    let mut pair: [Panel<'_>; TILE_PANELS] = std::array::from_fn(|_| Panel::new());
+    for (offset, panel) in pair.iter_mut().enumerate() {
+        panel.find(weights, (panels.start + offset).min(panels.end - 1));
+        panel.read_lines(weights);
+    }
+    pair
+}
+
+/// Values of a chunk of rows, (pairs, rows).
 #[target_feature(enable = "avx2,fma")]
-fn multiply_tile(
-    weights: &Unpacked,
+fn chunk_times_pairs(
+    pairs: &[[Panel<'_>; TILE_PANELS]],
     x: &QuantizedRows,
-    blocks: std::ops::Range<usize>,
-    values: &mut [[__m256; TILE_PANELS]],
-) {
-    for (rows, values) in values.chunks_mut(TILE_ROWS).enumerate() {
-        let tiles = &x.tiles[rows * x.blocks + blocks.start..][..blocks.len()];
-        match values.len() {
-            1 => rows_times_panels::<1>(weights, tiles, values),
-            2 => rows_times_panels::<2>(weights, tiles, values),
-            3 => rows_times_panels::<3>(weights, tiles, values),
-            4 => rows_times_panels::<4>(weights, tiles, values),
-            _ => rows_times_panels::<TILE_ROWS>(weights, tiles, values),
+    rows: std::ops::Range<usize>,
+) -> Vec<[__m256; TILE_PANELS]> {
+    let mut values = vec![[_mm256_setzero_ps(); TILE_PANELS]; pairs.len() * rows.len()];
+    let tiles = &x.tiles[rows.start / TILE_ROWS * x.blocks..];
+    let mut unpacked = Unpacked::new();
+    for start in (0..x.blocks).step_by(BLOCKS_AT_ONCE) {
+        let blocks = start..(start + BLOCKS_AT_ONCE).min(x.blocks);
+        for (pair, values) in pairs.iter().zip(values.chunks_mut(rows.len())) {
+            unpacked.fill(pair, blocks.clone());
+            for (values, tiles) in values.chunks_mut(TILE_ROWS).zip(tiles.chunks(x.blocks)) {
+                add_tile(&unpacked, &tiles[blocks.clone()], values);
+            }
         }
+    }
+    values
+}
+
+/// Adds a stretch of blocks to the values of a tile's rows.
+#[target_feature(enable = "avx2,fma")]
+fn add_tile(weights: &Unpacked, tiles: &[Tile], values: &mut [[__m256; TILE_PANELS]]) {
+    match values.len() {
+        1 => rows_times_panels::<1>(weights, tiles, values),
+        2 => rows_times_panels::<2>(weights, tiles, values),
+        3 => rows_times_panels::<3>(weights, tiles, values),
+        4 => rows_times_panels::<4>(weights, tiles, values),
+        _ => rows_times_panels::<TILE_ROWS>(weights, tiles, values),
     }
 }
 

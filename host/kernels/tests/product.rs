@@ -104,6 +104,9 @@ fn every_kernel_gives_the_bits_of_the_specification() {
                 (40, 256, 11),
                 (200, 128, 1),
                 (7, 128, 13),
+                (70, 640, 65),
+                (150, 128, 241),
+                (24, 64, 500),
             ] {
                 if columns % group != 0 {
                     continue;

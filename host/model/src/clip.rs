@@ -15,7 +15,8 @@ use crate::error::ModelError;
 use crate::linear::{Linear, Loader};
 use crate::table::TOWER;
 
-/// Crops that run together: enough to fill the cores, few enough that activations stay around 100 MiB.
+/// Crops that run together as floats: enough to fill the cores, few enough that activations stay around 100 MiB. With eight bits
+/// one fills them, and its activations stay in memory that is used again.
 const CROPS_AT_ONCE: usize = 4;
 const PATCHES: usize = CROP_SIDE_PATCHES * CROP_SIDE_PATCHES;
 
@@ -115,7 +116,7 @@ impl Tower {
     pub(crate) fn forward(
         &self,
         crops: &[f32],
-        keep_going: &dyn Fn() -> bool,
+        keep_going: &(dyn Fn() -> bool + Sync),
     ) -> Result<Tensor, ModelError> {
         const CROP_VALUES: usize = 3 * CROP_SIDE_PX * CROP_SIDE_PX;
         if crops.is_empty() || !crops.len().is_multiple_of(CROP_VALUES) {
@@ -125,18 +126,14 @@ impl Tower {
             )));
         }
         let mut parts = Vec::new();
-        for batch in crops.chunks(CROPS_AT_ONCE * CROP_VALUES) {
+        let crops_at_once = self.kernel.map_or(CROPS_AT_ONCE, |_| 1);
+        for batch in crops.chunks(crops_at_once * CROP_VALUES) {
             let count = batch.len() / CROP_VALUES;
-            let mut hidden = self.embed(batch, count)?; // (crops * 577, width)
-            for layer in &self.layers {
-                if !keep_going() {
-                    return Err(ModelError::Cancelled);
-                }
-                hidden = match self.kernel {
-                    Some(kernel) => self.run_layer_rows(kernel, layer, &hidden)?,
-                    None => self.run_layer(layer, hidden, count)?,
-                };
-            }
+            let hidden = self.embed(batch, count)?; // (crops * 577, width)
+            let hidden = match self.kernel {
+                Some(kernel) => self.run_rows(kernel, &hidden, keep_going)?,
+                None => self.run(hidden, count, keep_going)?,
+            };
             let hidden = hidden.reshape((count, 1 + PATCHES, self.width))?;
             parts.push(hidden.narrow(1, 1, PATCHES)?.contiguous()?);
         }
@@ -176,6 +173,21 @@ impl Tower {
         let tokens = Tensor::cat(&[&class, &patches], 1)?.broadcast_add(&self.positions)?;
         self.pre_norm
             .forward(&tokens.reshape((count * (1 + PATCHES), self.width))?)
+    }
+
+    fn run(
+        &self,
+        mut hidden: Tensor,
+        count: usize,
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Tensor, ModelError> {
+        for layer in &self.layers {
+            if !keep_going() {
+                return Err(ModelError::Cancelled);
+            }
+            hidden = self.run_layer(layer, hidden, count)?;
+        }
+        Ok(hidden)
     }
 
     fn run_layer(

@@ -189,10 +189,11 @@ impl Linear {
         let out = match &self.weight {
             LinearWeight::Stored(matrix, None) => matrix.multiply(x)?,
             LinearWeight::Stored(_, Some(kernel)) => {
+                let (mut quantized, mut out) = (Quantized::default(), Rows::default());
                 let rows = Rows::of(x)?;
-                return self
-                    .forward_rows(&rows, &Quantized::new(*kernel, &rows))?
-                    .to_tensor();
+                quantized.set(*kernel, &rows);
+                self.forward_rows(&rows, &quantized, &mut out)?;
+                return out.to_tensor();
             }
             LinearWeight::Device(weight) => x.matmul(&weight.t()?)?,
         };
@@ -203,16 +204,22 @@ impl Linear {
     }
 }
 
-/// Rows with their eight-bit form, for all the layers that take them.
-pub(crate) struct Quantized(Option<QuantizedRows>);
+/// The eight-bit form of rows, for all the layers that take them.
+#[derive(Default)]
+pub(crate) struct Quantized {
+    rows: QuantizedRows,
+    whole: bool,
+}
 
 impl Quantized {
     /// Rows of a width that is no whole number of blocks have none, and no layer asks for it.
-    pub(crate) fn new(kernel: Kernel, rows: &Rows) -> Self {
-        let whole = rows
+    pub(crate) fn set(&mut self, kernel: Kernel, rows: &Rows) {
+        self.whole = rows
             .columns
             .is_multiple_of(visor_kernels::activations::BLOCK);
-        Self(whole.then(|| QuantizedRows::new(kernel, &rows.values, rows.columns)))
+        if self.whole {
+            self.rows.fill(kernel, &rows.values, rows.columns);
+        }
     }
 }
 
@@ -222,22 +229,23 @@ impl Linear {
         &self,
         x: &Rows,
         quantized: &Quantized,
-    ) -> candle_core::Result<Rows> {
+        out: &mut Rows,
+    ) -> candle_core::Result<()> {
         let LinearWeight::Stored(matrix, kernel) = &self.weight else {
-            return Rows::of(&self.forward(&x.to_tensor()?)?);
+            *out = Rows::of(&self.forward(&x.to_tensor()?)?)?;
+            return Ok(());
         };
-        let mut out = match (kernel, matrix.blocked(), &quantized.0) {
-            (Some(kernel), Some(int4), Some(quantized)) => {
-                let mut out = Rows::zeros(x.count(), matrix.rows);
-                visor_kernels::multiply(*kernel, &int4, quantized, &mut out.values);
-                out
+        match (kernel, matrix.blocked()) {
+            (Some(kernel), Some(int4)) if quantized.whole => {
+                out.reshape(x.count(), matrix.rows);
+                visor_kernels::multiply(*kernel, &int4, &quantized.rows, &mut out.values);
             }
-            _ => Rows::of(&matrix.multiply(&x.to_tensor()?)?)?,
-        };
+            _ => *out = Rows::of(&matrix.multiply(&x.to_tensor()?)?)?,
+        }
         if let Some(bias) = &self.bias {
             out.add_to_each(&bias.to_vec1()?);
         }
-        Ok(out)
+        Ok(())
     }
 }
 

@@ -211,7 +211,7 @@ impl Phi3V {
     pub fn encode_image(
         &self,
         pixels: &PixelValues,
-        keep_going: &dyn Fn() -> bool,
+        keep_going: &(dyn Fn() -> bool + Sync),
     ) -> Result<ImageFeatures, ModelError> {
         let patches = self.tower_features(pixels, keep_going)?;
         self.project(&patches, pixels)
@@ -221,7 +221,7 @@ impl Phi3V {
     pub(crate) fn tower_features(
         &self,
         pixels: &PixelValues,
-        keep_going: &dyn Fn() -> bool,
+        keep_going: &(dyn Fn() -> bool + Sync),
     ) -> Result<Tensor, ModelError> {
         let grid = u64::from(pixels.columns) * u64::from(pixels.rows);
         if u64::from(pixels.crop_count) != grid + 1 {

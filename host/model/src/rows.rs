@@ -9,19 +9,24 @@ use visor_kernels::Kernel;
 /// Values that one parallel task touches at least.
 const TASK_VALUES: usize = 16 << 10;
 
-/// (count, columns), row-major.
-#[derive(Debug, Clone, PartialEq)]
+/// (count, columns), row-major. What a layer makes it writes into rows that were used before: memory fresh from the system costs
+/// a page fault for every 4 KiB.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Rows {
     pub(crate) values: Vec<f32>,
     pub(crate) columns: usize,
 }
 
 impl Rows {
-    pub(crate) fn zeros(count: usize, columns: usize) -> Self {
-        Self {
-            values: vec![0.0; count * columns],
-            columns,
-        }
+    /// Gives the rows a shape; what they hold afterwards means nothing.
+    pub(crate) fn reshape(&mut self, count: usize, columns: usize) {
+        self.values.resize(count * columns, 0.0);
+        self.columns = columns;
+    }
+
+    fn copy(&mut self, other: &Self) {
+        self.reshape(other.count(), other.columns);
+        self.values.copy_from_slice(&other.values);
     }
 
     /// The rows of a tensor (count, columns) on the CPU.
@@ -38,7 +43,7 @@ impl Rows {
     }
 
     pub(crate) fn count(&self) -> usize {
-        self.values.len() / self.columns
+        self.values.len().checked_div(self.columns).unwrap_or(0)
     }
 
     /// Calls `work` for each row, on all cores where there is enough to do.
@@ -76,21 +81,20 @@ impl Rows {
     }
 
     /// `x / sqrt(mean(x^2) + eps) * weight`
-    pub(crate) fn rms_norm(&self, weight: &[f32], eps: f32) -> Self {
-        let mut out = self.clone();
-        out.each(|row| {
+    pub(crate) fn set_rms_norm(&mut self, x: &Self, weight: &[f32], eps: f32) {
+        self.copy(x);
+        self.each(|row| {
             let factor = 1.0 / (sum(row, |x| x * x) / row.len() as f32 + eps).sqrt();
             row.iter_mut()
                 .zip(weight)
                 .for_each(|(x, w)| *x = *x * factor * w);
         });
-        out
     }
 
     /// `(x - mean) / sqrt(variance + eps) * weight + bias`
-    pub(crate) fn layer_norm(&self, weight: &[f32], bias: &[f32], eps: f32) -> Self {
-        let mut out = self.clone();
-        out.each(|row| {
+    pub(crate) fn set_layer_norm(&mut self, x: &Self, [weight, bias]: [&[f32]; 2], eps: f32) {
+        self.copy(x);
+        self.each(|row| {
             let mean = sum(row, |x| x) / row.len() as f32;
             let factor =
                 1.0 / (sum(row, |x| (x - mean) * (x - mean)) / row.len() as f32 + eps).sqrt();
@@ -98,22 +102,20 @@ impl Rows {
                 *x = (*x - mean) * factor * w + b;
             }
         });
-        out
     }
 
     /// `silu(gate) * up` of rows that hold gate and up side by side.
-    pub(crate) fn swiglu(&self, kernel: Kernel) -> Self {
-        let inner = self.columns / 2;
-        let mut out = Self::zeros(self.count(), inner);
+    pub(crate) fn set_swiglu(&mut self, x: &Self, kernel: Kernel) {
+        let inner = x.columns / 2;
+        self.reshape(x.count(), inner);
         let work = |(out, row): (&mut [f32], &[f32])| {
             let (gate, up) = row.split_at(inner);
             kernel.swiglu(gate, up, out);
         };
-        out.values
+        self.values
             .par_chunks_mut(inner)
-            .zip(self.values.par_chunks(self.columns))
+            .zip(x.values.par_chunks(x.columns))
             .for_each(work);
-        out
     }
 
     /// `x * sigmoid(1.702 x)`: CLIP's activation, not GELU.
@@ -154,20 +156,16 @@ mod tests {
             let x = Tensor::randn(0f32, 2.0, (count, columns), &Device::Cpu).unwrap();
             let weight = Tensor::randn(0f32, 1.0, columns, &Device::Cpu).unwrap();
             let (w, rows) = (weight.to_vec1::<f32>().unwrap(), Rows::of(&x).unwrap());
-            near(
-                &rows.rms_norm(&w, 1e-5),
-                &rms_norm(&x, &weight, 1e-5).unwrap(),
-            );
-            near(
-                &rows.layer_norm(&w, &w, 1e-5),
-                &layer_norm(&x, &weight, &weight, 1e-5).unwrap(),
-            );
-            near(
-                &rows.swiglu(Kernel::detect().unwrap_or(Kernel::Scalar)),
-                &swiglu(&x).unwrap(),
-            );
+            let kernel = Kernel::detect().unwrap_or(Kernel::Scalar);
+            let mut out = Rows::default();
+            out.set_rms_norm(&rows, &w, 1e-5);
+            near(&out, &rms_norm(&x, &weight, 1e-5).unwrap());
+            out.set_layer_norm(&rows, [&w, &w], 1e-5);
+            near(&out, &layer_norm(&x, &weight, &weight, 1e-5).unwrap());
+            out.set_swiglu(&rows, kernel);
+            near(&out, &swiglu(&x).unwrap());
             let mut gelu = rows.clone();
-            gelu.quick_gelu(Kernel::detect().unwrap_or(Kernel::Scalar));
+            gelu.quick_gelu(kernel);
             near(
                 &gelu,
                 &(&x * sigmoid(&(&x * 1.702).unwrap()).unwrap()).unwrap(),

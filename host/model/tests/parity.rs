@@ -7,6 +7,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use visor_model::image::{ImageLimits, decode, hd_plan, render_view};
 use visor_model::{
@@ -289,14 +290,11 @@ fn encoding_stops_when_told_to() {
     let bytes = std::fs::read(golden().join("images/sq_512.png")).unwrap();
     let image = decode(&bytes, &ImageLimits::default(), false).unwrap();
     let pixels = render_view(&image, &hd_plan(512, 512, 4).unwrap()).unwrap();
-    let asked = std::cell::Cell::new(0);
-    let keep_going = || {
-        asked.set(asked.get() + 1);
-        asked.get() < 3
-    };
+    let asked = AtomicUsize::new(0);
+    let keep_going = || asked.fetch_add(1, Ordering::Relaxed) < 2;
     let result = model.encode_image(&pixels, &keep_going);
     assert!(matches!(result, Err(ModelError::Cancelled)));
-    assert_eq!(asked.get(), 3);
+    assert_eq!(asked.load(Ordering::Relaxed), 3);
 }
 
 fn copy_tree(from: &Path, to: &Path) {
@@ -496,7 +494,9 @@ fn eight_bit_decoding_equals_prefill_while_the_cache_grows() {
     let mut whole = model.begin(&text_prompt(all.clone()), &[]).unwrap();
     advance(&model, &mut whole, 600);
     for (first, chunk) in [(1, 1), (250, 7), (3, 250)] {
-        let mut state = model.begin(&text_prompt(all[..first].to_vec()), &[]).unwrap();
+        let mut state = model
+            .begin(&text_prompt(all[..first].to_vec()), &[])
+            .unwrap();
         advance(&model, &mut state, chunk);
         for next in all[first..].chunks(chunk) {
             for id in next {

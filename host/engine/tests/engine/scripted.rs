@@ -157,7 +157,7 @@ impl Model for ScriptedModel {
     fn encode_image(
         &self,
         pixels: &PixelValues,
-        keep_going: &dyn Fn() -> bool,
+        keep_going: &(dyn Fn() -> bool + Sync),
     ) -> Result<ScriptedFeatures, ModelError> {
         let picture = pixels.key[0];
         for crop in 0..pixels.crop_count {

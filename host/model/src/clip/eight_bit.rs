@@ -4,62 +4,98 @@
 use candle_core::Tensor;
 use visor_kernels::{AttentionInput, AttentionShape, HeadRows, Kernel, attend};
 
-use super::{LayerNorm, PATCHES, Tower};
+use super::{Layer, LayerNorm, PATCHES, Tower};
 use crate::config::LAYER_NORM_EPS;
+use crate::error::ModelError;
 use crate::linear::Quantized;
 use crate::rows::Rows;
 
+/// Memory that every layer uses again.
+#[derive(Default)]
+struct Scratch {
+    normed: Rows,
+    quantized: Quantized,
+    query: Rows,
+    key: Rows,
+    value: Rows,
+    inner: Rows,
+    out: Rows,
+}
+
 impl LayerNorm {
-    fn rows(&self, x: &Rows) -> candle_core::Result<Rows> {
-        Ok(x.layer_norm(
-            &self.weight.to_vec1()?,
-            &self.bias.to_vec1()?,
-            LAYER_NORM_EPS,
-        ))
+    fn set(&self, out: &mut Rows, x: &Rows) -> candle_core::Result<()> {
+        let (weight, bias) = (self.weight.to_vec1()?, self.bias.to_vec1()?);
+        out.set_layer_norm(x, [&weight, &bias], LAYER_NORM_EPS);
+        Ok(())
     }
 }
 
 impl Tower {
-    /// As `run_layer`: (crops * 577, width) in and out.
-    pub(super) fn run_layer_rows(
+    /// As `run`, on threads of the pool: (crops * 577, width) in and out.
+    pub(super) fn run_rows(
         &self,
         kernel: Kernel,
-        layer: &super::Layer,
         hidden: &Tensor,
-    ) -> candle_core::Result<Tensor> {
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Tensor, ModelError> {
         let mut hidden = Rows::of(hidden)?;
-        let normed = layer.norm1.rows(&hidden)?;
-        let quantized = Quantized::new(kernel, &normed);
-        let [query, key, value] = [&layer.query, &layer.key, &layer.value]
-            .map(|linear| linear.forward_rows(&normed, &quantized));
-        let mixed = self.attend_rows(kernel, [&query?, &key?, &value?]);
-        hidden.add(
-            &layer
-                .output
-                .forward_rows(&mixed, &Quantized::new(kernel, &mixed))?,
-        );
-        let normed = layer.norm2.rows(&hidden)?;
-        let mut inner = layer
+        rayon::scope(|_| {
+            let mut scratch = Scratch::default();
+            for layer in &self.layers {
+                if !keep_going() {
+                    return Err(ModelError::Cancelled);
+                }
+                self.run_layer_rows(kernel, layer, &mut hidden, &mut scratch)?;
+            }
+            Ok(hidden.to_tensor()?)
+        })
+    }
+
+    fn run_layer_rows(
+        &self,
+        kernel: Kernel,
+        layer: &Layer,
+        hidden: &mut Rows,
+        s: &mut Scratch,
+    ) -> candle_core::Result<()> {
+        layer.norm1.set(&mut s.normed, hidden)?;
+        s.quantized.set(kernel, &s.normed);
+        layer
+            .query
+            .forward_rows(&s.normed, &s.quantized, &mut s.query)?;
+        layer
+            .key
+            .forward_rows(&s.normed, &s.quantized, &mut s.key)?;
+        layer
+            .value
+            .forward_rows(&s.normed, &s.quantized, &mut s.value)?;
+        self.attend_rows(kernel, [&s.query, &s.key, &s.value], &mut s.normed);
+        s.quantized.set(kernel, &s.normed);
+        layer
+            .output
+            .forward_rows(&s.normed, &s.quantized, &mut s.out)?;
+        hidden.add(&s.out);
+        layer.norm2.set(&mut s.normed, hidden)?;
+        s.quantized.set(kernel, &s.normed);
+        layer
             .fc1
-            .forward_rows(&normed, &Quantized::new(kernel, &normed))?;
-        inner.quick_gelu(kernel);
-        hidden.add(
-            &layer
-                .fc2
-                .forward_rows(&inner, &Quantized::new(kernel, &inner))?,
-        );
-        hidden.to_tensor()
+            .forward_rows(&s.normed, &s.quantized, &mut s.inner)?;
+        s.inner.quick_gelu(kernel);
+        s.quantized.set(kernel, &s.inner);
+        layer.fc2.forward_rows(&s.inner, &s.quantized, &mut s.out)?;
+        hidden.add(&s.out);
+        Ok(())
     }
 
     /// Full attention within each crop.
-    fn attend_rows(&self, kernel: Kernel, [query, key, value]: [&Rows; 3]) -> Rows {
+    fn attend_rows(&self, kernel: Kernel, [query, key, value]: [&Rows; 3], out: &mut Rows) {
         let shape = AttentionShape {
             heads: self.heads,
             kv_heads: self.heads,
             head_dim: self.width / self.heads,
             causal: false,
         };
-        let mut out = Rows::zeros(query.count(), self.width);
+        out.reshape(query.count(), self.width);
         let crop = (1 + PATCHES) * self.width;
         for (index, out) in out.values.chunks_exact_mut(crop).enumerate() {
             let span = index * crop..(index + 1) * crop;
@@ -79,6 +115,5 @@ impl Tower {
             };
             attend(kernel, shape, &input, out);
         }
-        out
     }
 }

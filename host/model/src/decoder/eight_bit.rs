@@ -10,6 +10,16 @@ use crate::linear::Quantized;
 use crate::rope::Regime;
 use crate::rows::Rows;
 
+/// Memory that every layer uses again.
+#[derive(Default)]
+struct Scratch {
+    normed: Rows,
+    quantized: Quantized,
+    wide: Rows, // queries, keys and values; gate and up
+    mixed: Rows,
+    out: Rows,
+}
+
 impl Decoder {
     /// Runs `hidden` at the positions behind the cache and adds them to it; hidden states before the last norm.
     pub(super) fn forward_rows(
@@ -21,40 +31,61 @@ impl Decoder {
     ) -> candle_core::Result<Rows> {
         let count = hidden.count();
         cache.reserve_half(cache.len() + count);
-        let (cosines, sines) = self.rope.angles(regime, cache.len(), count);
-        for (index, layer) in self.layers.iter().enumerate() {
-            let normed = hidden.rms_norm(&layer.input_norm.to_vec1()?, self.eps);
-            let mut qkv = layer
-                .qkv
-                .forward_rows(&normed, &Quantized::new(kernel, &normed))?;
-            self.rotate(&mut qkv, &cosines, &sines);
-            cache.append_half(index, &qkv.values, qkv.columns);
-            let mixed = self.attend_rows(kernel, &qkv, (index, cache));
-            hidden.add(
-                &layer
-                    .output
-                    .forward_rows(&mixed, &Quantized::new(kernel, &mixed))?,
-            );
-            hidden.add(&self.feed_forward(kernel, layer, &hidden)?);
+        let angles = self.rope.angles(regime, cache.len(), count);
+        let mut scratch = Scratch::default();
+        for index in 0..self.layers.len() {
+            self.attention(kernel, (index, cache), &angles, (&mut hidden, &mut scratch))?;
+            self.feed_forward(kernel, &self.layers[index], &mut hidden, &mut scratch)?;
         }
         cache.commit(count, regime);
         Ok(hidden)
+    }
+
+    fn attention(
+        &self,
+        kernel: Kernel,
+        (index, cache): (usize, &mut KvCache),
+        angles: &(Vec<f32>, Vec<f32>),
+        (hidden, scratch): (&mut Rows, &mut Scratch),
+    ) -> candle_core::Result<()> {
+        let (layer, s) = (&self.layers[index], scratch);
+        s.normed
+            .set_rms_norm(hidden, &layer.input_norm.to_vec1()?, self.eps);
+        s.quantized.set(kernel, &s.normed);
+        layer
+            .qkv
+            .forward_rows(&s.normed, &s.quantized, &mut s.wide)?;
+        self.rotate(&mut s.wide, &angles.0, &angles.1);
+        cache.append_half(index, &s.wide.values, s.wide.columns);
+        self.attend_rows(kernel, &s.wide, (index, cache), &mut s.mixed);
+        s.quantized.set(kernel, &s.mixed);
+        layer
+            .output
+            .forward_rows(&s.mixed, &s.quantized, &mut s.out)?;
+        hidden.add(&s.out);
+        Ok(())
     }
 
     fn feed_forward(
         &self,
         kernel: Kernel,
         layer: &Layer,
-        hidden: &Rows,
-    ) -> candle_core::Result<Rows> {
-        let normed = hidden.rms_norm(&layer.post_norm.to_vec1()?, self.eps);
-        let gate_up = layer
+        hidden: &mut Rows,
+        s: &mut Scratch,
+    ) -> candle_core::Result<()> {
+        s.normed
+            .set_rms_norm(hidden, &layer.post_norm.to_vec1()?, self.eps);
+        s.quantized.set(kernel, &s.normed);
+        layer
             .gate_up
-            .forward_rows(&normed, &Quantized::new(kernel, &normed))?;
-        let inner = gate_up.swiglu(kernel);
+            .forward_rows(&s.normed, &s.quantized, &mut s.wide)?;
+        s.mixed.set_swiglu(&s.wide, kernel);
+        s.quantized.set(kernel, &s.mixed);
         layer
             .down
-            .forward_rows(&inner, &Quantized::new(kernel, &inner))
+            .forward_rows(&s.mixed, &s.quantized, &mut s.out)?;
+        hidden.add(&s.out);
+        Ok(())
     }
 
     /// Rotates the query and key heads of every row: halves of a head are the two coordinates.
@@ -77,7 +108,13 @@ impl Decoder {
             .for_each(work);
     }
 
-    fn attend_rows(&self, kernel: Kernel, qkv: &Rows, (layer, cache): (usize, &KvCache)) -> Rows {
+    fn attend_rows(
+        &self,
+        kernel: Kernel,
+        qkv: &Rows,
+        (layer, cache): (usize, &KvCache),
+        out: &mut Rows,
+    ) {
         let shape = visor_kernels::AttentionShape {
             heads: self.shape.heads,
             kv_heads: self.shape.kv_heads,
@@ -91,8 +128,7 @@ impl Decoder {
             keys: cache.len() + qkv.count(),
             key_values: &|head| cache.half_rows(layer, head),
         };
-        let mut out = Rows::zeros(qkv.count(), shape.heads * shape.head_dim);
+        out.reshape(qkv.count(), shape.heads * shape.head_dim);
         attend(kernel, shape, &input, &mut out.values);
-        out
     }
 }
