@@ -1,0 +1,436 @@
+//! INT4 weights times eight-bit activations with AVX2. `scalar.rs` specifies a value to the bit.
+//!
+//! Eight rows of weights make a panel. Of a panel's block of 64 columns, eight words a row are transposed, so that a register
+//! holds one word of each row; its low nibbles are four even columns of each row, its high ones the four odd columns beside
+//! them. One `vpmaddubsw` multiplies them with the same four activations, sent to all rows: unsigned codes with signed ones,
+//! neighbours added in 16 bits.
+//!
+//! ```text
+//! register t (of 16)   byte 4r..4r+4 = row r, columns 8(t % 8) + {0,2,4,6} + t / 8        one word of activations: t
+//! ```
+//!
+//! 16-bit sums: a pair is at most 2 * 15 * 127 = 3810, eight of them 30480: they fit in 32767, and only then become 32 bits.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::{
+    Avx2, load_bytes, load_f32, load_half, load_words, store, transpose_f32, transpose_i32,
+};
+use crate::activations::{BLOCK, Eight, QuantizedRows, TILE_ROWS, Tile, WORDS};
+use crate::int4::{Int4Rows, ScaleType};
+use crate::product::PANEL;
+
+/// Panels that are multiplied with a tile of activations: 2 * 5 sums, 2 weights, activations and products fill 16 registers.
+const TILE_PANELS: usize = 2;
+/// Rows of activations whose values are gathered at a time, whole tiles: with a stretch of blocks 141 KB, their values 15 KB for
+/// a pair of panels, in the second-level cache.
+const ROWS_AT_ONCE: usize = 48 * TILE_ROWS;
+/// Pairs of panels that a chunk of rows meets before the next stretch of blocks.
+const PAIRS_AT_ONCE: usize = 8;
+/// Up to this many rows, pairs of panels are taken one by one.
+const FEW_ROWS: usize = 64;
+/// Blocks of weights unpacked at a time: two panels of 8 are 8 KiB, a quarter of the first-level cache.
+const BLOCKS_AT_ONCE: usize = 8;
+/// How far ahead of a row's codes memory is asked for when decoding: nearer is too late, and from 3 KiB on nothing is gained.
+const AHEAD_BYTES: usize = 2048;
+
+impl Avx2 {
+    /// Values of the rows `panel * PANEL..` of a panel pair for all of `x`: `out(panel offset, row of x, eight values)`.
+    pub(crate) fn multiply(
+        self,
+        weights: &Int4Rows<'_>,
+        panels: Range<usize>,
+        x: &QuantizedRows,
+        out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+    ) {
+        if x.rows() == 1 {
+            // SAFETY: `self` exists, so `detect` saw the features.
+            unsafe { one_row(weights, panels, x, out) };
+        } else {
+            // SAFETY: `self` exists, so `detect` saw the features.
+            unsafe { many_rows(weights, panels, x, out) };
+        }
+    }
+}
+
+/// A panel's rows in their file, and scales and biases of all its blocks.
+struct Panel<'a> {
+    rows: [[&'a [u8]; 3]; PANEL], // codes, scales, biases
+    lines: Vec<[__m256; 2]>,      // (blocks): scale and bias of each row
+}
+
+impl<'a> Panel<'a> {
+    fn new() -> Self {
+        Self {
+            rows: [[&[]; 3]; PANEL],
+            lines: Vec::new(),
+        }
+    }
+
+    /// Rows behind the last one are the last one again; nobody asks for their values.
+    fn find(&mut self, weights: &Int4Rows<'a>, panel: usize) {
+        let last = weights.rows() - 1;
+        for (index, row) in self.rows.iter_mut().enumerate() {
+            *row = weights.row((panel * PANEL + index).min(last));
+        }
+    }
+
+    /// Reads scales and biases.
+    #[target_feature(enable = "avx2,f16c")]
+    fn read_lines(&mut self, weights: &Int4Rows<'a>) {
+        let per_group = weights.group() / BLOCK;
+        self.lines
+            .resize(weights.columns() / BLOCK, [_mm256_setzero_ps(); 2]);
+        for (eight, lines) in self.lines.chunks_mut(8 * per_group).enumerate() {
+            for part in 0..2 {
+                let by_group = by_group(&self.rows, (1 + part, 8 * eight), weights.scale_type());
+                for (index, line) in lines.iter_mut().enumerate() {
+                    line[part] = by_group[index / per_group];
+                }
+            }
+        }
+    }
+
+    /// One block of all rows, as the module's comment draws it, into place `offset` of each step.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn unpack(&self, block: usize, steps: &mut [[__m256i; TILE_PANELS]; WORDS], offset: usize) {
+        let mut words = [_mm256_setzero_si256(); PANEL];
+        for (word, [codes, ..]) in words.iter_mut().zip(&self.rows) {
+            *word = load_bytes(&codes.as_chunks().0[block]);
+        }
+        let words = transpose_i32(words);
+        let nibble = _mm256_set1_epi8(0xF);
+        for t in 0..8 {
+            steps[t][offset] = _mm256_and_si256(words[t], nibble);
+            steps[8 + t][offset] = _mm256_and_si256(_mm256_srli_epi16::<4>(words[t]), nibble);
+        }
+    }
+}
+
+/// Decoding: every weight is used once, and memory is what limits. Rows are read one after the other; a lane is a block.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn one_row(
+    weights: &Int4Rows<'_>,
+    panels: Range<usize>,
+    x: &QuantizedRows,
+    out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+) {
+    let mut panel = Panel::new();
+    let first = panels.start;
+    let mut products = vec![[_mm256_setzero_ps(); PANEL]; x.lone.len()]; // (blocks / 8, rows), lanes: blocks
+    for index in panels {
+        panel.find(weights, index);
+        for (row, parts) in panel.rows.iter().enumerate() {
+            row_products(*parts, weights, &x.lone, &mut products, row);
+        }
+        let mut value = _mm256_setzero_ps();
+        for (eight, products) in products.iter().enumerate() {
+            let by_block = transpose_f32(*products);
+            for product in &by_block[..8.min(x.blocks - 8 * eight)] {
+                value = _mm256_add_ps(value, *product);
+            }
+        }
+        out(index - first, 0, &store(value));
+    }
+}
+
+/// What each block of a row of weights adds to its value, eight blocks at a time, into column `row` of `products`.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn row_products(
+    [codes, scales, biases]: [&[u8]; 3],
+    weights: &Int4Rows<'_>,
+    x: &[Eight],
+    products: &mut [[__m256; PANEL]],
+    row: usize,
+) {
+    let width = weights.scale_type().bytes();
+    let per_group = weights.group() / BLOCK;
+    let (whole, rest) = codes.as_chunks::<{ 8 * BLOCK / 2 }>();
+    let mut padded = [0; 8 * BLOCK / 2];
+    padded[..rest.len()].copy_from_slice(rest);
+    for (eight, (x, products)) in x.iter().zip(products).enumerate() {
+        let codes = whole.get(eight).unwrap_or(&padded);
+        let (scale, bias) = if per_group == 1 {
+            let at = 8 * eight * width;
+            (
+                widen(&scales[at..], weights.scale_type()),
+                widen(&biases[at..], weights.scale_type()),
+            )
+        } else {
+            let line = |part: &[u8]| {
+                std::array::from_fn(|block| {
+                    weights
+                        .scale_type()
+                        .get_or_zero(part, (8 * eight + block) / per_group)
+                })
+            };
+            (load_f32(&line(scales)), load_f32(&line(biases)))
+        };
+        let dot = _mm256_cvtepi32_ps(eight_dots(codes, &x.words));
+        let scale = _mm256_mul_ps(scale, load_f32(&x.scales));
+        products[row] = _mm256_fmadd_ps(dot, scale, _mm256_mul_ps(bias, load_f32(&x.sums)));
+    }
+}
+
+/// Dot products of at most eight blocks of one row of weights with one row of activations, a lane each.
+///
+/// A 16-bit lane holds a pair of even and a pair of odd columns, at most 2 * 3810 = 7620; two additions of lanes make that
+/// 30480 before lanes become 32 bits.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn eight_dots(codes: &[u8; 8 * BLOCK / 2], words: &[[i32; WORDS]; 8]) -> __m256i {
+    let nibble = _mm256_set1_epi8(0xF);
+    let mut sums = [_mm256_setzero_si256(); 8];
+    for line in 0..4 {
+        let ahead = codes
+            .as_ptr()
+            .cast::<u8>()
+            .wrapping_add(AHEAD_BYTES + 64 * line);
+        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+    }
+    for block in 0..8 {
+        let codes = load_bytes(&codes.as_chunks().0[block]);
+        let (even, odd) = words[block].split_at(WORDS / 2);
+        let low = _mm256_maddubs_epi16(_mm256_and_si256(codes, nibble), load_words(even));
+        let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), nibble);
+        sums[block] = _mm256_add_epi16(low, _mm256_maddubs_epi16(high, load_words(odd)));
+    }
+    let mut halves = [nibble; 2]; // each 128-bit half: one word of each of four blocks
+    for half in 0..2 {
+        let [a, b, c, d] = [
+            sums[4 * half],
+            sums[4 * half + 1],
+            sums[4 * half + 2],
+            sums[4 * half + 3],
+        ];
+        let ab = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+        let cd = _mm256_add_epi16(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+        let four = _mm256_add_epi16(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+        halves[half] = _mm256_madd_epi16(four, _mm256_set1_epi16(1));
+    }
+    let [a, b] = halves;
+    _mm256_add_epi32(
+        _mm256_permute2x128_si256::<0x20>(a, b),
+        _mm256_permute2x128_si256::<0x31>(a, b),
+    )
+}
+
+/// `value` and what a block adds to it, rounded as the specification does.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn accumulate(value: __m256, dot: __m256i, [scale, bias]: [__m256; 2], x: [f32; 2]) -> __m256 {
+    let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[0]));
+    let bias = _mm256_mul_ps(bias, _mm256_set1_ps(x[1]));
+    _mm256_add_ps(value, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, bias))
+}
+
+/// A stretch of blocks of a few panels, unpacked.
+struct Unpacked {
+    codes: Vec<[[__m256i; TILE_PANELS]; WORDS]>, // (blocks)
+    lines: Vec<[[__m256; 2]; TILE_PANELS]>,      // (blocks)
+}
+
+impl Unpacked {
+    #[target_feature(enable = "avx2")]
+    fn new() -> Self {
+        Self {
+            codes: vec![[[_mm256_setzero_si256(); TILE_PANELS]; WORDS]; BLOCKS_AT_ONCE],
+            lines: vec![[[_mm256_setzero_ps(); 2]; TILE_PANELS]; BLOCKS_AT_ONCE],
+        }
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn fill(&mut self, panels: &[Panel<'_>; TILE_PANELS], blocks: Range<usize>) {
+        for (index, block) in blocks.enumerate() {
+            for (offset, panel) in panels.iter().enumerate() {
+                panel.unpack(block, &mut self.codes[index], offset);
+                self.lines[index][offset] = panel.lines[block];
+            }
+            prefetch_after(&panels[0], block);
+        }
+    }
+}
+
+/// Asks for the panels that follow in memory, as far on as this block is in its panel: rows lie one behind the other, so the
+/// requests of all blocks run through the next panels from beginning to end.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn prefetch_after(first: &Panel<'_>, block: usize) {
+    const STEP: usize = TILE_PANELS * PANEL * BLOCK / 2;
+    let codes = first.rows[0][0];
+    let next = codes
+        .as_ptr()
+        .wrapping_add(codes.len() * PANEL * TILE_PANELS + block * STEP);
+    for line in 0..STEP / 64 {
+        _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64 * line).cast());
+    }
+}
+
+/// Several rows: weights are unpacked once for a chunk of them. A stretch of blocks of the chunk's activations is read from the
+/// second-level cache for every pair of panels in turn; with few rows it is in the first-level cache anyway, and pairs are
+/// taken one by one, so that weights are read in their order.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn many_rows(
+    weights: &Int4Rows<'_>,
+    panels: Range<usize>,
+    x: &QuantizedRows,
+    out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+) {
+    let pairs_at_once = if x.rows() > FEW_ROWS {
+        PAIRS_AT_ONCE
+    } else {
+        1
+    };
+    for first in panels.clone().step_by(TILE_PANELS * pairs_at_once) {
+        let end = panels.end.min(first + TILE_PANELS * pairs_at_once);
+        let pairs: Vec<_> = (first..end)
+            .step_by(TILE_PANELS)
+            .map(|panel| panel_pair(weights, panel..end))
+            .collect();
+        for row in (0..x.rows()).step_by(ROWS_AT_ONCE) {
+            let rows = row..(row + ROWS_AT_ONCE).min(x.rows());
+            let values = chunk_times_pairs(&pairs, x, rows.clone());
+            for (panel, values) in (first..)
+                .step_by(TILE_PANELS)
+                .zip(values.chunks(rows.len()))
+            {
+                for (row, values) in rows.clone().zip(values) {
+                    for (panel, value) in (panel..end).zip(values) {
+                        out(panel - panels.start, row, &store(*value));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Two panels from the first of a range; the last one twice where there is no second.
+#[target_feature(enable = "avx2,f16c")]
+fn panel_pair<'a>(weights: &Int4Rows<'a>, panels: Range<usize>) -> [Panel<'a>; TILE_PANELS] {
+    let mut pair: [Panel<'_>; TILE_PANELS] = std::array::from_fn(|_| Panel::new());
+    for (offset, panel) in pair.iter_mut().enumerate() {
+        panel.find(weights, (panels.start + offset).min(panels.end - 1));
+        panel.read_lines(weights);
+    }
+    pair
+}
+
+/// Values of a chunk of rows, (pairs, rows).
+#[target_feature(enable = "avx2,fma")]
+fn chunk_times_pairs(
+    pairs: &[[Panel<'_>; TILE_PANELS]],
+    x: &QuantizedRows,
+    rows: Range<usize>,
+) -> Vec<[__m256; TILE_PANELS]> {
+    let mut values = vec![[_mm256_setzero_ps(); TILE_PANELS]; pairs.len() * rows.len()];
+    let tiles = &x.tiles[rows.start / TILE_ROWS * x.blocks..];
+    let mut unpacked = Unpacked::new();
+    for start in (0..x.blocks).step_by(BLOCKS_AT_ONCE) {
+        let blocks = start..(start + BLOCKS_AT_ONCE).min(x.blocks);
+        for (pair, values) in pairs.iter().zip(values.chunks_mut(rows.len())) {
+            unpacked.fill(pair, blocks.clone());
+            for (values, tiles) in values.chunks_mut(TILE_ROWS).zip(tiles.chunks(x.blocks)) {
+                add_tile(&unpacked, &tiles[blocks.clone()], values);
+            }
+        }
+    }
+    values
+}
+
+/// Adds a stretch of blocks to the values of a tile's rows.
+#[target_feature(enable = "avx2,fma")]
+fn add_tile(weights: &Unpacked, tiles: &[Tile], values: &mut [[__m256; TILE_PANELS]]) {
+    match values.len() {
+        1 => rows_times_panels::<1>(weights, tiles, values),
+        2 => rows_times_panels::<2>(weights, tiles, values),
+        3 => rows_times_panels::<3>(weights, tiles, values),
+        4 => rows_times_panels::<4>(weights, tiles, values),
+        _ => rows_times_panels::<TILE_ROWS>(weights, tiles, values),
+    }
+}
+
+/// Adds a stretch of blocks to the values of the first N rows of a tile.
+#[target_feature(enable = "avx2,fma")]
+fn rows_times_panels<const N: usize>(
+    weights: &Unpacked,
+    tiles: &[Tile],
+    values: &mut [[__m256; TILE_PANELS]],
+) {
+    let values = values
+        .first_chunk_mut::<N>()
+        .expect("the caller counted them");
+    let ones = _mm256_set1_epi16(1);
+    // Eight, but unknown to the compiler: it would unroll the loop over steps and then hold every weight at once.
+    let steps = std::hint::black_box(WORDS / 2);
+    for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
+        let (low, high) = codes.split_at(steps);
+        let (low_words, high_words) = tile.words.split_at(steps);
+        let low = pair_sums::<N>(low, low_words);
+        let high = pair_sums::<N>(high, high_words);
+        for row in 0..N {
+            for offset in 0..TILE_PANELS {
+                let low = _mm256_madd_epi16(low[row][offset], ones);
+                let dot = _mm256_add_epi32(low, _mm256_madd_epi16(high[row][offset], ones));
+                let x = [tile.scales[row], tile.sums[row]];
+                values[row][offset] = accumulate(values[row][offset], dot, lines[offset], x);
+            }
+        }
+    }
+}
+
+/// Products of at most eight steps, neighbours added, as 16-bit numbers: (rows of x, panels).
+#[target_feature(enable = "avx2")]
+#[inline]
+fn pair_sums<const N: usize>(
+    codes: &[[__m256i; TILE_PANELS]],
+    words: &[[i32; TILE_ROWS]],
+) -> [[__m256i; TILE_PANELS]; N] {
+    let mut pairs = [[_mm256_setzero_si256(); TILE_PANELS]; N];
+    for (codes, words) in codes.iter().zip(words) {
+        for row in 0..N {
+            let activation = _mm256_set1_epi32(words[row]);
+            for offset in 0..TILE_PANELS {
+                let products = _mm256_maddubs_epi16(codes[offset], activation);
+                pairs[row][offset] = _mm256_add_epi16(pairs[row][offset], products);
+            }
+        }
+    }
+    pairs
+}
+
+/// Scales or biases of eight groups from `first`, of each group the eight rows'; behind the last group they mean nothing.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn by_group(
+    rows: &[[&[u8]; 3]; PANEL],
+    (part, first): (usize, usize),
+    scale_type: ScaleType,
+) -> [__m256; 8] {
+    let mut values = [_mm256_setzero_ps(); PANEL];
+    for row in 0..PANEL {
+        values[row] = widen(&rows[row][part][first * scale_type.bytes()..], scale_type);
+    }
+    transpose_f32(values)
+}
+
+/// The first eight values, zeros behind the last.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn widen(stored: &[u8], scale_type: ScaleType) -> __m256 {
+    match scale_type {
+        ScaleType::F16 => _mm256_cvtph_ps(load_half(stored)),
+        ScaleType::Bf16 => {
+            let wide = _mm256_cvtepu16_epi32(load_half(stored));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        }
+        ScaleType::F32 => {
+            let mut eight = [0f32; 8];
+            let count = stored.len().min(32) / 4;
+            crate::widen::widen_f32(&stored[..4 * count], &mut eight[..count]);
+            load_f32(&eight)
+        }
+    }
+}
