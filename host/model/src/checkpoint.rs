@@ -13,11 +13,12 @@ use crate::weights::{StoredType, Weights, read_file};
 
 const CONFIG: &[u8] = include_bytes!("../demo/config.json");
 const GENERATION_CONFIG: &[u8] = include_bytes!("../demo/generation_config.json");
-const PREPROCESSOR_CONFIG: &[u8] = include_bytes!("../demo/preprocessor_config.json");
+/// The published one, too.
+pub(crate) const PREPROCESSOR_CONFIG: &[u8] = include_bytes!("../demo/preprocessor_config.json");
 const MODEL: &[u8] = include_bytes!("../demo/model.safetensors");
 const TOKENIZER: &[u8] = include_bytes!("../demo/tokenizer.json");
 /// The tokenizer of the published model, for checkpoints that carry none.
-const PHI3_TOKENIZER: &[u8] = include_bytes!("../phi3/tokenizer.json");
+pub(crate) const PHI3_TOKENIZER: &[u8] = include_bytes!("../phi3/tokenizer.json");
 
 /// Name of the model inside the binary.
 const EMBEDDED_ID: &str = "visor-demo";

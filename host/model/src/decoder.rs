@@ -110,6 +110,14 @@ impl Decoder {
         .to_device(&self.device)
     }
 
+    /// Bytes of a number in a cache.
+    pub(crate) fn kv_value_bytes(&self) -> u64 {
+        match self.kernel {
+            Some(_) => 2,
+            None => self.dtype.size_in_bytes() as u64,
+        }
+    }
+
     /// Makes room in a cache for a whole sequence.
     pub(crate) fn reserve(&self, cache: &mut KvCache, positions: usize) -> candle_core::Result<()> {
         if self.kernel.is_some() {

@@ -2,9 +2,10 @@
 //!
 //! Pixels become crops ([`image`]), crops patch features (`clip`), patch features embeddings (`projector`), and
 //! embeddings with token ids hidden states, KV cache and logits (`decoder`). [`Checkpoint`] reads files, [`Phi3V`]
-//! computes, [`quantize()`] makes an INT4 checkpoint of a float one, [`verify`] compares with the reference. Nothing
-//! here knows of requests, HTTP or plugins.
+//! computes, [`quantize()`] makes an INT4 checkpoint of a float one, [`shape`] one of random weights, [`mod@bench`] measures,
+//! [`verify`] compares with the reference. Nothing here knows of requests, HTTP or plugins.
 
+pub mod bench;
 pub mod checkpoint;
 mod clip;
 pub mod config;
@@ -20,6 +21,7 @@ mod projector;
 pub mod quantize;
 mod rope;
 mod rows;
+pub mod shape;
 mod table;
 pub mod tokenizer;
 mod weights;

@@ -198,6 +198,11 @@ impl Phi3V {
         self.kind
     }
 
+    /// Bytes of a number in a KV cache.
+    pub(crate) fn kv_value_bytes(&self) -> u64 {
+        self.decoder.kv_value_bytes()
+    }
+
     /// The type activations are computed in.
     pub(crate) fn dtype(&self) -> DType {
         self.dtype

@@ -19,8 +19,11 @@ use crate::config::parse_json;
 use crate::error::ModelError;
 use crate::model::LoadProgress;
 use crate::weights::read_file;
-use plan::plan;
-use writer::{Writer, write_tensor};
+use plan::{Step, plan};
+use writer::write_tensor;
+
+pub(crate) use plan::{Action, Planned};
+pub(crate) use writer::Writer;
 
 /// Weights that share a scale and a bias.
 pub const GROUP: usize = 64;
@@ -125,7 +128,8 @@ fn write_weights(
     let weights = checkpoint.weights();
     let steps = plan(checkpoint, options)?;
     let path = folder.join("model.safetensors");
-    let mut writer = Writer::create(&path, &steps, options.float_type.into())?;
+    let planned: Vec<Planned<'_>> = steps.iter().map(Step::planned).collect();
+    let mut writer = Writer::create(&path, &planned, options.float_type.into())?;
     let (mut modules, mut done) = (Vec::new(), 0);
     for step in &steps {
         let mut on_bytes = |bytes: u64| {
@@ -153,7 +157,12 @@ fn write_weights(
 /// The source's config, with what MLX adds to it.
 fn write_config(source: &Path, folder: &Path) -> Result<(), ModelError> {
     let path = source.join("config.json");
-    let mut config = parse_json(&read_file(&path, "")?, &path.display().to_string())?;
+    let config = parse_json(&read_file(&path, "")?, &path.display().to_string())?;
+    write_quantized_config(config, folder)
+}
+
+/// `config.json` of a folder whose matrices are INT4.
+pub(crate) fn write_quantized_config(mut config: Value, folder: &Path) -> Result<(), ModelError> {
     if let Value::Object(keys) = &mut config {
         let quantization = json!({ "group_size": GROUP, "bits": 4, "mode": "affine" });
         keys.insert("quantization".to_owned(), quantization.clone());
@@ -161,7 +170,12 @@ fn write_config(source: &Path, folder: &Path) -> Result<(), ModelError> {
     }
     let path = folder.join("config.json");
     let text = serde_json::to_string_pretty(&config).expect("a JSON value can be written");
-    fs::write(&path, text).map_err(|source| cannot_write(&path, source))
+    write_file(&path, text.as_bytes())
+}
+
+/// Writes a small file.
+pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+    fs::write(path, bytes).map_err(|source| cannot_write(path, source))
 }
 
 /// Copies the small files that belong to a checkpoint: tokenizer, processor, licence, and the code that other servers run.
@@ -190,13 +204,14 @@ fn copy_companions(source: &Path, folder: &Path) -> Result<(), ModelError> {
 }
 
 /// A folder that is being written; it is gone when it is not finished.
-struct Partial {
-    path: PathBuf,
+pub(crate) struct Partial {
+    pub(crate) path: PathBuf,
     finished: bool,
 }
 
 impl Partial {
-    fn create(target: &Path) -> Result<Self, ModelError> {
+    /// The folder that becomes `target`; what an interrupted run left of it is taken away.
+    pub(crate) fn create(target: &Path) -> Result<Self, ModelError> {
         if target.exists() {
             return Err(cannot_write(
                 target,
@@ -222,7 +237,8 @@ impl Partial {
         Ok(partial)
     }
 
-    fn finish(mut self, target: &Path) -> Result<(), ModelError> {
+    /// Gives the folder its name.
+    pub(crate) fn finish(mut self, target: &Path) -> Result<(), ModelError> {
         let done =
             fs::remove_file(self.path.join(MARKER)).and_then(|()| fs::rename(&self.path, target));
         done.map_err(|source| cannot_write(target, source))?;

@@ -46,6 +46,7 @@ Examples:
   visor config check visor.toml             what is wrong with it, with line and key
   visor plugin check my-template.wasm       the checks the server runs before using it
   visor verify --golden tests/golden        compare this machine with the reference
+  visor bench --shape phi-3.5-vision        what a model of that size does here, with random weights
   visor quantize ~/Phi-3.5-vision ~/phi-int4  four bits a weight, in MLX's format
   visor eval --suite tests/suite            how many questions about pictures are answered right
 
@@ -225,6 +226,15 @@ struct BenchArgs {
     /// Requests to measure, one after the other
     #[arg(long, value_name = "N", default_value_t = 3)]
     requests: u32,
+    /// Measure every stage with random weights of a shape, whatever model is configured: phi-3.5-vision, or a config.json
+    #[arg(long, value_name = "SHAPE", conflicts_with_all = ["image", "max_tokens", "requests"])]
+    shape: Option<String>,
+    /// Where such weights are kept [default: visor/bench in the user's cache folder]
+    #[arg(long, value_name = "DIR", requires = "shape")]
+    shape_folder: Option<PathBuf>,
+    /// With --shape, run a prompt of 2509 tokens too
+    #[arg(long, requires = "shape")]
+    long: bool,
     /// One JSON document instead of text
     #[arg(long)]
     json: bool,

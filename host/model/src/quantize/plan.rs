@@ -14,9 +14,28 @@ pub(super) struct Step<'a> {
     pub(super) action: Action,
 }
 
+impl Step<'_> {
+    /// What the file's header has to know.
+    pub(super) fn planned(&self) -> Planned<'_> {
+        Planned {
+            name: &self.tensor.name,
+            shape: &self.tensor.shape,
+            action: self.action,
+        }
+    }
+}
+
+/// A tensor of a file that is about to be written.
+pub(crate) struct Planned<'a> {
+    pub(crate) name: &'a str,
+    /// Before the action.
+    pub(crate) shape: &'a [usize],
+    pub(crate) action: Action,
+}
+
 /// What is written of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Action {
+pub(crate) enum Action {
     /// Codes, scales and biases of a matrix.
     Int4 { rows: usize, columns: usize },
     /// The values in the float type.

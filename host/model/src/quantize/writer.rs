@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use visor_kernels::{EncodeError, ScaleType, SquaredError, encode_rows};
 
-use super::plan::{Action, Step};
+use super::plan::{Action, Planned, Step};
 use super::{GROUP, ModuleError, cannot_write};
 use crate::error::ModelError;
 use crate::weights::StoredTensor;
@@ -19,17 +19,19 @@ const BLOCK_VALUES: usize = 4 << 20;
 const FURTHER: &str = "; bf16 reaches further than f16";
 
 /// A file whose header is written.
-pub(super) struct Writer {
+pub(crate) struct Writer {
     path: PathBuf,
     file: BufWriter<File>,
     bytes: u64,
+    /// Bytes of all tensors that the header lists.
+    pub(crate) tensor_bytes: u64,
 }
 
 impl Writer {
-    /// Creates the file and writes the header of what the steps will write.
-    pub(super) fn create(
+    /// Creates the file and writes the header of what will be put into it, in this order.
+    pub(crate) fn create(
         path: &Path,
-        steps: &[Step<'_>],
+        tensors: &[Planned<'_>],
         float_type: ScaleType,
     ) -> Result<Self, ModelError> {
         let mut header = Header {
@@ -38,9 +40,10 @@ impl Writer {
         };
         let metadata = json!({ "format": "mlx" });
         header.entries.insert("__metadata__".to_owned(), metadata);
-        for step in steps {
-            header.add_step(step, float_type);
+        for planned in tensors {
+            header.add_planned(planned, float_type);
         }
+        let tensor_bytes = header.at as u64;
         let mut text = Value::Object(header.entries).to_string().into_bytes();
         text.resize(text.len().next_multiple_of(8), b' ');
         let file = File::create_new(path).map_err(|source| cannot_write(path, source))?;
@@ -48,13 +51,15 @@ impl Writer {
             path: path.to_owned(),
             file: BufWriter::with_capacity(1 << 20, file),
             bytes: 0,
+            tensor_bytes,
         };
         writer.put(&(text.len() as u64).to_le_bytes())?;
         writer.put(&text)?;
         Ok(writer)
     }
 
-    fn put(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
+    /// Appends the next bytes of the tensors.
+    pub(crate) fn put(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
         self.bytes += bytes.len() as u64;
         self.file
             .write_all(bytes)
@@ -62,8 +67,10 @@ impl Writer {
     }
 
     /// Makes sure that all of it is on the disk, and tells its size.
-    pub(super) fn finish(self) -> Result<u64, ModelError> {
-        let Self { path, file, bytes } = self;
+    pub(crate) fn finish(self) -> Result<u64, ModelError> {
+        let Self {
+            path, file, bytes, ..
+        } = self;
         let file = file.into_inner().map_err(|error| error.into_error());
         file.and_then(|file| file.sync_all())
             .map_err(|source| cannot_write(&path, source))?;
@@ -77,10 +84,10 @@ struct Header {
 }
 
 impl Header {
-    fn add_step(&mut self, step: &Step<'_>, float_type: ScaleType) {
-        let (name, shape) = (&step.tensor.name, &step.tensor.shape);
+    fn add_planned(&mut self, planned: &Planned<'_>, float_type: ScaleType) {
+        let (name, shape) = (planned.name, planned.shape);
         let float = (float_name(float_type), float_type.bytes());
-        match step.action {
+        match planned.action {
             Action::Float => self.add(name, float, shape),
             Action::ChannelsLast => {
                 self.add(name, float, &[shape[0], shape[2], shape[3], shape[1]]);

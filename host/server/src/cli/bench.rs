@@ -1,4 +1,6 @@
-//! `visor bench`: what this machine does with the configured model, end to end.
+//! `visor bench`: what this machine does with the configured model, end to end; with `--shape`, stage by stage.
+
+mod shape;
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -19,6 +21,9 @@ struct Measured {
 }
 
 pub(super) fn run(args: &BenchArgs) -> Result<u8, Failure> {
+    if let Some(shape) = &args.shape {
+        return shape::run(shape, args);
+    }
     let images = match &args.image {
         Some(file) => vec![std::fs::read(file).map_err(|error| {
             Failure::usage(anyhow::anyhow!(
@@ -121,7 +126,11 @@ fn print(out: &mut impl Write, report: &serde_json::Value) -> std::io::Result<()
             number(&run["tokens_per_s"]),
         )?;
     }
-    match report["peak_resident_mib"].as_u64() {
+    print_peak(out, report["peak_resident_mib"].as_u64())
+}
+
+fn print_peak(out: &mut impl Write, mib: Option<u64>) -> std::io::Result<()> {
+    match mib {
         Some(mib) => writeln!(out, "peak memory  {mib} MiB resident"),
         None => writeln!(out, "peak memory  unknown: this system does not say"),
     }

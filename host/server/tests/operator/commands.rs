@@ -222,3 +222,62 @@ fn a_float_checkpoint_is_quantized_and_serves() {
         text(&out.stderr)
     );
 }
+
+/// Every number below a value, with the keys that lead there.
+fn numbers(path: &str, value: &Value, found: &mut Vec<(String, f64)>) {
+    match value {
+        Value::Object(keys) => keys
+            .iter()
+            .for_each(|(key, value)| numbers(&format!("{path}.{key}"), value, found)),
+        Value::Array(values) => values.iter().for_each(|value| numbers(path, value, found)),
+        _ => found.extend(value.as_f64().map(|number| (path.to_owned(), number))),
+    }
+}
+
+#[test]
+fn a_shape_is_made_once_and_measured_stage_by_stage() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = repository("tests/golden/ckpt_mha_int4/config.json");
+    let bench = |flag: &str| {
+        let shape = config.to_str().unwrap();
+        run(
+            folder.path(),
+            &["bench", "--shape", shape, "--shape-folder", "kept", flag],
+        )
+    };
+    let out = bench("--json");
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+    assert!(text(&out.stderr).contains("making random weights in kept"));
+    let report = json(&out.stdout);
+    let mut found = Vec::new();
+    numbers("", &report, &mut found);
+    for (key, number) in &found {
+        assert!(*number > 0.0 && number.is_finite(), "{key} is {number}");
+    }
+    for stage in [
+        ".ceilings.read_gb_per_s",
+        ".ceilings.product_gop_per_s",
+        ".measured.load_s",
+        ".measured.vision.seconds_per_crop",
+        ".measured.prefill.tokens_per_s",
+        ".measured.decode.read_share",
+        ".measured.first_token.seconds",
+    ] {
+        assert!(found.iter().any(|(key, _)| key == stage), "no {stage}");
+    }
+    assert_eq!(report["measured"]["first_token"]["prompt_tokens"], 775);
+
+    let out = bench("--long");
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+    assert!(!text(&out.stderr).contains("making"), "it was kept");
+    assert!(text(&out.stdout).contains("prefill      2509 tokens"));
+}
+
+#[test]
+fn a_shape_that_is_none_is_refused_with_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = run(folder.path(), &["bench", "--shape", "phi-4"]);
+    assert_eq!(out.status.code(), Some(2));
+    let said = text(&out.stderr);
+    assert!(said.contains("give phi-3.5-vision"), "{said}");
+}

@@ -1,0 +1,345 @@
+//! What this machine does with a checkpoint, stage by stage, beside what it could do at best ([`Ceilings`]).
+//!
+//! The stages are those of a request, called as the engine calls them, on the CPU: load, vision, prefill, decode. Pictures
+//! and prompts are made up, so the answers mean nothing and the times do not depend on what is asked.
+
+mod ceilings;
+mod work;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::checkpoint::Checkpoint;
+use crate::device::{Activations, DeviceKind};
+use crate::error::ModelError;
+use crate::image::{CROP_SIDE_PX, PixelValues};
+use crate::model::{ImageFeatures, Phi3V, SequenceState};
+use crate::tokenizer::Prompt;
+
+pub use ceilings::Ceilings;
+use work::{Work, step_weight_bytes};
+
+/// Sides of the grids that are encoded: an overview and one crop, an overview and four.
+const GRIDS: [u32; 2] = [1, 2];
+/// Prompts that are run; the last takes its time and is run when asked for.
+const PROMPTS: [usize; 3] = [128, 757, 2509];
+/// The prompt that decoding goes on from: an image of four crops has as many tokens.
+const DECODED_AFTER: usize = PROMPTS[1];
+const DECODE_STEPS: usize = 24;
+/// Runs whose median is told, of what takes seconds.
+const RUNS: usize = 3;
+/// Text tokens before and behind the image of a question, as "What is shown in this image?" has them.
+const QUESTION_TOKENS: [usize; 2] = [4, 14];
+
+/// How to measure.
+pub struct BenchOptions<'a> {
+    /// What INT4 weights are multiplied with.
+    pub activations: Activations,
+    /// Prompt positions computed at a time.
+    pub prefill_chunk_tokens: usize,
+    /// The longest prompt too.
+    pub long: bool,
+    /// Hears what is measured next.
+    pub say: &'a dyn Fn(&str),
+    /// Answers whether to go on.
+    pub keep_going: &'a (dyn Fn() -> bool + Sync),
+}
+
+/// What was measured. A share is of the ceiling that bounds the stage.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BenchReport {
+    /// `int4 group 64`, `bf16`, `f16` or `f32`.
+    pub quantization: String,
+    /// Bytes of the weight files.
+    pub weight_bytes: u64,
+    /// Opening and loading; on the CPU weights are mapped, and read when they are first used.
+    pub load_s: f64,
+    /// Encoding an image, by crops.
+    pub vision: Vec<Vision>,
+    /// Prompts of text, by length.
+    pub prefill: Vec<Prefill>,
+    /// Tokens behind a prompt.
+    pub decode: Decode,
+    /// A question about an image of four crops.
+    pub first_token: FirstToken,
+}
+
+/// Encoding one image: tower and projector, the median of a few runs.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Vision {
+    /// The overview included.
+    pub crops: u32,
+    /// All of them.
+    pub seconds: f64,
+    /// One of them.
+    pub seconds_per_crop: f64,
+    /// 10^9 operations that the image needs.
+    pub gop: f64,
+    /// Of the product rate.
+    pub product_share: f64,
+}
+
+/// Running one prompt of text.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Prefill {
+    /// Positions.
+    pub tokens: usize,
+    /// All of them, with the logits of the last.
+    pub seconds: f64,
+    /// `tokens / seconds`.
+    pub tokens_per_s: f64,
+    /// 10^9 operations that the prompt needs.
+    pub gop: f64,
+    /// Of the product rate.
+    pub product_share: f64,
+}
+
+/// One token after the other.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Decode {
+    /// Positions before the first.
+    pub after_tokens: usize,
+    /// Tokens measured.
+    pub steps: usize,
+    /// Their median.
+    pub step_ms: f64,
+    /// Of the median.
+    pub tokens_per_s: f64,
+    /// Weights that a step reads.
+    pub weight_bytes: u64,
+    /// Keys and values that a step reads.
+    pub kv_bytes: u64,
+    /// Of the read bandwidth.
+    pub read_share: f64,
+}
+
+/// From crops to the logits of the first token.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct FirstToken {
+    /// The overview included.
+    pub crops: u32,
+    /// Image tokens and text.
+    pub prompt_tokens: usize,
+    /// Encoding the image.
+    pub vision_s: f64,
+    /// Running the prompt.
+    pub prefill_s: f64,
+    /// Both.
+    pub seconds: f64,
+}
+
+/// Loads the checkpoint in `folder` and measures it. Ceilings are those of the same minute, for the same activations.
+///
+/// # Errors
+/// A [`ModelError`]: the folder is no checkpoint, the model has not enough positions, a device fails, or
+/// [`ModelError::Cancelled`] once `keep_going` says no.
+pub fn measure(
+    folder: &Path,
+    ceilings: &Ceilings,
+    options: &BenchOptions<'_>,
+) -> Result<BenchReport, ModelError> {
+    (options.say)("load");
+    let start = Instant::now();
+    let checkpoint = Checkpoint::open(folder)?;
+    let model = Phi3V::load_with(&checkpoint, DeviceKind::Cpu, options.activations, &|_| ())?;
+    let load_s = seconds_since(start);
+    let bench = Bench {
+        work: Work::new(model.config()),
+        step_weight_bytes: step_weight_bytes(&checkpoint),
+        model: &model,
+        ceilings,
+        options,
+    };
+    let vision = GRIDS.map(|side| bench.vision(side));
+    let vision = vision.into_iter().collect::<Result<_, _>>()?;
+    let (prefill, decode) = bench.text()?;
+    let facts = checkpoint.facts();
+    Ok(BenchReport {
+        quantization: facts.quantization,
+        weight_bytes: facts.bytes,
+        load_s,
+        vision,
+        prefill,
+        decode,
+        first_token: bench.first_token()?,
+    })
+}
+
+struct Bench<'a> {
+    model: &'a Phi3V,
+    work: Work,
+    step_weight_bytes: u64,
+    ceilings: &'a Ceilings,
+    options: &'a BenchOptions<'a>,
+}
+
+impl Bench<'_> {
+    fn vision(&self, side: u32) -> Result<Vision, ModelError> {
+        let pixels = picture(side);
+        let crops = pixels.crop_count;
+        (self.options.say)(&format!("vision, {crops} crops"));
+        let seconds = median(RUNS, || self.encode(&pixels).map(|_| ()))?;
+        let gop = self.work.vision(crops, pixels.image_tokens()) / 1e9;
+        Ok(Vision {
+            crops,
+            seconds,
+            seconds_per_crop: seconds / f64::from(crops),
+            gop,
+            product_share: gop / seconds / self.ceilings.product_gop_per_s,
+        })
+    }
+
+    /// Every prompt of text, and decoding behind one of them.
+    fn text(&self) -> Result<(Vec<Prefill>, Decode), ModelError> {
+        let mut decode = None;
+        let mut prefill = Vec::new();
+        for tokens in PROMPTS {
+            if tokens > DECODED_AFTER && !self.options.long {
+                continue;
+            }
+            (self.options.say)(&format!("prefill, {tokens} tokens"));
+            let mut last = None;
+            let runs = if tokens < DECODED_AFTER { RUNS } else { 1 };
+            let seconds = median(runs, || {
+                last = Some(self.prefill(&self.text_ids(tokens), &[])?);
+                Ok(())
+            })?;
+            let gop = self.work.prefill(tokens) / 1e9;
+            prefill.push(Prefill {
+                tokens,
+                seconds,
+                tokens_per_s: tokens as f64 / seconds,
+                gop,
+                product_share: gop / seconds / self.ceilings.product_gop_per_s,
+            });
+            if let (DECODED_AFTER, Some((state, logits))) = (tokens, last) {
+                decode = Some(self.decode(state, logits)?);
+            }
+        }
+        let decode = decode.expect("one of the prompts is the one decoded after");
+        Ok((prefill, decode))
+    }
+
+    fn decode(&self, mut state: SequenceState, mut logits: Vec<f32>) -> Result<Decode, ModelError> {
+        let after_tokens = state.len();
+        (self.options.say)(&format!("decode, after {after_tokens} tokens"));
+        let step_s = median(DECODE_STEPS, || {
+            self.model.push(&mut state, largest(&logits))?;
+            logits = self.run(&mut state)?;
+            Ok(())
+        })?;
+        // The median step is one in the middle.
+        let kv_bytes = self
+            .work
+            .kv_bytes(after_tokens + DECODE_STEPS / 2, self.model.kv_value_bytes());
+        let read = (self.step_weight_bytes + kv_bytes) as f64;
+        Ok(Decode {
+            after_tokens,
+            steps: DECODE_STEPS,
+            step_ms: 1e3 * step_s,
+            tokens_per_s: 1.0 / step_s,
+            weight_bytes: self.step_weight_bytes,
+            kv_bytes,
+            read_share: read / step_s / 1e9 / self.ceilings.read_gb_per_s,
+        })
+    }
+
+    fn first_token(&self) -> Result<FirstToken, ModelError> {
+        let pixels = picture(GRIDS[1]);
+        (self.options.say)(&format!("first token, {} crops", pixels.crop_count));
+        let [before, behind] = QUESTION_TOKENS;
+        let mut ids = self.text_ids(before);
+        ids.extend((0..pixels.image_tokens()).map(|_| -1));
+        ids.extend(self.text_ids(behind));
+        let start = Instant::now();
+        let features = Arc::new(self.encode(&pixels)?);
+        let vision_s = seconds_since(start);
+        self.prefill(&ids, &[features])?;
+        let seconds = seconds_since(start);
+        Ok(FirstToken {
+            crops: pixels.crop_count,
+            prompt_tokens: ids.len(),
+            vision_s,
+            prefill_s: seconds - vision_s,
+            seconds,
+        })
+    }
+
+    fn encode(&self, pixels: &PixelValues) -> Result<ImageFeatures, ModelError> {
+        self.model.encode_image(pixels, self.options.keep_going)
+    }
+
+    /// A sequence that has run all of a prompt, and the logits of its last position.
+    fn prefill(
+        &self,
+        ids: &[i64],
+        features: &[Arc<ImageFeatures>],
+    ) -> Result<(SequenceState, Vec<f32>), ModelError> {
+        let prompt = Prompt {
+            ids: ids.to_vec(),
+            image_tokens: features.iter().map(|image| image.tokens()).sum(),
+        };
+        let mut state = self.model.begin(&prompt, features)?;
+        let logits = self.run(&mut state)?;
+        Ok((state, logits))
+    }
+
+    /// Runs whatever is pending, in chunks.
+    fn run(&self, state: &mut SequenceState) -> Result<Vec<f32>, ModelError> {
+        loop {
+            if !(self.options.keep_going)() {
+                return Err(ModelError::Cancelled);
+            }
+            let chunk = self.options.prefill_chunk_tokens;
+            if let Some(logits) = self.model.advance(state, chunk)? {
+                return Ok(logits);
+            }
+        }
+    }
+
+    /// Token ids all over the vocabulary.
+    fn text_ids(&self, count: usize) -> Vec<i64> {
+        let vocabulary = self.model.config().vocab_size;
+        let id = |index: usize| (1 + index * 7919) % vocabulary;
+        (0..count).map(|index| id(index) as i64).collect()
+    }
+}
+
+/// Crops of a square grid and their overview, with values as normalized pixels have them.
+fn picture(side: u32) -> PixelValues {
+    let crop_count = 1 + side * side;
+    let values = crop_count as usize * 3 * (CROP_SIDE_PX * CROP_SIDE_PX) as usize;
+    PixelValues {
+        crops: (0..values)
+            .map(|index| (index * 31 % 251) as f32 / 64.0 - 1.9)
+            .collect(),
+        crop_count,
+        columns: side,
+        rows: side,
+        key: [0; 32],
+    }
+}
+
+fn largest(logits: &[f32]) -> u32 {
+    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    best.map_or(0, |(index, _)| index as u32)
+}
+
+/// Seconds of the median run.
+fn median(runs: usize, mut run: impl FnMut() -> Result<(), ModelError>) -> Result<f64, ModelError> {
+    let mut times = Vec::with_capacity(runs);
+    for _ in 0..runs {
+        let start = Instant::now();
+        run()?;
+        times.push(seconds_since(start));
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[runs / 2])
+}
+
+fn seconds_since(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64()
+}

@@ -1,0 +1,112 @@
+//! What this machine can do at best, measured where the model will run: reading memory, and multiplying.
+
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+use serde::Serialize;
+use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, multiply};
+
+use crate::device::Activations;
+use crate::error::ModelError;
+use crate::quantize::GROUP;
+
+/// Read at a time: more than caches hold.
+const READ_WORDS: usize = 32 << 20;
+const READS: usize = 12;
+/// A product (rows of activations, columns, rows of weights) that is large enough for all of a processor.
+const PRODUCT: [usize; 3] = [512, 3072, 8192];
+const PRODUCTS: usize = 6;
+
+/// The best of several tries: whatever else runs makes a machine look slower, nothing makes it look faster.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Ceilings {
+    /// Threads that compute.
+    pub threads: usize,
+    /// All threads reading memory, 10^9 bytes a second.
+    pub read_gb_per_s: f64,
+    /// What `product_gop_per_s` was measured with.
+    pub product: String,
+    /// One large product, 10^9 operations a second: two for a multiplication and its addition.
+    pub product_gop_per_s: f64,
+}
+
+impl Ceilings {
+    /// Takes a second or two.
+    ///
+    /// # Errors
+    /// [`ModelError::Forward`] when there is no memory.
+    pub fn measure(activations: Activations) -> Result<Self, ModelError> {
+        let kernel = match activations {
+            Activations::Int8 => Kernel::detect(),
+            Activations::Float => None,
+        };
+        let (product, product_gop_per_s) = match kernel {
+            Some(kernel) => (
+                format!("INT4 weights, eight-bit activations, {}", kernel.name()),
+                int4_product(kernel),
+            ),
+            None => ("f32".to_owned(), float_product()?),
+        };
+        Ok(Self {
+            threads: rayon::current_num_threads(),
+            read_gb_per_s: read(),
+            product,
+            product_gop_per_s,
+        })
+    }
+}
+
+fn read() -> f64 {
+    let words = vec![1u64; READ_WORDS];
+    let seconds = best(READS, || {
+        let xor = words
+            .par_chunks(1 << 16)
+            .map(|part| part.iter().fold(0, |xor, word| xor ^ word))
+            .reduce(|| 0, |a, b| a ^ b);
+        assert_eq!(std::hint::black_box(xor), 0, "an even number of ones");
+    });
+    (8 * READ_WORDS) as f64 / seconds / 1e9
+}
+
+fn int4_product(kernel: Kernel) -> f64 {
+    let [m, columns, rows] = PRODUCT;
+    let codes: Vec<u8> = (0..rows * columns / 2)
+        .map(|index| ((index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8)
+        .collect();
+    let mut scales = Vec::new();
+    (0..rows * columns / GROUP).for_each(|_| ScaleType::F16.put(0.01, &mut scales));
+    let weights = Int4Rows::new([&codes, &scales, &scales], columns, GROUP, ScaleType::F16)
+        .expect("whole groups");
+    let x: Vec<f32> = (0..m * columns).map(|index| (index % 251) as f32).collect();
+    let mut quantized = QuantizedRows::default();
+    let mut out = vec![0.0; m * rows];
+    let seconds = best(PRODUCTS, || {
+        quantized.fill(kernel, &x, columns);
+        multiply(kernel, &weights, &quantized, &mut out);
+    });
+    gop_per_s(seconds)
+}
+
+fn float_product() -> Result<f64, ModelError> {
+    let [m, columns, rows] = PRODUCT;
+    let x = Tensor::ones((m, columns), DType::F32, &Device::Cpu)?;
+    let weights = Tensor::ones((rows, columns), DType::F32, &Device::Cpu)?.t()?;
+    x.matmul(&weights)?; // so that a refusal is an error, not a speed
+    Ok(gop_per_s(best(PRODUCTS, || {
+        std::hint::black_box(x.matmul(&weights).ok());
+    })))
+}
+
+fn gop_per_s(seconds: f64) -> f64 {
+    2.0 * PRODUCT.map(|size| size as f64).iter().product::<f64>() / seconds / 1e9
+}
+
+fn best(runs: usize, mut run: impl FnMut()) -> f64 {
+    let seconds = (0..runs).map(|_| {
+        let start = Instant::now();
+        run();
+        start.elapsed().as_secs_f64()
+    });
+    seconds.fold(f64::INFINITY, f64::min)
+}
