@@ -20,6 +20,8 @@ impl Kernel {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(avx2) => avx2.swiglu(gate, up, out),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(neon) => neon.swiglu(gate, up, out),
         }
     }
 
@@ -33,6 +35,8 @@ impl Kernel {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(avx2) => avx2.quick_gelu(values),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(neon) => neon.quick_gelu(values),
         }
     }
 }

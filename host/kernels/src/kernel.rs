@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "aarch64")]
+use crate::aarch64::Neon;
 use crate::activations::{BLOCK, QuantizedRows, Tile};
 use crate::attention::{self, Head};
 use crate::int4::Int4Rows;
@@ -18,6 +20,9 @@ pub enum Kernel {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    /// NEON with dot products of eight-bit numbers.
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
 }
 
 impl Kernel {
@@ -31,12 +36,14 @@ impl Kernel {
     /// All that this processor has, the slowest first.
     pub fn available() -> Vec<Self> {
         #[cfg_attr(
-            not(target_arch = "x86_64"),
+            not(any(target_arch = "x86_64", target_arch = "aarch64")),
             expect(unused_mut, reason = "nothing to add")
         )]
         let mut all = vec![Self::Scalar];
         #[cfg(target_arch = "x86_64")]
         all.extend(Avx2::detect().map(Self::Avx2));
+        #[cfg(target_arch = "aarch64")]
+        all.extend(Neon::detect().map(Self::Neon));
         all
     }
 
@@ -46,6 +53,8 @@ impl Kernel {
             Self::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(_) => "avx2",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(_) => "neon",
         }
     }
 
@@ -73,6 +82,8 @@ impl Kernel {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(avx2) => avx2.multiply(weights, panels, x, out),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(neon) => neon.multiply(weights, panels, x, out),
         }
     }
 
@@ -82,6 +93,8 @@ impl Kernel {
             Self::Scalar => attention::attend_naive(head, out),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(avx2) => avx2.attend(head, out),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(neon) => neon.attend(head, out),
         }
     }
 
@@ -92,6 +105,8 @@ impl Kernel {
                 Self::Scalar => scalar::quantize(block),
                 #[cfg(target_arch = "x86_64")]
                 Self::Avx2(avx2) => avx2.quantize(block),
+                #[cfg(target_arch = "aarch64")]
+                Self::Neon(neon) => neon.quantize(block),
             };
             for (place, word) in tile.words.iter_mut().zip(words) {
                 place[row] = word;

@@ -8,6 +8,8 @@
 //! it, and one file for each instruction set does the same, to the bit, as fast as that can. Nothing here knows of tensors,
 //! files or models.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod activation;
 pub mod activations;
 pub mod attention;

@@ -1,0 +1,533 @@
+//! The integer kernels with NEON and its dot products (Apple silicon, Graviton 2, Cortex-A76 and later).
+//!
+//! Four rows of weights make a quad, two quads a panel. Of a quad's block of 64 columns, eight words a row are transposed, so
+//! that a register holds one word of each row; its low nibbles are four even columns of each row, its high ones the four odd
+//! columns beside them. One `sdot` multiplies them with the same four activations and adds each row's four products in 32 bits.
+//!
+//! ```text
+//! register t (of 16)   byte 4r..4r+4 = row r, columns 8(t % 8) + {0,2,4,6} + t / 8        one word of activations: t
+//! ```
+//!
+//! Codes up to 15 are the same signed. A block's sum is at most 64 * 15 * 127 = 121920: exact in 32 bits, and as a float.
+
+#![expect(
+    unsafe_code,
+    reason = "loads, stores, an instruction without a stable intrinsic, and calls that a CPU feature must allow"
+)]
+
+mod activation;
+mod attention;
+
+use std::arch::aarch64::*;
+use std::arch::{asm, is_aarch64_feature_detected};
+use std::ops::Range;
+
+use crate::activations::{BLOCK, LARGEST_MIN, QuantizedRows, TILE_ROWS, Tile, WORDS};
+use crate::int4::{Int4Rows, ScaleType};
+use crate::product::PANEL;
+
+/// Weight rows of a register.
+const QUAD: usize = 4;
+/// Panels that are multiplied with a tile of activations.
+const TILE_PANELS: usize = 2;
+/// Their quads: 5 * 4 sums, 4 weights and 2 of activations are 26 of 32 registers.
+const QUADS: usize = TILE_PANELS * PANEL / QUAD;
+/// Blocks of weights unpacked at a time: four quads of 8 are 8 KiB, at most a quarter of a first-level cache.
+const BLOCKS_AT_ONCE: usize = 8;
+
+/// Proof that this processor has NEON and its dot products: only `detect` makes one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Neon(());
+
+impl Neon {
+    pub(crate) fn detect() -> Option<Self> {
+        // Words of codes are loaded as bytes, the lowest first.
+        let has = cfg!(target_endian = "little")
+            && is_aarch64_feature_detected!("neon")
+            && is_aarch64_feature_detected!("dotprod");
+        has.then_some(Self(()))
+    }
+
+    pub(crate) fn quantize(self, block: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
+        // SAFETY: `self` exists, so `detect` saw the features.
+        unsafe { quantize(block) }
+    }
+
+    /// Values of a range of panels for all of `x`: `out(panel of the range, row of x, eight values)`.
+    pub(crate) fn multiply(
+        self,
+        weights: &Int4Rows<'_>,
+        panels: Range<usize>,
+        x: &QuantizedRows,
+        out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+    ) {
+        if x.rows() == 1 {
+            // SAFETY: `self` exists, so `detect` saw the features.
+            unsafe { one_row(weights, panels, x, out) };
+        } else {
+            // SAFETY: `self` exists, so `detect` saw the features.
+            unsafe { many_rows(weights, panels, x, out) };
+        }
+    }
+}
+
+#[target_feature(enable = "neon")]
+fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
+    let (fours, _) = x.as_chunks::<4>();
+    let values: [float32x4_t; BLOCK / 4] = std::array::from_fn(|index| load_f32(&fours[index]));
+    let mut most = vdupq_n_u32(0);
+    for value in values {
+        most = vmaxq_u32(most, vreinterpretq_u32_f32(vabsq_f32(value)));
+    }
+    let largest = f32::from_bits(vmaxvq_u32(most)); // NaN and infinity have the largest bits
+    if !largest.is_finite() {
+        return ([0; WORDS], f32::NAN, f32::NAN);
+    }
+    if largest < LARGEST_MIN {
+        return ([0; WORDS], 0.0, 0.0);
+    }
+    let inverse = 127.0 / largest;
+    let mut sum = vdupq_n_s32(0);
+    let mut codes = [vdupq_n_s8(0); BLOCK / 16];
+    for (codes, values) in codes.iter_mut().zip(values.as_chunks::<4>().0) {
+        let [a, b, c, d] = values.map(|four| vcvtnq_s32_f32(vmulq_n_f32(four, inverse)));
+        sum = vaddq_s32(sum, vaddq_s32(vaddq_s32(a, b), vaddq_s32(c, d)));
+        *codes = vcombine_s8(narrow(a, b), narrow(c, d));
+    }
+    let [a, b, c, d] = codes; // sixteen columns each
+    let even = [vuzp1q_s8(a, b), vuzp1q_s8(c, d)];
+    let odd = [vuzp2q_s8(a, b), vuzp2q_s8(c, d)];
+    let mut words = [0; WORDS];
+    for (four, codes) in words
+        .as_chunks_mut()
+        .0
+        .iter_mut()
+        .zip(even.into_iter().chain(odd))
+    {
+        *four = store_i32(vreinterpretq_s32_s8(codes));
+    }
+    let scale = largest / 127.0;
+    (words, scale, scale * vaddvq_s32(sum) as f32)
+}
+
+/// Eight 32-bit numbers that fit in a byte.
+#[target_feature(enable = "neon")]
+fn narrow(low: int32x4_t, high: int32x4_t) -> int8x8_t {
+    vmovn_s16(vcombine_s16(vmovn_s32(low), vmovn_s32(high)))
+}
+
+/// Decoding: every weight is used once, and memory is what limits. Rows are read one after the other; a lane is a block.
+#[target_feature(enable = "neon,dotprod")]
+fn one_row(
+    weights: &Int4Rows<'_>,
+    panels: Range<usize>,
+    x: &QuantizedRows,
+    out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+) {
+    let mut products = vec![[vdupq_n_f32(0.0); PANEL]; x.blocks.div_ceil(4)]; // (blocks / 4, rows), lanes: blocks
+    for (index, panel) in panels.enumerate() {
+        for row in 0..PANEL {
+            let parts = row_or_last(weights, panel * PANEL + row);
+            row_products(parts, weights, x, &mut products, row);
+        }
+        let mut values = [vdupq_n_f32(0.0); 2];
+        for (four, products) in products.iter().enumerate() {
+            for (value, products) in values.iter_mut().zip(products.as_chunks::<4>().0) {
+                let by_block = transpose_f32(*products);
+                for product in &by_block[..4.min(x.blocks - 4 * four)] {
+                    *value = vaddq_f32(*value, *product);
+                }
+            }
+        }
+        out(index, 0, &store_panel(values));
+    }
+}
+
+/// What each block of a row of weights adds to its value, four blocks at a time, into column `row` of `products`.
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+fn row_products(
+    [codes, scales, biases]: [&[u8]; 3],
+    weights: &Int4Rows<'_>,
+    x: &QuantizedRows,
+    products: &mut [[float32x4_t; PANEL]],
+    row: usize,
+) {
+    let (whole, rest) = codes.as_chunks::<{ 4 * BLOCK / 2 }>();
+    let mut padded = [0; 4 * BLOCK / 2];
+    padded[..rest.len()].copy_from_slice(rest);
+    for (four, products) in products.iter_mut().enumerate() {
+        let codes = whole.get(four).unwrap_or(&padded);
+        let words = &x.lone[four / 2].words.as_chunks().0[four % 2];
+        products[row] = vcvtq_f32_s32(four_dots(codes, words));
+    }
+    // Apart from the loop above: a call among its loads would send them all through the stack.
+    for (four, products) in products.iter_mut().enumerate() {
+        let (eight, half) = (&x.lone[four / 2], four % 2);
+        let scale = four_blocks(scales, 4 * four, weights);
+        let bias = four_blocks(biases, 4 * four, weights);
+        let scale = vmulq_f32(scale, load_f32(&eight.scales.as_chunks().0[half]));
+        let bias = vmulq_f32(bias, load_f32(&eight.sums.as_chunks().0[half]));
+        products[row] = vfmaq_f32(bias, products[row], scale);
+    }
+}
+
+/// Dot products of at most four blocks of one row of weights with one row of activations, a lane each.
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+fn four_dots(codes: &[u8; 4 * BLOCK / 2], words: &[[i32; WORDS]; 4]) -> int32x4_t {
+    let mut sums = [vdupq_n_s32(0); 4];
+    for block in 0..4 {
+        let (codes, _) = codes[block * BLOCK / 2..][..BLOCK / 2].as_chunks();
+        let (words, _) = words[block].as_chunks();
+        for part in 0..2 {
+            let [even, odd] = nibbles(load_bytes(&codes[part]));
+            sums[block] = dot(sums[block], even, load_codes(&words[part]));
+            sums[block] = dot(sums[block], odd, load_codes(&words[2 + part]));
+        }
+    }
+    let [a, b, c, d] = sums;
+    vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d))
+}
+
+/// Scales or biases of four blocks from `first`; behind the last group they mean nothing.
+#[target_feature(enable = "neon")]
+#[inline]
+fn four_blocks(part: &[u8], first: usize, weights: &Int4Rows<'_>) -> float32x4_t {
+    let (per_group, scale_type) = (weights.group() / BLOCK, weights.scale_type());
+    if per_group == 1 {
+        return widen(&part[first * scale_type.bytes()..], scale_type);
+    }
+    load_f32(&std::array::from_fn(|block| {
+        scale_type.get_or_zero(part, (first + block) / per_group)
+    }))
+}
+
+/// Four rows in their file, and scales and biases of all their blocks.
+struct Quad<'a> {
+    rows: [[&'a [u8]; 3]; QUAD],  // codes, scales, biases
+    lines: Vec<[float32x4_t; 2]>, // (blocks): scale and bias of each row
+}
+
+impl<'a> Quad<'a> {
+    fn new() -> Self {
+        Self {
+            rows: [[&[]; 3]; QUAD],
+            lines: Vec::new(),
+        }
+    }
+
+    /// Finds the rows from `first`, and reads their scales and biases.
+    #[target_feature(enable = "neon")]
+    fn read(&mut self, weights: &Int4Rows<'a>, first: usize) {
+        for (index, row) in self.rows.iter_mut().enumerate() {
+            *row = row_or_last(weights, first + index);
+        }
+        self.lines
+            .resize(weights.columns() / BLOCK, [vdupq_n_f32(0.0); 2]);
+        for (four, lines) in self.lines.chunks_mut(4).enumerate() {
+            for part in 0..2 {
+                let mut by_row = [vdupq_n_f32(0.0); QUAD];
+                for (values, row) in by_row.iter_mut().zip(&self.rows) {
+                    *values = four_blocks(row[1 + part], 4 * four, weights);
+                }
+                for (line, by_block) in lines.iter_mut().zip(transpose_f32(by_row)) {
+                    line[part] = by_block;
+                }
+            }
+        }
+    }
+
+    /// One block of all rows, as the module's comment draws it, into place `quad` of each step.
+    #[target_feature(enable = "neon")]
+    #[inline]
+    fn unpack(&self, block: usize, steps: &mut [[int8x16_t; QUADS]; WORDS], quad: usize) {
+        for half in 0..2 {
+            let mut words = [vdupq_n_s32(0); QUAD];
+            for (words, [codes, ..]) in words.iter_mut().zip(&self.rows) {
+                *words = vreinterpretq_s32_u8(load_bytes(&codes.as_chunks().0[2 * block + half]));
+            }
+            for (index, word) in transpose_i32(words).into_iter().enumerate() {
+                let [even, odd] = nibbles(vreinterpretq_u8_s32(word));
+                steps[4 * half + index][quad] = even;
+                steps[WORDS / 2 + 4 * half + index][quad] = odd;
+            }
+        }
+    }
+}
+
+/// A row's parts. Rows behind the last one are the last one again; nobody asks for their values.
+fn row_or_last<'a>(weights: &Int4Rows<'a>, row: usize) -> [&'a [u8]; 3] {
+    weights.row(row.min(weights.rows() - 1))
+}
+
+/// A stretch of blocks of a few quads, unpacked.
+struct Unpacked {
+    codes: Vec<[[int8x16_t; QUADS]; WORDS]>, // (blocks)
+    lines: Vec<[[float32x4_t; 2]; QUADS]>,   // (blocks)
+}
+
+impl Unpacked {
+    #[target_feature(enable = "neon")]
+    fn new() -> Self {
+        Self {
+            codes: vec![[[vdupq_n_s8(0); QUADS]; WORDS]; BLOCKS_AT_ONCE],
+            lines: vec![[[vdupq_n_f32(0.0); 2]; QUADS]; BLOCKS_AT_ONCE],
+        }
+    }
+
+    #[target_feature(enable = "neon")]
+    fn fill(&mut self, quads: &[Quad<'_>; QUADS], blocks: Range<usize>) {
+        for (index, block) in blocks.enumerate() {
+            for (offset, quad) in quads.iter().enumerate() {
+                quad.unpack(block, &mut self.codes[index], offset);
+                self.lines[index][offset] = quad.lines[block];
+            }
+        }
+    }
+}
+
+/// Prefill: weights are unpacked once for all rows of activations.
+#[target_feature(enable = "neon,dotprod")]
+fn many_rows(
+    weights: &Int4Rows<'_>,
+    panels: Range<usize>,
+    x: &QuantizedRows,
+    out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+) {
+    let mut quads: [Quad<'_>; QUADS] = std::array::from_fn(|_| Quad::new());
+    let mut values = vec![[vdupq_n_f32(0.0); QUADS]; x.rows()];
+    let mut unpacked = Unpacked::new();
+    for first in panels.clone().step_by(TILE_PANELS) {
+        for (offset, quad) in quads.iter_mut().enumerate() {
+            let panel = (first + offset / 2).min(panels.end - 1);
+            quad.read(weights, panel * PANEL + offset % 2 * QUAD);
+        }
+        values.fill([vdupq_n_f32(0.0); QUADS]);
+        for start in (0..x.blocks).step_by(BLOCKS_AT_ONCE) {
+            let end = (start + BLOCKS_AT_ONCE).min(x.blocks);
+            unpacked.fill(&quads, start..end);
+            multiply_tile(&unpacked, x, start..end, &mut values);
+        }
+        for (row, values) in values.iter().enumerate() {
+            for (panel, pair) in (first..panels.end).zip(values.as_chunks::<2>().0) {
+                out(panel - panels.start, row, &store_panel(*pair));
+            }
+        }
+    }
+}
+
+/// Adds a stretch of blocks to the values of all rows.
+#[target_feature(enable = "neon,dotprod")]
+fn multiply_tile(
+    weights: &Unpacked,
+    x: &QuantizedRows,
+    blocks: Range<usize>,
+    values: &mut [[float32x4_t; QUADS]],
+) {
+    for (rows, values) in values.chunks_mut(TILE_ROWS).enumerate() {
+        let tiles = &x.tiles[rows * x.blocks + blocks.start..][..blocks.len()];
+        match values.len() {
+            1 => rows_times_quads::<1>(weights, tiles, values),
+            2 => rows_times_quads::<2>(weights, tiles, values),
+            3 => rows_times_quads::<3>(weights, tiles, values),
+            4 => rows_times_quads::<4>(weights, tiles, values),
+            _ => rows_times_quads::<TILE_ROWS>(weights, tiles, values),
+        }
+    }
+}
+
+/// Adds a stretch of blocks to the values of the first N rows of a tile.
+#[target_feature(enable = "neon,dotprod")]
+fn rows_times_quads<const N: usize>(
+    weights: &Unpacked,
+    tiles: &[Tile],
+    values: &mut [[float32x4_t; QUADS]],
+) {
+    let values = values
+        .first_chunk_mut::<N>()
+        .expect("the caller counted them");
+    for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
+        let dots = block_dots::<N>(codes, &tile.words);
+        for row in 0..N {
+            for quad in 0..QUADS {
+                let [scale, bias] = lines[quad];
+                let scale = vmulq_n_f32(scale, tile.scales[row]);
+                let bias = vmulq_n_f32(bias, tile.sums[row]);
+                let added = vfmaq_f32(bias, vcvtq_f32_s32(dots[row][quad]), scale);
+                values[row][quad] = vaddq_f32(values[row][quad], added);
+            }
+        }
+    }
+}
+
+/// Dot products of one block: (rows of x, quads).
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+fn block_dots<const N: usize>(
+    codes: &[[int8x16_t; QUADS]; WORDS],
+    words: &[[i32; TILE_ROWS]; WORDS],
+) -> [[int32x4_t; QUADS]; N] {
+    let mut sums = [[vdupq_n_s32(0); QUADS]; N];
+    for (codes, words) in codes.iter().zip(words) {
+        let four = load_codes(words.first_chunk().expect("a tile has five rows"));
+        let fifth = vreinterpretq_s8_s32(vdupq_n_s32(words[4]));
+        // Each in its own words: a loop over rows would not be unrolled, and its sums would live in memory.
+        add_row::<0>(sums.first_mut(), codes, four);
+        add_row::<1>(sums.get_mut(1), codes, four);
+        add_row::<2>(sums.get_mut(2), codes, four);
+        add_row::<3>(sums.get_mut(3), codes, four);
+        add_row::<0>(sums.get_mut(4), codes, fifth);
+    }
+    sums
+}
+
+/// Adds the products with word WORD of `words`, where there is a row of sums for it.
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+fn add_row<const WORD: usize>(
+    sums: Option<&mut [int32x4_t; QUADS]>,
+    codes: &[int8x16_t; QUADS],
+    words: int8x16_t,
+) {
+    if let Some(sums) = sums {
+        for (sum, codes) in sums.iter_mut().zip(codes) {
+            *sum = dot_word::<WORD>(*sum, *codes, words);
+        }
+    }
+}
+
+/// Adds to each lane of `sum` the products of its four bytes of `a` and of `b`: `vdotq_s32`, which is not stable.
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+fn dot(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+    // SAFETY: the instruction is of a feature of this function, and touches nothing but these registers.
+    unsafe {
+        asm!("sdot {sum:v}.4s, {a:v}.16b, {b:v}.16b",
+            sum = inout(vreg) sum, a = in(vreg) a, b = in(vreg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sum
+}
+
+/// Adds to each lane of `sum` the products of its four bytes of `a` and of word WORD of `b`: `vdotq_laneq_s32`.
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+fn dot_word<const WORD: usize>(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+    // SAFETY: the instruction is of a feature of this function, and touches nothing but these registers.
+    unsafe {
+        asm!("sdot {sum:v}.4s, {a:v}.16b, {b:v}.4b[{word}]",
+            sum = inout(vreg) sum, a = in(vreg) a, b = in(vreg) b, word = const WORD,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sum
+}
+
+/// Sixteen bytes of two codes each: the low ones and the high ones.
+#[target_feature(enable = "neon")]
+#[inline]
+fn nibbles(bytes: uint8x16_t) -> [int8x16_t; 2] {
+    let low = vandq_u8(bytes, vdupq_n_u8(0xF));
+    [low, vshrq_n_u8::<4>(bytes)].map(|codes| vreinterpretq_s8_u8(codes))
+}
+
+/// The first four values, zeros behind the last.
+#[target_feature(enable = "neon")]
+#[inline]
+fn widen(stored: &[u8], scale_type: ScaleType) -> float32x4_t {
+    match scale_type {
+        ScaleType::F16 => vcvt_f32_f16(vreinterpret_f16_u16(load_half(stored))),
+        ScaleType::Bf16 => vreinterpretq_f32_u32(vshll_n_u16::<16>(load_half(stored))),
+        ScaleType::F32 => {
+            let mut four = [0f32; 4];
+            let count = stored.len().min(16) / 4;
+            crate::widen::widen_f32(&stored[..4 * count], &mut four[..count]);
+            load_f32(&four)
+        }
+    }
+}
+
+/// The first eight bytes, zeros behind the last.
+#[target_feature(enable = "neon")]
+#[inline]
+fn load_half(bytes: &[u8]) -> uint16x4_t {
+    let mut padded = [0u8; 8];
+    let bytes = match bytes.first_chunk() {
+        Some(bytes) => bytes,
+        None => {
+            padded[..bytes.len()].copy_from_slice(bytes);
+            &padded
+        }
+    };
+    vcreate_u16(u64::from_le_bytes(*bytes))
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+fn load_bytes(bytes: &[u8; 16]) -> uint8x16_t {
+    // SAFETY: sixteen bytes, and the load needs no alignment.
+    unsafe { vld1q_u8(bytes.as_ptr()) }
+}
+
+/// Four words of codes.
+#[target_feature(enable = "neon")]
+#[inline]
+fn load_codes(words: &[i32; 4]) -> int8x16_t {
+    // SAFETY: four words.
+    vreinterpretq_s8_s32(unsafe { vld1q_s32(words.as_ptr()) })
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+fn load_f32(values: &[f32; 4]) -> float32x4_t {
+    // SAFETY: four values.
+    unsafe { vld1q_f32(values.as_ptr()) }
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+fn store_i32(value: int32x4_t) -> [i32; 4] {
+    let mut out = [0; 4];
+    // SAFETY: four values.
+    unsafe { vst1q_s32(out.as_mut_ptr(), value) };
+    out
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+fn store_f32(value: float32x4_t) -> [f32; 4] {
+    let mut out = [0.0; 4];
+    // SAFETY: four values.
+    unsafe { vst1q_f32(out.as_mut_ptr(), value) };
+    out
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+fn store_panel([low, high]: [float32x4_t; 2]) -> [f32; PANEL] {
+    let mut out = [0.0; PANEL];
+    out[..4].copy_from_slice(&store_f32(low));
+    out[4..].copy_from_slice(&store_f32(high));
+    out
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+fn transpose_f32(rows: [float32x4_t; 4]) -> [float32x4_t; 4] {
+    transpose_i32(rows.map(|row| vreinterpretq_s32_f32(row))).map(|row| vreinterpretq_f32_s32(row))
+}
+
+/// Lane c of row r becomes lane r of row c.
+#[target_feature(enable = "neon")]
+#[inline]
+fn transpose_i32([a, b, c, d]: [int32x4_t; 4]) -> [int32x4_t; 4] {
+    let even = [vtrn1q_s32(a, b), vtrn1q_s32(c, d)].map(|pair| vreinterpretq_s64_s32(pair));
+    let odd = [vtrn2q_s32(a, b), vtrn2q_s32(c, d)].map(|pair| vreinterpretq_s64_s32(pair));
+    [
+        vtrn1q_s64(even[0], even[1]),
+        vtrn1q_s64(odd[0], odd[1]),
+        vtrn2q_s64(even[0], even[1]),
+        vtrn2q_s64(odd[0], odd[1]),
+    ]
+    .map(|row| vreinterpretq_s32_s64(row))
+}
