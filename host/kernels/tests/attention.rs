@@ -140,3 +140,48 @@ fn what_is_not_finite_stays_so() {
         );
     }
 }
+
+/// Keys that are no numbers break every query that sees them, wherever they are, and no other.
+#[test]
+fn keys_that_are_no_numbers_are_not_lost() {
+    const DIM: usize = 16;
+    let (queries, values) = (numbers(200 * DIM, 1), numbers(200 * DIM, 2));
+    for (rows, broken) in [
+        (1, 3..4),
+        (1, 0..64),
+        (8, 195..196),
+        (70, 3..4),
+        (70, 0..64),
+        (70, 64..128),
+        (200, 64..130),
+    ] {
+        let mut keys = numbers(200 * DIM, 3);
+        keys[broken.start * DIM..broken.end * DIM].fill(f32::NAN);
+        let rows_of = |_| [HeadRows::F32(&keys, DIM), HeadRows::F32(&values, DIM)];
+        let input = AttentionInput {
+            queries: &queries,
+            query_stride: DIM,
+            rows,
+            keys: 200,
+            key_values: &rows_of,
+        };
+        let shape = AttentionShape {
+            heads: 1,
+            kv_heads: 1,
+            head_dim: DIM,
+            causal: true,
+        };
+        for kernel in Kernel::available() {
+            let mut out = vec![0.0; rows * DIM];
+            attend(kernel, shape, &input, &mut out);
+            for (row, out) in out.chunks_exact(DIM).enumerate() {
+                let sees = 200 - rows + row >= broken.start;
+                assert!(
+                    out.iter().all(|value| value.is_nan() == sees),
+                    "{} {rows} {broken:?}: row {row}",
+                    kernel.name()
+                );
+            }
+        }
+    }
+}

@@ -339,7 +339,7 @@ impl Strip {
         for row in 0..STRIP {
             scores[row][visible[row]..].fill(f32::NEG_INFINITY);
             let most = largest(&scores[row]).max(self.most[row]);
-            if most == f32::NEG_INFINITY {
+            if most == f32::NEG_INFINITY && !scores[row].iter().any(|score| score.is_nan()) {
                 scores[row].fill(0.0); // this query sees none of these keys
                 continue;
             }
