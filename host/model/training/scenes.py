@@ -199,24 +199,63 @@ def background(rng, w, h, held_out=False):
     if kind < .7:
         angle = rng.uniform(0, 2 * np.pi)
         t = (np.linspace(-.5, .5, w)[None] * np.cos(angle) + np.linspace(-.5, .5, h)[:, None] * np.sin(angle)) + .5
-    elif kind < .85 and not held_out:
-        n = int(rng.integers(3, 24))
-        t = cv2.resize(rng.random((n, n)).astype(np.float32), (w, h), interpolation=cv2.INTER_CUBIC)
-        b = a + (b - a) * rng.uniform(.2, .8)
+    elif held_out:
+        t, b = held_out_pattern(rng, w, h), a + (b - a) * rng.uniform(.1, .5)
     else:
-        period, angle = rng.uniform(8, 60), rng.uniform(0, np.pi)
-        x, y = np.arange(w)[None], np.arange(h)[:, None]
-        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-        stripes = (u / period % 1) < .5
-        t = (stripes ^ ((v / period % 1) < .5) if rng.random() < .5 else stripes).astype(np.float32)
-        if held_out:                               # dots, or rings around some point
-            dots = (u / period % 1 - .5) ** 2 + (v / period % 1 - .5) ** 2 < .09
-            rings = np.hypot(x - rng.uniform(0, w), y - rng.uniform(0, h)) / period % 1 < .5
-            t = (dots if rng.random() < .5 else rings).astype(np.float32)
-        t = np.broadcast_to(t, (h, w))
-        b = a + (b - a) * rng.uniform(.1, .5)
+        t, b = pattern(rng, w, h), a + (b - a) * rng.uniform(.1, .7)
     t = np.clip(t, 0, 1)[..., None].astype(np.float32)
     return a * (1 - t) + b * t, None
+
+
+def rotated(rng, w, h):
+    """A pattern's period in px, and its axes as shares of that: u and v, each (h, w)."""
+    period, angle = rng.uniform(8, 60), rng.uniform(0, np.pi)
+    x, y = np.arange(w)[None], np.arange(h)[:, None]
+    return period, (x * np.cos(angle) + y * np.sin(angle)) / period, (y * np.cos(angle) - x * np.sin(angle)) / period
+
+
+def held_out_pattern(rng, w, h):
+    """Dots, or rings around some point; (h, w) f32 of 0 and 1."""
+    period, u, v = rotated(rng, w, h)
+    rng.random()                                   # the suite in the repository was drawn so
+    x, y = np.arange(w)[None] - rng.uniform(0, w), np.arange(h)[:, None] - rng.uniform(0, h)
+    dots, rings = (u % 1 - .5) ** 2 + (v % 1 - .5) ** 2 < .09, np.hypot(x, y) / period % 1 < .5
+    return (dots if rng.random() < .5 else rings).astype(np.float32)
+
+
+def pattern(rng, w, h):
+    """Clouds, spots, stripes, waves, checks, tiles, crosses, bricks or confetti; (h, w) f32 of 0..1. Many kinds, so that the
+    model learns that whatever repeats or has no name is ground, and does not count it. Never dots or rings."""
+    _, u, v = rotated(rng, w, h)
+    row, wave = np.floor(v), rng.uniform(.1, .5) * np.sin(2 * np.pi * v / rng.uniform(1, 4))
+    noise = lambda n: cv2.resize(rng.random((n, n)).astype(np.float32), (w, h), interpolation=cv2.INTER_CUBIC)
+    makers = [
+        lambda: noise(int(rng.integers(3, 24))), lambda: noise(int(rng.integers(3, 24))),
+        lambda: noise(int(rng.integers(4, 30))) > .55,
+        lambda: u % 1 < rng.uniform(.1, .7), lambda: (u + wave) % 1 < .5, lambda: (u + np.abs(v % 1 - .5)) % 1 < .5,
+        lambda: (u % 1 < .5) ^ (v % 1 < .5), lambda: ((u % 1 < .35) * .5 + (v % 1 < .35) * .5),
+        lambda: (u % 1 < .12) | (v % 1 < .12), lambda: ((u + row % 2 / 2) % 1 < .1) | (v % 1 < .15),
+        lambda: (np.abs(u % 1 - .5) + np.abs(v % 1 - .5)) < rng.uniform(.2, .45),
+        lambda: np.maximum(np.abs((u + row % 2 / 2) % 1 - .5), np.abs(v % 1 - .5)) < rng.uniform(.15, .35),
+        lambda: (np.minimum(np.abs(u % 1 - .5), np.abs(v % 1 - .5)) < .1) & (np.maximum(np.abs(u % 1 - .5), np.abs(v % 1 - .5)) < .3),
+        lambda: confetti(rng, w, h), lambda: confetti(rng, w, h),
+    ]
+    return np.broadcast_to(makers[rng.integers(len(makers))](), (h, w)).astype(np.float32)
+
+
+def confetti(rng, w, h):
+    """Small triangles and lines anywhere, too small to be counted as things."""
+    out = np.zeros((h, w), np.float32)
+    line = rng.random() < .4
+    for _ in range(int(rng.integers(20, 160))):
+        at, reach = rng.uniform(0, 1, 2) * (w, h), rng.uniform(3, 12)
+        points = (at + rng.uniform(-reach, reach, (3, 2))).astype(np.int32)
+        shade = float(rng.uniform(.3, 1))
+        if line:
+            cv2.line(out, points[0].tolist(), (points[0] + (points[1] - points[0]) * 4).tolist(), shade, int(rng.integers(1, 3)))
+        else:
+            cv2.fillPoly(out, [points], shade)
+    return out
 
 
 def stretch(source, width, height, rotate_deg=0., flip=False):

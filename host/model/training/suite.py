@@ -168,7 +168,7 @@ def formats(suite, n):
         kind = kinds[k % len(kinds)]
         index = int(suite.rng.integers(len(S.CONCEPTS)))
         w, h = {"wide": (336, 120), "tall": (120, 336), "large": (1200, 1200)}.get(kind, (336, 336))
-        canvas = S.Canvas(suite.rng, w, h)
+        canvas = S.Canvas(suite.rng, w, h, held_out=True)
         canvas.picture, canvas.background = np.full((h, w, 3), 255, np.float32), "white"
         while not canvas.things:                   # turned too far it finds no place
             canvas.add_concept(suite.library, index, min(w, h) * .8)
