@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use half::f16;
-use visor_kernels::{AttentionInput, AttentionShape, HeadRows, Kernel, attend};
+use visor_kernels::{AttentionInput, AttentionShape, HalfRows, HeadRows, Kernel, attend};
 
 fn main() {
     // On a thread of the pool, as the engine is.
@@ -45,14 +45,15 @@ fn measure(name: &str, shape: AttentionShape, (rows, keys): (usize, usize)) {
     let mut out = vec![0.0; rows * width];
     let mut times = Vec::new();
     for run in 0..if rows == 1 { 96 } else { 6 } {
-        let layer = &cache[run % layers * 2 * keys * width..][..2 * keys * width];
+        let layer = [&cache[run % layers * 2 * keys * width..][..2 * keys * width]];
         let rows_of = |head: usize| {
             [0, 1].map(|part| {
-                HeadRows::F16(
-                    &layer[(part * shape.kv_heads + head) * keys * shape.head_dim..]
-                        [..keys * shape.head_dim],
-                    shape.head_dim,
-                )
+                HeadRows::F16(HalfRows {
+                    pages: &layer,
+                    page_rows: keys,
+                    offset: (part * shape.kv_heads + head) * keys * shape.head_dim,
+                    stride: shape.head_dim,
+                })
             })
         };
         let input = AttentionInput {
@@ -60,6 +61,7 @@ fn measure(name: &str, shape: AttentionShape, (rows, keys): (usize, usize)) {
             query_stride: width,
             rows,
             keys,
+            tiled: rows > 1,
             key_values: &rows_of,
         };
         let start = Instant::now();

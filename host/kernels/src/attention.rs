@@ -6,7 +6,7 @@
 //!
 //! Keys and values are rows of f32 or f16 at any stride, so that a KV cache of either type and a fused projection's output are
 //! read where they lie. `attend_naive` is the specification. Many queries of a head run against a tile of keys at a time
-//! with a running maximum (online softmax; Dao et al., FlashAttention, 2022); few queries read keys and values once.
+//! with a running maximum (online softmax; Dao et al., FlashAttention, 2022); a query that decodes reads keys and values once.
 
 #![expect(unsafe_code, reason = "threads write the columns of their heads")]
 
@@ -34,16 +34,55 @@ pub enum HeadRows<'a> {
     /// f32.
     F32(&'a [f32], usize),
     /// IEEE binary16, as a KV cache keeps it.
-    F16(&'a [f16], usize),
+    F16(HalfRows<'a>),
+}
+
+/// Rows of one head in pages of equally many; row i is row `i % page_rows` of page `i / page_rows`.
+#[derive(Debug, Clone, Copy)]
+pub struct HalfRows<'a> {
+    /// What holds the rows, of this head and others.
+    pub pages: &'a [&'a [f16]],
+    /// Rows a page, of one head.
+    pub page_rows: usize,
+    /// Where in each page the head's rows begin.
+    pub offset: usize,
+    /// Values from one row to the next.
+    pub stride: usize,
+}
+
+impl<'a> HalfRows<'a> {
+    /// Row `index`, so many values of it.
+    pub(crate) fn row(&self, index: usize, width: usize) -> &'a [f16] {
+        let at = self.offset + index % self.page_rows * self.stride;
+        &self.pages[index / self.page_rows][at..][..width]
+    }
+
+    /// The first `count` rows, page by page: values from the first of a page on, and how many rows.
+    pub(crate) fn runs(self, count: usize) -> impl Iterator<Item = (&'a [f16], usize)> {
+        (0..count).step_by(self.page_rows).map(move |first| {
+            let page = &self.pages[first / self.page_rows][self.offset..];
+            (page, self.page_rows.min(count - first))
+        })
+    }
+
+    /// The first rows, from their first value on, each with its weight.
+    #[inline]
+    pub(crate) fn weighted(self, weights: &'a [f32]) -> impl Iterator<Item = (&'a [f16], f32)> {
+        let rows = self
+            .runs(weights.len())
+            .flat_map(move |(run, count)| (0..count).map(move |index| &run[index * self.stride..]));
+        rows.zip(weights.iter().copied())
+    }
 }
 
 impl HeadRows<'_> {
     /// Row `index`, as f32.
     pub(crate) fn widen(&self, index: usize, out: &mut [f32]) {
+        let width = out.len();
         match self {
-            Self::F32(data, stride) => out.copy_from_slice(&data[index * stride..][..out.len()]),
-            Self::F16(data, stride) => {
-                for (value, half) in out.iter_mut().zip(&data[index * stride..]) {
+            Self::F32(data, stride) => out.copy_from_slice(&data[index * stride..][..width]),
+            Self::F16(half) => {
+                for (value, half) in out.iter_mut().zip(half.row(index, width)) {
                     *value = half.to_f32();
                 }
             }
@@ -61,6 +100,9 @@ pub struct AttentionInput<'a> {
     pub rows: usize,
     /// Keys and values seen in all.
     pub keys: usize,
+    /// Queries share tiles of keys: the way of prompts and pictures. Otherwise each reads all of its keys by itself: the way of
+    /// decoding. What a query gives depends, in its last bits, on the way, and never on the queries beside it.
+    pub tiled: bool,
     /// Keys and values of a key head.
     pub key_values: &'a (dyn Fn(usize) -> [HeadRows<'a>; 2] + Sync),
 }
@@ -75,6 +117,7 @@ pub(crate) struct Head<'a> {
     pub(crate) count: usize,
     pub(crate) head_dim: usize,
     pub(crate) causal: bool,
+    pub(crate) tiled: bool,
 }
 
 impl Head<'_> {
@@ -127,6 +170,7 @@ pub fn attend(kernel: Kernel, shape: AttentionShape, input: &AttentionInput<'_>,
             count: input.keys,
             head_dim: shape.head_dim,
             causal: shape.causal,
+            tiled: input.tiled,
         };
         kernel.attend(&head, &mut |row, values| {
             let at = row * width + index * shape.head_dim;

@@ -1,7 +1,9 @@
 //! Attention of every kernel this processor has against the specification.
 
+use std::ops::Range;
+
 use half::f16;
-use visor_kernels::{AttentionInput, AttentionShape, HeadRows, Kernel, attend};
+use visor_kernels::{AttentionInput, AttentionShape, HalfRows, HeadRows, Kernel, attend};
 
 /// Sums of f32 in another order, and an exponential within 2e-7.
 const TOLERANCE: f32 = 2e-5;
@@ -10,7 +12,11 @@ struct Case {
     shape: AttentionShape,
     rows: usize,
     keys: usize,
+    tiled: bool,
 }
+
+/// Rows that a page of f16 holds: neither one nor a tile's.
+const PAGE_ROWS: usize = 24;
 
 fn numbers(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed;
@@ -25,8 +31,13 @@ fn numbers(count: usize, seed: u64) -> Vec<f32> {
 }
 
 impl Case {
-    /// Keys and values as a cache keeps them, (kv_heads, keys + 3, head_dim), f32 or f16.
+    /// Keys and values as a cache keeps them: f32 as (kv_heads, keys + 3, head_dim), f16 as pages (kv_heads, PAGE_ROWS, head_dim).
     fn run(&self, kernel: Kernel, half: bool, size: f32) -> Vec<f32> {
+        self.run_rows(kernel, half, size, 0..self.rows)
+    }
+
+    /// As `run`, of some of the queries: those behind them see no less, those before them are not there.
+    fn run_rows(&self, kernel: Kernel, half: bool, size: f32, asked: Range<usize>) -> Vec<f32> {
         let AttentionShape {
             heads,
             kv_heads,
@@ -40,30 +51,61 @@ impl Case {
             .collect();
         let capacity = (self.keys + 3) * head_dim;
         let stored = [2, 3].map(|seed| numbers(kv_heads * capacity, seed));
-        let stored16 = stored
+        let pages16 = stored
             .each_ref()
-            .map(|all| all.iter().map(|x| f16::from_f32(*x)).collect::<Vec<_>>());
+            .map(|all| pages(all, kv_heads, head_dim, self.keys));
+        let pages16 = pages16
+            .each_ref()
+            .map(|pages| pages.iter().map(Vec::as_slice).collect::<Vec<_>>());
         let rows_of = |head: usize| {
             [0, 1].map(|part| {
                 let span = head * capacity..(head + 1) * capacity;
                 if half {
-                    HeadRows::F16(&stored16[part][span], head_dim)
+                    HeadRows::F16(HalfRows {
+                        pages: &pages16[part],
+                        page_rows: PAGE_ROWS,
+                        offset: head * PAGE_ROWS * head_dim,
+                        stride: head_dim,
+                    })
                 } else {
                     HeadRows::F32(&stored[part][span], head_dim)
                 }
             })
         };
+        let unseen = if self.shape.causal {
+            self.rows - asked.end
+        } else {
+            0
+        };
         let input = AttentionInput {
-            queries: &queries,
+            queries: &queries[asked.start * stride..],
             query_stride: stride,
-            rows: self.rows,
-            keys: self.keys,
+            rows: asked.len(),
+            keys: self.keys - unseen,
+            tiled: self.tiled,
             key_values: &rows_of,
         };
-        let mut out = vec![f32::NAN; self.rows * heads * head_dim];
+        let mut out = vec![f32::NAN; asked.len() * heads * head_dim];
         attend(kernel, self.shape, &input, &mut out);
         out
     }
+}
+
+/// The first rows of every head in pages, the last one's rest NaN.
+fn pages(all: &[f32], heads: usize, head_dim: usize, rows: usize) -> Vec<Vec<f16>> {
+    let capacity = all.len() / heads;
+    let page = |first: usize| {
+        let mut page = vec![f16::NAN; heads * PAGE_ROWS * head_dim];
+        for head in 0..heads {
+            let count = PAGE_ROWS.min(rows - first) * head_dim;
+            let from = &all[head * capacity + first * head_dim..][..count];
+            for (to, from) in page[head * PAGE_ROWS * head_dim..].iter_mut().zip(from) {
+                *to = f16::from_f32(*from);
+            }
+        }
+        page
+    };
+    (0..rows).step_by(PAGE_ROWS).map(page).collect()
 }
 
 #[test]
@@ -89,35 +131,79 @@ fn every_kernel_attends_as_the_specification_does() {
                 (64, 64),
                 (70, 257),
             ] {
-                let case = Case {
-                    shape: AttentionShape {
-                        heads,
-                        kv_heads,
-                        head_dim,
-                        causal,
-                    },
-                    rows,
-                    keys,
-                };
-                for (half, size) in [(false, 1.0), (true, 1.0), (false, 40.0)] {
-                    let want = case.run(Kernel::Scalar, half, size);
-                    for kernel in Kernel::available() {
-                        let got = case.run(kernel, half, size);
-                        for (got, want) in got.iter().zip(&want) {
-                            assert!(
-                                (got - want).abs() < TOLERANCE,
-                                "{} {heads}/{kv_heads} x {head_dim}, {rows} of {keys}, causal {causal}, half {half}: {got} {want}",
-                                kernel.name()
-                            );
-                        }
-                    }
+                for tiled in [false, true] {
+                    check(&Case {
+                        shape: AttentionShape {
+                            heads,
+                            kv_heads,
+                            head_dim,
+                            causal,
+                        },
+                        rows,
+                        keys,
+                        tiled,
+                    });
                 }
             }
         }
     }
 }
 
-/// One query gives the same values alone and among others, up to the order of sums.
+fn check(case: &Case) {
+    let Case {
+        shape, rows, keys, ..
+    } = case;
+    for (half, size) in [(false, 1.0), (true, 1.0), (false, 40.0)] {
+        let want = case.run(Kernel::Scalar, half, size);
+        for kernel in Kernel::available() {
+            let got = case.run(kernel, half, size);
+            for (got, want) in got.iter().zip(&want) {
+                assert!(
+                    (got - want).abs() < TOLERANCE,
+                    "{} {shape:?}, {rows} of {keys}, tiled {}, half {half}: {got} {want}",
+                    kernel.name(),
+                    case.tiled
+                );
+            }
+        }
+    }
+}
+
+/// To the bit: how a prompt is cut into chunks, or which sequences run together, changes no value.
+#[test]
+fn a_query_gives_the_same_alone_and_among_others() {
+    let case = |tiled| Case {
+        shape: AttentionShape {
+            heads: 3,
+            kv_heads: 3,
+            head_dim: 40,
+            causal: true,
+        },
+        rows: 150,
+        keys: 190,
+        tiled,
+    };
+    for kernel in Kernel::available() {
+        for (case, half) in [(case(true), true), (case(true), false), (case(false), true)] {
+            let whole = case.run(kernel, half, 3.0);
+            for size in [1, 5, 6, 7, 64, 100] {
+                let starts = (0..case.rows).step_by(size);
+                let parts = starts.flat_map(|start| {
+                    let asked = start..case.rows.min(start + size);
+                    case.run_rows(kernel, half, 3.0, asked)
+                });
+                assert!(
+                    parts
+                        .map(f32::to_bits)
+                        .eq(whole.iter().map(|x| x.to_bits())),
+                    "{}, {size} at a time",
+                    kernel.name()
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn what_is_not_finite_stays_so() {
     let case = Case {
@@ -129,6 +215,7 @@ fn what_is_not_finite_stays_so() {
         },
         rows: 8,
         keys: 8,
+        tiled: true,
     };
     for kernel in Kernel::available() {
         assert!(
@@ -163,6 +250,7 @@ fn keys_that_are_no_numbers_are_not_lost() {
             query_stride: DIM,
             rows,
             keys: 200,
+            tiled: rows > 1,
             key_values: &rows_of,
         };
         let shape = AttentionShape {

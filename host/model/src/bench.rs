@@ -16,7 +16,9 @@ use crate::checkpoint::Checkpoint;
 use crate::device::{Activations, DeviceKind};
 use crate::error::ModelError;
 use crate::image::{CROP_SIDE_PX, PixelValues};
-use crate::model::{ImageFeatures, Phi3V, SequenceState};
+use crate::model::{ImageFeatures, Phi3V};
+use crate::sequence::SequenceState;
+use crate::step::StepPart;
 use crate::tokenizer::Prompt;
 
 pub use ceilings::Ceilings;
@@ -29,6 +31,10 @@ const PROMPTS: [usize; 3] = [128, 757, 2509];
 /// The prompt that decoding goes on from: an image of four crops has as many tokens.
 const DECODED_AFTER: usize = PROMPTS[1];
 const DECODE_STEPS: usize = 24;
+/// Sequences that decode together, each behind a prompt of so many tokens.
+const BATCHES: [usize; 4] = [1, 2, 4, 8];
+const BATCH_PROMPT_TOKENS: usize = 16;
+const BATCH_STEPS: usize = 12;
 /// Runs whose median is told, of what takes seconds.
 const RUNS: usize = 3;
 /// Text tokens before and behind the image of a question, as "What is shown in this image?" has them.
@@ -63,6 +69,8 @@ pub struct BenchReport {
     pub prefill: Vec<Prefill>,
     /// Tokens behind a prompt.
     pub decode: Decode,
+    /// Tokens of several sequences at once, behind short prompts.
+    pub batches: Vec<Batch>,
     /// A question about an image of four crops.
     pub first_token: FirstToken,
 }
@@ -116,6 +124,19 @@ pub struct Decode {
     pub read_share: f64,
 }
 
+/// One token of each of several sequences after the other.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Batch {
+    /// How many.
+    pub sequences: usize,
+    /// Positions of each before the first.
+    pub after_tokens: usize,
+    /// The median step, which gives each a token.
+    pub step_ms: f64,
+    /// Of all together.
+    pub tokens_per_s: f64,
+}
+
 /// From crops to the logits of the first token.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct FirstToken {
@@ -164,6 +185,7 @@ pub fn measure(
         vision,
         prefill,
         decode,
+        batches: bench.batches()?,
         first_token: bench.first_token()?,
     })
 }
@@ -232,9 +254,10 @@ impl Bench<'_> {
             Ok(())
         })?;
         // The median step is one in the middle.
-        let kv_bytes = self
-            .work
-            .kv_bytes(after_tokens + DECODE_STEPS / 2, self.model.kv_value_bytes());
+        let kv_bytes = self.work.kv_bytes(
+            after_tokens + DECODE_STEPS / 2,
+            self.model.kv_pool().value_bytes(),
+        );
         let read = (self.step_weight_bytes + kv_bytes) as f64;
         Ok(Decode {
             after_tokens,
@@ -244,6 +267,42 @@ impl Bench<'_> {
             weight_bytes: self.step_weight_bytes,
             kv_bytes,
             read_share: read / step_s / 1e9 / self.ceilings.read_gb_per_s,
+        })
+    }
+
+    fn batches(&self) -> Result<Vec<Batch>, ModelError> {
+        let batch = |sequences| self.batch(sequences);
+        BATCHES.into_iter().map(batch).collect()
+    }
+
+    fn batch(&self, sequences: usize) -> Result<Batch, ModelError> {
+        (self.options.say)(&format!("decode, {sequences} at once"));
+        let mut states = Vec::with_capacity(sequences);
+        for _ in 0..sequences {
+            states.push(self.prefill(&self.text_ids(BATCH_PROMPT_TOKENS), &[])?);
+        }
+        let step_s = median(BATCH_STEPS, || {
+            for (state, logits) in &mut states {
+                self.model.push(state, largest(logits))?;
+            }
+            let mut parts: Vec<_> = states
+                .iter_mut()
+                .map(|(state, _)| StepPart {
+                    state,
+                    positions_max: 1,
+                })
+                .collect();
+            let logits = self.model.step(&mut parts, self.options.keep_going)?;
+            for ((_, last), logits) in states.iter_mut().zip(logits) {
+                *last = logits.unwrap_or_default();
+            }
+            Ok(())
+        })?;
+        Ok(Batch {
+            sequences,
+            after_tokens: BATCH_PROMPT_TOKENS,
+            step_ms: 1e3 * step_s,
+            tokens_per_s: sequences as f64 / step_s,
         })
     }
 

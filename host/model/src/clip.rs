@@ -36,6 +36,19 @@ pub(crate) struct Tower {
     kernel: Option<Kernel>,
 }
 
+/// Crops on their way through the tower: batches that are done, and the one under way.
+#[derive(Default)]
+pub(crate) struct TowerPass {
+    done: Vec<Tensor>,
+    half: Option<HalfDone>,
+}
+
+struct HalfDone {
+    hidden: Tensor, // (crops * 577, width)
+    /// Layers that have run.
+    layers: usize,
+}
+
 struct Layer {
     norm1: LayerNorm,
     query: Linear,
@@ -112,12 +125,14 @@ impl Tower {
     }
 
     /// Patch features of `crops` normalized (3, 336, 336) crops, one after the other: (crops, 576, width), patches in
-    /// row-major order, the class token dropped. `keep_going` is asked before every layer.
-    pub(crate) fn forward(
+    /// row-major order, the class token dropped. `keep_going` is asked behind every layer; once it says no, the pass keeps what
+    /// there is and the answer is `None`.
+    pub(crate) fn advance(
         &self,
+        pass: &mut TowerPass,
         crops: &[f32],
         keep_going: &(dyn Fn() -> bool + Sync),
-    ) -> Result<Tensor, ModelError> {
+    ) -> Result<Option<Tensor>, ModelError> {
         const CROP_VALUES: usize = 3 * CROP_SIDE_PX * CROP_SIDE_PX;
         if crops.is_empty() || !crops.len().is_multiple_of(CROP_VALUES) {
             return Err(ModelError::Pixels(format!(
@@ -125,23 +140,35 @@ impl Tower {
                 crops.len()
             )));
         }
-        let mut parts = Vec::new();
         let crops_at_once = self.kernel.map_or(CROPS_AT_ONCE, |_| 1);
-        for batch in crops.chunks(crops_at_once * CROP_VALUES) {
+        let batches = crops.chunks(crops_at_once * CROP_VALUES);
+        let batch_count = batches.len();
+        for batch in batches.skip(pass.done.len()) {
             let count = batch.len() / CROP_VALUES;
-            let hidden = self.embed(batch, count)?; // (crops * 577, width)
-            let hidden = match self.kernel {
-                Some(kernel) => self.run_rows(kernel, &hidden, keep_going)?,
-                None => self.run(hidden, count, keep_going)?,
+            let mut half = match pass.half.take() {
+                Some(half) => half,
+                None => HalfDone {
+                    hidden: self.embed(batch, count)?, // (crops * 577, width)
+                    layers: 0,
+                },
             };
-            let hidden = hidden.reshape((count, 1 + PATCHES, self.width))?;
-            parts.push(hidden.narrow(1, 1, PATCHES)?.contiguous()?);
+            match self.kernel {
+                Some(kernel) => self.run_rows(kernel, &mut half, keep_going)?,
+                None => self.run(&mut half, count, keep_going)?,
+            }
+            if half.layers < self.layers.len() {
+                pass.half = Some(half);
+                return Ok(None);
+            }
+            let hidden = half.hidden.reshape((count, 1 + PATCHES, self.width))?;
+            pass.done.push(hidden.narrow(1, 1, PATCHES)?.contiguous()?);
+            if pass.done.len() < batch_count && !keep_going() {
+                return Ok(None);
+            }
         }
-        Ok(if parts.len() == 1 {
-            parts.remove(0)
-        } else {
-            Tensor::cat(&parts, 0)?
-        })
+        Tensor::cat(&std::mem::take(&mut pass.done), 0)
+            .map(Some)
+            .map_err(ModelError::from)
     }
 
     /// Patches, class token and positions, normalized: `hidden_states[0]`, (crops * 577, width).
@@ -175,28 +202,30 @@ impl Tower {
             .forward(&tokens.reshape((count * (1 + PATCHES), self.width))?)
     }
 
+    /// Layers until the last, or until `keep_going` says no.
     fn run(
         &self,
-        mut hidden: Tensor,
+        half: &mut HalfDone,
         count: usize,
         keep_going: &(dyn Fn() -> bool + Sync),
-    ) -> Result<Tensor, ModelError> {
-        for layer in &self.layers {
-            if !keep_going() {
-                return Err(ModelError::Cancelled);
+    ) -> Result<(), ModelError> {
+        for layer in &self.layers[half.layers..] {
+            half.hidden = self.run_layer(layer, &half.hidden, count)?;
+            half.layers += 1;
+            if half.layers < self.layers.len() && !keep_going() {
+                break;
             }
-            hidden = self.run_layer(layer, hidden, count)?;
         }
-        Ok(hidden)
+        Ok(())
     }
 
     fn run_layer(
         &self,
         layer: &Layer,
-        hidden: Tensor,
+        hidden: &Tensor,
         count: usize,
     ) -> candle_core::Result<Tensor> {
-        let normed = layer.norm1.forward(&hidden)?;
+        let normed = layer.norm1.forward(hidden)?;
         let mixed = self.attend(layer, &normed, count)?;
         let hidden = (hidden + layer.output.forward(&mixed)?)?;
         let inner = layer.fc1.forward(&layer.norm2.forward(&hidden)?)?;

@@ -11,7 +11,7 @@ use visor_kernels::Kernel;
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
-use crate::kv_cache::KvCache;
+use crate::kv_cache::{KvCache, KvPool};
 use crate::linear::{Linear, Loader, WeightMatrix};
 use crate::rope::{Regime, Rope};
 use crate::rows::Rows;
@@ -33,6 +33,20 @@ pub(crate) struct Decoder {
     device: candle_core::Device,
     /// With one, rows are plain memory and products of INT4 weights are the kernel's.
     kernel: Option<Kernel>,
+}
+
+/// Consecutive positions of one sequence that run in a step.
+pub(crate) struct Run<'a> {
+    /// What they see and are added to.
+    pub(crate) cache: &'a mut KvCache,
+    /// Positions.
+    pub(crate) count: usize,
+    /// Those of them, the first ones, that belong to the prompt.
+    pub(crate) prompt_rows: usize,
+    /// Positions of the whole sequence, pending ones included.
+    pub(crate) len: usize,
+    /// What they are rotated with.
+    pub(crate) regime: Regime,
 }
 
 struct Layer {
@@ -110,47 +124,69 @@ impl Decoder {
         .to_device(&self.device)
     }
 
-    /// Bytes of a number in a cache.
-    pub(crate) fn kv_value_bytes(&self) -> u64 {
+    /// Where KV blocks for this decoder come from.
+    pub(crate) fn kv_pool(&self, config: &ModelConfig) -> KvPool {
         match self.kernel {
-            Some(_) => 2,
-            None => self.dtype.size_in_bytes() as u64,
+            Some(_) => KvPool::new(config, true, 2),
+            None => KvPool::new(config, false, self.dtype.size_in_bytes() as u64),
         }
     }
 
-    /// Makes room in a cache for a whole sequence.
-    pub(crate) fn reserve(&self, cache: &mut KvCache, positions: usize) -> candle_core::Result<()> {
-        if self.kernel.is_some() {
-            cache.reserve_half(positions);
-            return Ok(());
-        }
-        cache.reserve(positions, &self.device, self.dtype)
+    /// Whether rows of several sequences run together and give what each gives alone.
+    pub(crate) fn is_joint(&self) -> bool {
+        let int4 = |layer: &Layer| {
+            [&layer.qkv, &layer.output, &layer.gate_up, &layer.down]
+                .into_iter()
+                .all(Linear::is_integer)
+        };
+        self.kernel.is_some() && self.lm_head.is_integer() && self.layers.iter().all(int4)
     }
 
-    /// Runs `x` (n, hidden) at the positions behind the cache and adds them to it; hidden states before the last norm,
-    /// (n, hidden).
+    /// Runs `x` (n, hidden), the rows of each run at the positions behind its cache, and adds them to it; hidden states before
+    /// the last norm, (n, hidden). The caches have room.
     pub(crate) fn forward(
         &self,
         x: Tensor,
-        cache: &mut KvCache,
-        regime: Regime,
-    ) -> candle_core::Result<Tensor> {
+        runs: &mut [Run<'_>],
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Tensor, ModelError> {
         if let Some(kernel) = self.kernel {
-            return self
-                .forward_rows(kernel, Rows::of(&x)?, cache, regime)?
-                .to_tensor();
+            let hidden = self.forward_rows(kernel, Rows::of(&x)?, runs, keep_going)?;
+            return Ok(hidden.to_tensor()?);
         }
-        let n = x.dim(0)?;
-        self.reserve(cache, cache.len() + n)?;
-        let (cosines, sines) =
-            self.rope
-                .tables(regime, cache.len(), n, (&self.device, self.dtype))?;
+        let (mut start, mut hidden) = (0, Vec::with_capacity(runs.len()));
+        for run in runs {
+            let part = x.narrow(0, start, run.count)?;
+            hidden.push(self.forward_one(part, run, keep_going)?);
+            start += run.count;
+        }
+        Ok(Tensor::cat(&hidden, 0)?)
+    }
+
+    fn forward_one(
+        &self,
+        x: Tensor,
+        run: &mut Run<'_>,
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Tensor, ModelError> {
+        let Run {
+            cache,
+            count,
+            regime,
+            ..
+        } = run;
+        cache.reserve_tensors(run.len, &self.device, self.dtype)?;
+        let place = (&self.device, self.dtype);
+        let (cosines, sines) = self.rope.tables(*regime, cache.len(), *count, place)?;
         let mut hidden = x;
         for (index, layer) in self.layers.iter().enumerate() {
-            let normed = rms_norm(&hidden, &layer.input_norm, self.eps)?;
+            if !keep_going() {
+                return Err(ModelError::Cancelled);
+            }
+            let normed = rms_norm(&hidden.contiguous()?, &layer.input_norm, self.eps)?;
             let (q, k, v) = self.shape.split(&layer.qkv.forward(&normed)?)?;
             let rotate = |x: &Tensor| rope(&x.unsqueeze(0)?, &cosines, &sines)?.squeeze(0);
-            let (keys, values) = cache.append(index, &rotate(&k)?, &v)?;
+            let (keys, values) = cache.append_tensors(index, &rotate(&k)?, &v)?;
             let mixed = self.shape.attend(&rotate(&q)?, &keys, &values)?;
             hidden = (hidden + layer.output.forward(&mixed)?)?;
             let normed = rms_norm(&hidden, &layer.post_norm, self.eps)?;
@@ -159,7 +195,7 @@ impl Decoder {
                     .down
                     .forward(&swiglu(&layer.gate_up.forward(&normed)?)?)?)?;
         }
-        cache.commit(n, regime);
+        cache.commit(*count, *regime);
         Ok(hidden)
     }
 

@@ -8,6 +8,12 @@ pub enum ModelError {
     /// `keep_going` answered false; nothing is wrong with the model.
     #[error("cancelled")]
     Cancelled,
+    /// As many KV blocks as may be are in use.
+    #[error("all {blocks_max} blocks of the KV cache are in use")]
+    KvFull {
+        /// The limit.
+        blocks_max: usize,
+    },
     /// A file or folder that has to be there is not.
     #[error("{path}: no such file; {hint}")]
     MissingFile {

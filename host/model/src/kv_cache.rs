@@ -1,41 +1,43 @@
 //! Keys and values of one sequence: an argument of the forward pass, never a field of a layer.
 
+mod pool;
+
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use visor_kernels::HeadRows;
+use visor_kernels::{HalfRows, HeadRows};
 
-use crate::config::ModelConfig;
+use crate::error::ModelError;
 use crate::rope::Regime;
+pub(crate) use pool::BLOCK_POSITIONS;
+pub use pool::{KvBlock, KvPool};
 
-/// Positions the cache grows by at least: growing copies everything.
-const GROWTH_POSITIONS: usize = 256;
-
-/// Rotated keys and values of every layer, for positions `0..len`: tensors of the compute type, or f16 in plain memory where
-/// the CPU computes with activations of eight bits. A cache is used one way only.
+/// Rotated keys and values of every layer, for positions `0..len`, in blocks of a pool: f16 in plain memory where the CPU
+/// computes with activations of eight bits. Elsewhere they are tensors of the compute type, and blocks count them.
+///
+/// **Invariant:** blocks that other sequences or a cache hold, too, are full up to where this sequence reads them and never
+/// written; the one that positions are appended to is this sequence's alone.
 pub(crate) struct KvCache {
-    layers: Vec<(Tensor, Tensor)>, // each (kv_heads, capacity, head_dim)
-    half: Vec<[Vec<f16>; 2]>,      // keys and values, each (kv_heads, capacity, head_dim)
-    layer_count: usize,
-    kv_heads: usize,
-    head_dim: usize,
+    pool: Arc<KvPool>,
+    blocks: Vec<Arc<KvBlock>>,
+    tensors: Vec<(Tensor, Tensor)>, // each (kv_heads, capacity, head_dim)
+    tensor_capacity: usize,
     len: usize,
-    capacity: usize,
     /// What the keys inside were rotated with; meaningless while `len` is 0.
     pub(crate) regime: Regime,
 }
 
 impl KvCache {
     /// Empty; nothing is allocated.
-    pub(crate) fn new(config: &ModelConfig) -> Self {
+    pub(crate) fn new(pool: Arc<KvPool>) -> Self {
         Self {
-            layers: Vec::new(),
-            half: Vec::new(),
-            layer_count: config.layers,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
+            pool,
+            blocks: Vec::new(),
+            tensors: Vec::new(),
+            tensor_capacity: 0,
             len: 0,
-            capacity: 0,
             regime: Regime::Short,
         }
     }
@@ -45,122 +47,153 @@ impl KvCache {
         self.len
     }
 
-    /// Bytes allocated.
+    /// Bytes of the blocks, those of other sequences included.
     pub(crate) fn bytes(&self) -> u64 {
-        let bytes = |tensor: &Tensor| (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
-        let tensors = self.layers.iter();
-        let half = self.half.iter().flatten().map(|part| 2 * part.len() as u64);
-        tensors
-            .map(|(keys, values)| bytes(keys) + bytes(values))
-            .sum::<u64>()
-            + half.sum::<u64>()
+        self.blocks.len() as u64 * self.pool.block_bytes()
     }
 
-    /// Forgets everything and keeps the memory.
+    /// Forgets everything.
     pub(crate) fn clear(&mut self) {
         self.len = 0;
+        self.blocks.clear();
     }
 
-    /// Makes room for `positions` in all, at once for the whole of a known prompt.
-    pub(crate) fn reserve(
+    /// Takes blocks for `positions` in all, and the one that is appended to for this sequence alone.
+    ///
+    /// # Errors
+    /// [`ModelError::KvFull`]; the cache holds then what it held, and perhaps some more room.
+    pub(crate) fn reserve(&mut self, positions: usize) -> Result<(), ModelError> {
+        let (tail, rest) = (self.len / BLOCK_POSITIONS, self.len % BLOCK_POSITIONS);
+        if let Some(block) = self.blocks.get_mut(tail)
+            && Arc::get_mut(block).is_none()
+        {
+            *block = Arc::new(self.pool.copy(block, rest)?);
+        }
+        while self.blocks.len() * BLOCK_POSITIONS < positions {
+            self.blocks.push(Arc::new(self.pool.take()?));
+        }
+        Ok(())
+    }
+
+    /// Starts with `positions` that were computed for another sequence, rotated with `regime`: whole blocks are shared, what is
+    /// read of the last one only in part is copied.
+    ///
+    /// # Errors
+    /// [`ModelError::KvFull`]; the cache is empty then.
+    pub(crate) fn adopt(
+        &mut self,
+        blocks: &[Arc<KvBlock>],
+        positions: usize,
+        regime: Regime,
+    ) -> Result<(), ModelError> {
+        self.clear();
+        let (whole, rest) = (positions / BLOCK_POSITIONS, positions % BLOCK_POSITIONS);
+        let mut adopted = blocks[..whole].to_vec();
+        if rest > 0 {
+            adopted.push(Arc::new(self.pool.copy(&blocks[whole], rest)?));
+        }
+        (self.blocks, self.len, self.regime) = (adopted, positions, regime);
+        Ok(())
+    }
+
+    /// The blocks of the positions inside, the last one perhaps filled in part; none where they hold no values.
+    pub(crate) fn share(&self) -> &[Arc<KvBlock>] {
+        if self.pool.can_share() {
+            &self.blocks[..self.len.div_ceil(BLOCK_POSITIONS)]
+        } else {
+            &[]
+        }
+    }
+
+    /// Room in tensors for `positions` in all, and for a quarter more than there was.
+    pub(crate) fn reserve_tensors(
         &mut self,
         positions: usize,
         device: &Device,
         dtype: DType,
     ) -> candle_core::Result<()> {
-        if positions <= self.capacity {
+        if positions <= self.tensor_capacity {
             return Ok(());
         }
-        let capacity = self.grown(positions);
-        let shape = (self.kv_heads, capacity, self.head_dim);
-        let mut layers = Vec::with_capacity(self.layer_count);
-        for index in 0..self.layer_count {
-            let grown = (
+        let capacity = positions
+            .max(self.tensor_capacity + self.tensor_capacity / 4)
+            .next_multiple_of(4 * BLOCK_POSITIONS);
+        let shape = (self.pool.kv_heads(), capacity, self.pool.head_dim());
+        let mut tensors = Vec::with_capacity(self.pool.layers());
+        for index in 0..self.pool.layers() {
+            let grown = [
                 Tensor::zeros(shape, dtype, device)?,
                 Tensor::zeros(shape, dtype, device)?,
-            );
-            if let (Some((keys, values)), true) = (self.layers.get(index), self.len > 0) {
-                grown
-                    .0
-                    .slice_set(&keys.narrow(1, 0, self.len)?.contiguous()?, 1, 0)?;
-                grown
-                    .1
-                    .slice_set(&values.narrow(1, 0, self.len)?.contiguous()?, 1, 0)?;
+            ];
+            if let (Some((keys, values)), true) = (self.tensors.get(index), self.len > 0) {
+                for (new, old) in grown.iter().zip([keys, values]) {
+                    new.slice_set(&old.narrow(1, 0, self.len)?.contiguous()?, 1, 0)?;
+                }
             }
-            layers.push(grown);
+            tensors.push(grown.into());
         }
-        self.layers = layers;
-        self.capacity = capacity;
+        self.tensors = tensors;
+        self.tensor_capacity = capacity;
         Ok(())
-    }
-
-    /// Room for at least so many positions, and for a quarter more than there was.
-    fn grown(&self, positions: usize) -> usize {
-        positions
-            .max(self.capacity + self.capacity / 4)
-            .next_multiple_of(GROWTH_POSITIONS)
-    }
-
-    /// As [`Self::reserve`], in f16.
-    pub(crate) fn reserve_half(&mut self, positions: usize) {
-        if positions <= self.capacity {
-            return;
-        }
-        let capacity = self.grown(positions);
-        let (was, will) = (self.capacity * self.head_dim, capacity * self.head_dim);
-        let used = self.len * self.head_dim;
-        self.half.resize(self.layer_count, [Vec::new(), Vec::new()]);
-        for part in self.half.iter_mut().flatten() {
-            let mut grown = vec![f16::ZERO; self.kv_heads * will];
-            if used > 0 {
-                for (new, old) in grown.chunks_exact_mut(will).zip(part.chunks_exact(was)) {
-                    new[..used].copy_from_slice(&old[..used]);
-                }
-            }
-            *part = grown;
-        }
-        self.capacity = capacity;
-    }
-
-    /// As [`Self::append`], of rows that hold queries, keys and values side by side, in f16.
-    pub(crate) fn append_half(&mut self, layer: usize, qkv: &[f32], columns: usize) {
-        let (width, capacity) = (self.kv_heads * self.head_dim, self.capacity * self.head_dim);
-        for (row, values) in qkv.chunks_exact(columns).enumerate() {
-            let at = (self.len + row) * self.head_dim;
-            let key_values = values[columns - 2 * width..].chunks_exact(width);
-            for (part, values) in self.half[layer].iter_mut().zip(key_values) {
-                for (head, values) in values.chunks_exact(self.head_dim).enumerate() {
-                    let place = &mut part[head * capacity + at..][..self.head_dim];
-                    place.convert_from_f32_slice(values);
-                }
-            }
-        }
-    }
-
-    /// Keys and values of a head, appended ones included.
-    pub(crate) fn half_rows(&self, layer: usize, head: usize) -> [HeadRows<'_>; 2] {
-        let capacity = self.capacity * self.head_dim;
-        self.half[layer]
-            .each_ref()
-            .map(|part| HeadRows::F16(&part[head * capacity..][..capacity], self.head_dim))
     }
 
     /// Writes keys and values (kv_heads, n, head_dim) of one layer behind what is there and returns all of that layer.
     /// They count only once [`Self::commit`] is called, so a pass that fails halfway leaves the cache as it was.
-    pub(crate) fn append(
+    pub(crate) fn append_tensors(
         &self,
         layer: usize,
         keys: &Tensor,
         values: &Tensor,
     ) -> candle_core::Result<(Tensor, Tensor)> {
         let total = self.len + keys.dim(1)?;
-        let (all_keys, all_values) = &self.layers[layer];
+        let (all_keys, all_values) = &self.tensors[layer];
         all_keys.slice_set(&keys.contiguous()?, 1, self.len)?;
         all_values.slice_set(&values.contiguous()?, 1, self.len)?;
         Ok((
             all_keys.narrow(1, 0, total)?,
             all_values.narrow(1, 0, total)?,
         ))
+    }
+
+    /// As [`Self::append_tensors`], of rows that hold queries, keys and values side by side, in f16. Room was reserved.
+    pub(crate) fn append(&mut self, layer: usize, qkv: &[f32], columns: usize) {
+        let (head_dim, head_values) = (self.pool.head_dim(), self.pool.head_values());
+        let width = self.pool.kv_heads() * head_dim;
+        for (row, values) in qkv.chunks_exact(columns).enumerate() {
+            let position = self.len + row;
+            let block = &mut self.blocks[position / BLOCK_POSITIONS];
+            let block = Arc::get_mut(block).expect("`reserve` made it this sequence's alone");
+            let at = position % BLOCK_POSITIONS * head_dim;
+            let layer = &mut block.values_mut()[layer * self.pool.layer_values()..]
+                [..self.pool.layer_values()];
+            let heads = values[columns - 2 * width..].chunks_exact(head_dim);
+            for (part, values) in layer.chunks_exact_mut(head_values).zip(heads) {
+                part[at..][..head_dim].convert_from_f32_slice(values);
+            }
+        }
+    }
+
+    /// What [`Self::head_rows`] reads.
+    pub(crate) fn pages(&self) -> Vec<&[f16]> {
+        self.blocks.iter().map(|block| block.values()).collect()
+    }
+
+    /// Keys and values of a head, appended ones included.
+    pub(crate) fn head_rows<'a>(
+        &self,
+        pages: &'a [&'a [f16]],
+        layer: usize,
+        head: usize,
+    ) -> [HeadRows<'a>; 2] {
+        let keys = layer * self.pool.layer_values() + head * self.pool.head_values();
+        [keys, keys + self.pool.part_values()].map(|offset| {
+            HeadRows::F16(HalfRows {
+                pages,
+                page_rows: BLOCK_POSITIONS,
+                offset,
+                stride: self.pool.head_dim(),
+            })
+        })
     }
 
     /// Makes `positions` appended positions count, rotated with `regime`.

@@ -184,6 +184,11 @@ enum LinearWeight {
 }
 
 impl Linear {
+    /// Whether every row is multiplied by the integer kernel, so that it gives the same among any others.
+    pub(crate) fn is_integer(&self) -> bool {
+        matches!(&self.weight, LinearWeight::Stored(matrix, Some(_)) if matrix.blocked().is_some())
+    }
+
     /// (n, in) to (n, out).
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let out = match &self.weight {

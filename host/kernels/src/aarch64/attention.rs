@@ -5,7 +5,7 @@ use std::arch::aarch64::*;
 use half::f16;
 
 use super::{Neon, load_f32, store_f32};
-use crate::attention::{Head, HeadRows};
+use crate::attention::{HalfRows, Head, HeadRows};
 
 /// Queries of a strip and columns of a panel: 8 * 2 registers of sums, 2 of a panel's row, 2 of the queries' values. Sixteen
 /// multiplications for four loads; as many are under way at once in four units of four cycles.
@@ -13,8 +13,6 @@ const STRIP: usize = 8;
 const PANEL: usize = 8;
 /// Keys of a tile: with values of 96, both packed tiles are 48 KiB, in the second-level cache.
 const TILE: usize = 64;
-/// Up to this many queries read keys and values where they lie; more are worth packing them.
-const FEW: usize = 4;
 
 /// Eight values.
 type Pair = [float32x4_t; 2];
@@ -22,7 +20,7 @@ type Pair = [float32x4_t; 2];
 impl Neon {
     /// `out(row, values)` once for each query.
     pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
-        if head.rows <= FEW {
+        if !head.tiled {
             // SAFETY: `self` exists, so `detect` saw the feature.
             unsafe { few(head, out) };
         } else {
@@ -43,13 +41,13 @@ fn few(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
         }
         let visible = head.visible(row);
         let mut scores = vec![f32::NEG_INFINITY; visible.next_multiple_of(8)];
-        for (key, score) in scores[..visible].iter_mut().enumerate() {
-            *score = match head.keys {
-                HeadRows::F32(data, stride) => dot(&query, &data[key * stride..][..head.head_dim]),
-                HeadRows::F16(data, stride) => {
-                    dot_f16(&query, &data[key * stride..][..head.head_dim])
+        match head.keys {
+            HeadRows::F32(data, stride) => {
+                for (key, score) in scores[..visible].iter_mut().enumerate() {
+                    *score = dot(&query, &data[key * stride..][..head.head_dim]);
                 }
-            };
+            }
+            HeadRows::F16(half) => dots_f16(&query, half, &mut scores[..visible]),
         }
         let most = largest(&scores, f32::NEG_INFINITY);
         let sum = weights(&mut scores, most);
@@ -60,7 +58,7 @@ fn few(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
                     add(&mut mixed, &data[key * stride..][..head.head_dim], *weight);
                 }
             }
-            HeadRows::F16(data, stride) => add_f16(&mut mixed, data, stride, &scores[..visible]),
+            HeadRows::F16(half) => add_f16(&mut mixed, half, &scores[..visible]),
         }
         for value in &mut mixed {
             *value /= sum;
@@ -79,6 +77,17 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     }
     let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
     total(sums) + rest
+}
+
+/// Products of a query with the first rows.
+#[target_feature(enable = "neon")]
+fn dots_f16(query: &[f32], rows: HalfRows<'_>, scores: &mut [f32]) {
+    let mut scores = scores.iter_mut();
+    for (run, count) in rows.runs(scores.len()) {
+        for (key, score) in scores.by_ref().take(count).enumerate() {
+            *score = dot_f16(query, &run[key * rows.stride..][..query.len()]);
+        }
+    }
 }
 
 #[target_feature(enable = "neon")]
@@ -118,14 +127,14 @@ fn add(mixed: &mut [f32], row: &[f32], weight: f32) {
 
 /// The weighted sum of rows, 24 registers of it at a time.
 #[target_feature(enable = "neon")]
-fn add_f16(mixed: &mut [f32], rows: &[f16], stride: usize, weights: &[f32]) {
+fn add_f16(mixed: &mut [f32], rows: HalfRows<'_>, weights: &[f32]) {
     const WIDE: usize = 12;
     let whole = mixed.len() / 8;
     for first in (0..whole).step_by(WIDE) {
         let count = WIDE.min(whole - first);
         let mut sums = [[vdupq_n_f32(0.0); 2]; WIDE];
-        for (key, &weight) in weights.iter().enumerate() {
-            let (eights, _) = rows[key * stride + 8 * first..][..8 * count].as_chunks::<8>();
+        for (row, weight) in rows.weighted(weights) {
+            let (eights, _) = row[8 * first..][..8 * count].as_chunks::<8>();
             let weight = [vdupq_n_f32(weight); 2];
             if let Some(eights) = eights.first_chunk::<WIDE>() {
                 for index in 0..WIDE {
@@ -143,10 +152,9 @@ fn add_f16(mixed: &mut [f32], rows: &[f16], stride: usize, weights: &[f32]) {
         }
     }
     for column in 8 * whole..mixed.len() {
-        let products = weights
-            .iter()
-            .enumerate()
-            .map(|(key, weight)| rows[key * stride + column].to_f32() * weight);
+        let products = rows
+            .weighted(weights)
+            .map(|(row, weight)| row[column].to_f32() * weight);
         mixed[column] = products.sum();
     }
 }
@@ -235,11 +243,11 @@ impl Packed {
 #[target_feature(enable = "neon")]
 #[inline]
 fn widen(rows: &HeadRows<'_>, index: usize, out: &mut [f32]) {
-    let HeadRows::F16(data, stride) = rows else {
+    let HeadRows::F16(half) = rows else {
         return rows.widen(index, out);
     };
     let ((stored, rest), (out, out_rest)) = (
-        data[index * stride..][..out.len()].as_chunks::<8>(),
+        half.row(index, out.len()).as_chunks::<8>(),
         out.as_chunks_mut::<8>(),
     );
     for (out, stored) in out.iter_mut().zip(stored) {

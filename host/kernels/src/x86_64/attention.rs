@@ -5,20 +5,18 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::{Avx2, load_f32};
-use crate::attention::{Head, HeadRows};
+use crate::attention::{HalfRows, Head, HeadRows};
 
 /// Queries of a strip and columns of a panel: 6 x 2 registers of sums, 2 of a panel's row, 1 of a query's value.
 const STRIP: usize = 6;
 const PANEL: usize = 16;
 /// Keys of a tile: with values of 96, both packed tiles are 48 KiB, in the second-level cache.
 const TILE: usize = 64;
-/// Up to this many queries read keys and values where they lie; more are worth packing them.
-const FEW: usize = 4;
 
 impl Avx2 {
     /// `out(row, values)` once for each query.
     pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
-        if head.rows <= FEW {
+        if !head.tiled {
             // SAFETY: `self` exists, so `detect` saw the features.
             unsafe { few(head, out) };
         } else {
@@ -39,13 +37,13 @@ fn few(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
         }
         let visible = head.visible(row);
         let mut scores = vec![f32::NEG_INFINITY; visible.next_multiple_of(8)];
-        for (key, score) in scores[..visible].iter_mut().enumerate() {
-            *score = match head.keys {
-                HeadRows::F32(data, stride) => dot(&query, &data[key * stride..][..head.head_dim]),
-                HeadRows::F16(data, stride) => {
-                    dot_f16(&query, &data[key * stride..][..head.head_dim])
+        match head.keys {
+            HeadRows::F32(data, stride) => {
+                for (key, score) in scores[..visible].iter_mut().enumerate() {
+                    *score = dot(&query, &data[key * stride..][..head.head_dim]);
                 }
-            };
+            }
+            HeadRows::F16(half) => dots_f16(&query, half, &mut scores[..visible]),
         }
         let most = largest(&scores);
         let sum = weights(&mut scores, most);
@@ -56,7 +54,7 @@ fn few(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
                     add(&mut mixed, &data[key * stride..][..head.head_dim], *weight);
                 }
             }
-            HeadRows::F16(data, stride) => add_f16(&mut mixed, data, stride, &scores[..visible]),
+            HeadRows::F16(half) => add_f16(&mut mixed, half, &scores[..visible]),
         }
         for value in &mut mixed {
             *value /= sum;
@@ -75,6 +73,17 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     }
     let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
     total(sums) + rest
+}
+
+/// Products of a query with the first rows.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dots_f16(query: &[f32], rows: HalfRows<'_>, scores: &mut [f32]) {
+    let mut scores = scores.iter_mut();
+    for (run, count) in rows.runs(scores.len()) {
+        for (key, score) in scores.by_ref().take(count).enumerate() {
+            *score = dot_f16(query, &run[key * rows.stride..][..query.len()]);
+        }
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -119,14 +128,14 @@ fn add(mixed: &mut [f32], row: &[f32], weight: f32) {
 
 /// The weighted sum of rows, twelve registers of it at a time.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_f16(mixed: &mut [f32], rows: &[f16], stride: usize, weights: &[f32]) {
+fn add_f16(mixed: &mut [f32], rows: HalfRows<'_>, weights: &[f32]) {
     const WIDE: usize = 12;
     let whole = mixed.len() / 8;
     for first in (0..whole).step_by(WIDE) {
         let count = WIDE.min(whole - first);
         let mut sums = [_mm256_setzero_ps(); WIDE];
-        for (key, &weight) in weights.iter().enumerate() {
-            let (eights, _) = rows[key * stride + 8 * first..][..8 * count].as_chunks::<8>();
+        for (row, weight) in rows.weighted(weights) {
+            let (eights, _) = row[8 * first..][..8 * count].as_chunks::<8>();
             let weight = _mm256_set1_ps(weight);
             if let Some(eights) = eights.first_chunk::<WIDE>() {
                 for index in 0..WIDE {
@@ -148,10 +157,9 @@ fn add_f16(mixed: &mut [f32], rows: &[f16], stride: usize, weights: &[f32]) {
         }
     }
     for column in 8 * whole..mixed.len() {
-        let products = weights
-            .iter()
-            .enumerate()
-            .map(|(key, weight)| rows[key * stride + column].to_f32() * weight);
+        let products = rows
+            .weighted(weights)
+            .map(|(row, weight)| row[column].to_f32() * weight);
         mixed[column] = products.sum();
     }
 }
@@ -252,11 +260,11 @@ impl Packed {
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 fn widen(rows: &HeadRows<'_>, index: usize, out: &mut [f32]) {
-    let HeadRows::F16(data, stride) = rows else {
+    let HeadRows::F16(half) = rows else {
         return rows.widen(index, out);
     };
     let ((stored, rest), (out, out_rest)) = (
-        data[index * stride..][..out.len()].as_chunks::<8>(),
+        half.row(index, out.len()).as_chunks::<8>(),
         out.as_chunks_mut::<8>(),
     );
     for (out, stored) in out.iter_mut().zip(stored) {

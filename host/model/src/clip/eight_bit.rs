@@ -1,10 +1,9 @@
 //! The tower on the CPU with activations of eight bits: plain rows between integer products, attention in f32.
 //! The float path above says what this computes.
 
-use candle_core::Tensor;
 use visor_kernels::{AttentionInput, AttentionShape, HeadRows, Kernel, attend};
 
-use super::{Layer, LayerNorm, PATCHES, Tower};
+use super::{HalfDone, Layer, LayerNorm, PATCHES, Tower};
 use crate::config::LAYER_NORM_EPS;
 use crate::error::ModelError;
 use crate::linear::Quantized;
@@ -31,23 +30,25 @@ impl LayerNorm {
 }
 
 impl Tower {
-    /// As `run`, on threads of the pool: (crops * 577, width) in and out.
+    /// As `run`, on threads of the pool.
     pub(super) fn run_rows(
         &self,
         kernel: Kernel,
-        hidden: &Tensor,
+        half: &mut HalfDone,
         keep_going: &(dyn Fn() -> bool + Sync),
-    ) -> Result<Tensor, ModelError> {
-        let mut hidden = Rows::of(hidden)?;
+    ) -> Result<(), ModelError> {
+        let mut hidden = Rows::of(&half.hidden)?;
         rayon::scope(|_| {
             let mut scratch = Scratch::default();
-            for layer in &self.layers {
-                if !keep_going() {
-                    return Err(ModelError::Cancelled);
-                }
+            for layer in &self.layers[half.layers..] {
                 self.run_layer_rows(kernel, layer, &mut hidden, &mut scratch)?;
+                half.layers += 1;
+                if half.layers < self.layers.len() && !keep_going() {
+                    break;
+                }
             }
-            Ok(hidden.to_tensor()?)
+            half.hidden = hidden.to_tensor()?;
+            Ok(())
         })
     }
 
@@ -104,6 +105,7 @@ impl Tower {
                 query_stride: self.width,
                 rows: 1 + PATCHES,
                 keys: 1 + PATCHES,
+                tiled: true,
                 key_values: &|head| {
                     [key, value].map(|rows| {
                         HeadRows::F32(

@@ -4,10 +4,9 @@
 use rayon::prelude::*;
 use visor_kernels::{AttentionInput, Kernel, attend};
 
-use super::{Decoder, Layer};
-use crate::kv_cache::KvCache;
+use super::{Decoder, Layer, Run};
+use crate::error::ModelError;
 use crate::linear::Quantized;
-use crate::rope::Regime;
 use crate::rows::Rows;
 
 /// Memory that every layer uses again.
@@ -21,30 +20,38 @@ struct Scratch {
 }
 
 impl Decoder {
-    /// Runs `hidden` at the positions behind the cache and adds them to it; hidden states before the last norm.
+    /// Runs the rows of `runs` together; hidden states before the last norm.
     pub(super) fn forward_rows(
         &self,
         kernel: Kernel,
         mut hidden: Rows,
-        cache: &mut KvCache,
-        regime: Regime,
-    ) -> candle_core::Result<Rows> {
-        let count = hidden.count();
-        cache.reserve_half(cache.len() + count);
-        let angles = self.rope.angles(regime, cache.len(), count);
+        runs: &mut [Run<'_>],
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Rows, ModelError> {
+        let mut angles = (Vec::new(), Vec::new());
+        for run in &*runs {
+            let (cosines, sines) = self.rope.angles(run.regime, run.cache.len(), run.count);
+            angles.0.extend(cosines);
+            angles.1.extend(sines);
+        }
         let mut scratch = Scratch::default();
         for index in 0..self.layers.len() {
-            self.attention(kernel, (index, cache), &angles, (&mut hidden, &mut scratch))?;
+            if !keep_going() {
+                return Err(ModelError::Cancelled);
+            }
+            self.attention(kernel, (index, runs), &angles, (&mut hidden, &mut scratch))?;
             self.feed_forward(kernel, &self.layers[index], &mut hidden, &mut scratch)?;
         }
-        cache.commit(count, regime);
+        for run in runs {
+            run.cache.commit(run.count, run.regime);
+        }
         Ok(hidden)
     }
 
     fn attention(
         &self,
         kernel: Kernel,
-        (index, cache): (usize, &mut KvCache),
+        (index, runs): (usize, &mut [Run<'_>]),
         angles: &(Vec<f32>, Vec<f32>),
         (hidden, scratch): (&mut Rows, &mut Scratch),
     ) -> candle_core::Result<()> {
@@ -56,14 +63,59 @@ impl Decoder {
             .qkv
             .forward_rows(&s.normed, &s.quantized, &mut s.wide)?;
         self.rotate(&mut s.wide, &angles.0, &angles.1);
-        cache.append_half(index, &s.wide.values, s.wide.columns);
-        self.attend_rows(kernel, &s.wide, (index, cache), &mut s.mixed);
+        s.mixed
+            .reshape(s.wide.count(), self.shape.heads * self.shape.head_dim);
+        let mut first = 0;
+        for run in runs {
+            let rows = first..first + run.count;
+            let qkv = &s.wide.values[rows.start * s.wide.columns..rows.end * s.wide.columns];
+            run.cache.append(index, qkv, s.wide.columns);
+            let mixed =
+                &mut s.mixed.values[rows.start * s.mixed.columns..rows.end * s.mixed.columns];
+            self.attend_run(kernel, (index, run), (qkv, s.wide.columns), mixed);
+            first = rows.end;
+        }
         s.quantized.set(kernel, &s.mixed);
         layer
             .output
             .forward_rows(&s.mixed, &s.quantized, &mut s.out)?;
         hidden.add(&s.out);
         Ok(())
+    }
+
+    /// Positions of the prompt share tiles of keys. Those behind it are attended one by one, however many run: as they were when
+    /// they were generated.
+    fn attend_run(
+        &self,
+        kernel: Kernel,
+        (layer, run): (usize, &Run<'_>),
+        (qkv, columns): (&[f32], usize),
+        out: &mut [f32],
+    ) {
+        let shape = visor_kernels::AttentionShape {
+            heads: self.shape.heads,
+            kv_heads: self.shape.kv_heads,
+            head_dim: self.shape.head_dim,
+            causal: true,
+        };
+        let pages = run.cache.pages();
+        let width = shape.heads * shape.head_dim;
+        let parts = [
+            (0..run.prompt_rows, true),
+            (run.prompt_rows..run.count, false),
+        ];
+        for (rows, tiled) in parts.into_iter().filter(|(rows, _)| !rows.is_empty()) {
+            let input = AttentionInput {
+                queries: &qkv[rows.start * columns..rows.end * columns],
+                query_stride: columns,
+                rows: rows.len(),
+                keys: run.cache.len() + rows.end,
+                tiled,
+                key_values: &|head| run.cache.head_rows(&pages, layer, head),
+            };
+            let out = &mut out[rows.start * width..rows.end * width];
+            attend(kernel, shape, &input, out);
+        }
     }
 
     fn feed_forward(
@@ -106,29 +158,5 @@ impl Decoder {
             .par_chunks_exact_mut(columns)
             .enumerate()
             .for_each(work);
-    }
-
-    fn attend_rows(
-        &self,
-        kernel: Kernel,
-        qkv: &Rows,
-        (layer, cache): (usize, &KvCache),
-        out: &mut Rows,
-    ) {
-        let shape = visor_kernels::AttentionShape {
-            heads: self.shape.heads,
-            kv_heads: self.shape.kv_heads,
-            head_dim: self.shape.head_dim,
-            causal: true,
-        };
-        let input = AttentionInput {
-            queries: &qkv.values,
-            query_stride: qkv.columns,
-            rows: qkv.count(),
-            keys: cache.len() + qkv.count(),
-            key_values: &|head| cache.half_rows(layer, head),
-        };
-        out.reshape(qkv.count(), shape.heads * shape.head_dim);
-        attend(kernel, shape, &input, &mut out.values);
     }
 }

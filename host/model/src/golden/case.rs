@@ -9,7 +9,8 @@ use super::folder::{Loaded, Models, floats, integers, pixel_values};
 use super::greedy;
 use crate::error::ModelError;
 use crate::image::PixelValues;
-use crate::model::{ImageFeatures, SequenceState};
+use crate::model::ImageFeatures;
+use crate::sequence::SequenceState;
 use crate::tokenizer::{Prompt, Tokenizer};
 use crate::weights::Weights;
 
@@ -252,7 +253,7 @@ fn compare_features(
     let (model, tolerance) = (&case.loaded.model, case.loaded.tolerance());
     let mut towers = Vec::new();
     for image in images {
-        let patches = model.tower_features(image, &|| true)?;
+        let patches = model.tower_features(image)?;
         case.features
             .push(Arc::new(model.project(&patches, image)?));
         towers.push(patches);
@@ -386,7 +387,7 @@ fn compare_prefill(
     let model = &case.loaded.model;
     let mut state = model.begin(&case.prompt, &case.features)?;
     let hidden = model.run(&mut state, usize::MAX)?;
-    let last = model.finish(&mut state, &hidden)?;
+    let last = model.finish_one(&mut state, &hidden)?;
     for (tensor, stride) in [("logits_last", 1), ("logits_last_s7", 7)] {
         let finding = match floats(&case.tensors, tensor) {
             Ok(None) => continue,

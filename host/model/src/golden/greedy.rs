@@ -6,7 +6,7 @@ use super::case::Case;
 use super::compare::{Finding, Reporter, largest_difference};
 use super::folder::{floats, integers};
 use crate::error::ModelError;
-use crate::model::SequenceState;
+use crate::sequence::SequenceState;
 
 /// What the reference did at every step.
 struct Steps {
@@ -58,7 +58,7 @@ pub(super) fn compare_greedy(
         let mut state = model.begin(&case.prompt, &case.features)?;
         state.rebuilds = false;
         let hidden = model.run(&mut state, usize::MAX)?;
-        let last = model.finish(&mut state, &hidden)?;
+        let last = model.finish_one(&mut state, &hidden)?;
         Ok((state, last))
     };
     match again() {

@@ -2,6 +2,7 @@
 //! agree with stored weights.
 
 use super::*;
+use crate::Prompt;
 use crate::image::{RgbBuffer, hd_plan, render_view};
 
 fn load(stored: bool, dtype: DType) -> Phi3V {

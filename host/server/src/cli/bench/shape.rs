@@ -217,6 +217,13 @@ fn print(out: &mut impl Write, told: &Told) -> std::io::Result<()> {
         gb(decode.weight_bytes),
         gb(decode.kv_bytes)
     )?;
+    for batch in &report.batches {
+        writeln!(
+            out,
+            "decode       {} at once, {:.1} ms a step after {}, {:.1} tokens/s together",
+            batch.sequences, batch.step_ms, batch.after_tokens, batch.tokens_per_s
+        )?;
+    }
     let first = &report.first_token;
     writeln!(
         out,

@@ -1,0 +1,160 @@
+//! Blocks of keys and values, counted against a limit and shared by reference.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use half::f16;
+
+use crate::config::ModelConfig;
+use crate::error::ModelError;
+
+/// Positions a block holds.
+pub(crate) const BLOCK_POSITIONS: usize = 64;
+
+/// Where blocks come from: at most so many at a time, each as large as the model's shape makes it.
+pub struct KvPool {
+    layers: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    value_bytes: u64,
+    /// Blocks hold f16; otherwise they only count what tensors hold.
+    has_values: bool,
+    blocks_max: AtomicUsize,
+    blocks_used: Arc<AtomicUsize>,
+}
+
+/// Rotated keys and values of up to 64 positions in every layer. Never written again once it is shared.
+pub struct KvBlock {
+    /// (layers, keys and values, kv_heads, 64, head_dim), or nothing.
+    values: Vec<f16>,
+    blocks_used: Arc<AtomicUsize>,
+}
+
+impl KvPool {
+    /// Of f16 in plain memory with `has_values`, else of as many bytes as tensors of `value_bytes` take. No limit yet.
+    pub(crate) fn new(config: &ModelConfig, has_values: bool, value_bytes: u64) -> Self {
+        Self {
+            layers: config.layers,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            value_bytes,
+            has_values,
+            blocks_max: AtomicUsize::new(usize::MAX),
+            blocks_used: Arc::default(),
+        }
+    }
+
+    /// Positions that a block holds.
+    pub fn block_positions(&self) -> usize {
+        BLOCK_POSITIONS
+    }
+
+    /// Memory of a block.
+    pub fn block_bytes(&self) -> u64 {
+        (self.block_values() as u64) * self.value_bytes
+    }
+
+    /// Memory of one number.
+    pub(crate) fn value_bytes(&self) -> u64 {
+        self.value_bytes
+    }
+
+    /// Whether blocks can be shared between sequences: where they hold the values themselves.
+    pub fn can_share(&self) -> bool {
+        self.has_values
+    }
+
+    /// Blocks alive, shared ones once.
+    pub fn blocks_used(&self) -> usize {
+        self.blocks_used.load(Ordering::Relaxed)
+    }
+
+    /// Blocks that can be alive at once.
+    pub fn blocks_max(&self) -> usize {
+        self.blocks_max.load(Ordering::Relaxed)
+    }
+
+    /// Another limit. What is alive stays.
+    pub fn set_blocks_max(&self, blocks_max: usize) {
+        self.blocks_max.store(blocks_max, Ordering::Relaxed);
+    }
+
+    fn block_values(&self) -> usize {
+        self.layers * self.layer_values()
+    }
+
+    /// Values of one layer in a block.
+    pub(super) fn layer_values(&self) -> usize {
+        2 * self.part_values()
+    }
+
+    /// Keys of one layer in a block, or values.
+    pub(super) fn part_values(&self) -> usize {
+        self.kv_heads * self.head_values()
+    }
+
+    /// Keys of one head in a block, or values.
+    pub(super) fn head_values(&self) -> usize {
+        BLOCK_POSITIONS * self.head_dim
+    }
+
+    pub(super) fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    pub(super) fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    pub(super) fn layers(&self) -> usize {
+        self.layers
+    }
+
+    /// An empty block.
+    ///
+    /// # Errors
+    /// [`ModelError::KvFull`] when as many as may be are alive.
+    pub(super) fn take(&self) -> Result<KvBlock, ModelError> {
+        let blocks_max = self.blocks_max();
+        let below = |used: usize| (used < blocks_max).then_some(used + 1);
+        self.blocks_used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, below)
+            .map_err(|_| ModelError::KvFull { blocks_max })?;
+        let values = if self.has_values {
+            self.block_values()
+        } else {
+            0
+        };
+        Ok(KvBlock {
+            values: vec![f16::ZERO; values],
+            blocks_used: Arc::clone(&self.blocks_used),
+        })
+    }
+
+    /// A block with the first positions of another.
+    pub(super) fn copy(&self, block: &KvBlock, positions: usize) -> Result<KvBlock, ModelError> {
+        let mut copy = self.take()?;
+        let heads = copy.values.chunks_exact_mut(self.head_values());
+        for (to, from) in heads.zip(block.values.chunks_exact(self.head_values())) {
+            let used = positions * self.head_dim;
+            to[..used].copy_from_slice(&from[..used]);
+        }
+        Ok(copy)
+    }
+}
+
+impl KvBlock {
+    pub(super) fn values(&self) -> &[f16] {
+        &self.values
+    }
+
+    pub(super) fn values_mut(&mut self) -> &mut [f16] {
+        &mut self.values
+    }
+}
+
+impl Drop for KvBlock {
+    fn drop(&mut self) {
+        self.blocks_used.fetch_sub(1, Ordering::Relaxed);
+    }
+}
