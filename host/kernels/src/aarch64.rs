@@ -158,12 +158,12 @@ fn row_products(
     padded[..rest.len()].copy_from_slice(rest);
     for (four, products) in products.iter_mut().enumerate() {
         let codes = whole.get(four).unwrap_or(&padded);
-        let words = &x.lone[four / 2].words.as_chunks().0[four % 2];
+        let words = &x.few[four / 2].words.as_chunks().0[four % 2];
         products[row] = vcvtq_f32_s32(four_dots(codes, words));
     }
     // Apart from the loop above: a call among its loads would send them all through the stack.
     for (four, products) in products.iter_mut().enumerate() {
-        let (eight, half) = (&x.lone[four / 2], four % 2);
+        let (eight, half) = (&x.few[four / 2], four % 2);
         let scale = four_blocks(scales, 4 * four, weights);
         let bias = four_blocks(biases, 4 * four, weights);
         let scale = vmulq_f32(scale, load_f32(&eight.scales.as_chunks().0[half]));

@@ -24,6 +24,9 @@ pub(crate) const LARGEST_MIN: f32 = 1e-30;
 /// Rows that lie interleaved in memory: as many as a kernel multiplies at once.
 pub(crate) const TILE_ROWS: usize = 5;
 
+/// Up to this many rows, weights are taken row by row as they lie in memory: decoding.
+pub(crate) const FEW_ROWS: usize = 3;
+
 /// One block of columns of a few rows; zeros where there are fewer.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Tile {
@@ -44,8 +47,8 @@ pub(crate) struct Eight {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct QuantizedRows {
     pub(crate) tiles: Vec<Tile>, // (rows / TILE_ROWS, blocks)
-    /// A lone row once more, eight blocks at a time: what decoding reads.
-    pub(crate) lone: Vec<Eight>,
+    /// Few rows once more, eight blocks at a time, (blocks / 8, rows): what decoding reads.
+    pub(crate) few: Vec<Eight>,
     pub(crate) blocks: usize,
     rows: usize,
 }
@@ -88,17 +91,26 @@ impl QuantizedRows {
             let tiles = self.tiles.par_chunks_mut(self.blocks);
             tiles.zip(x.par_chunks(TILE_ROWS * columns)).for_each(each);
         }
-        self.lone.clear();
-        if self.rows == 1 {
-            self.lone.extend(self.tiles.chunks(8).map(|tiles| {
-                let mut eight = Eight::default();
-                for (index, tile) in tiles.iter().enumerate() {
-                    eight.words[index] = tile.words.map(|word| word[0]);
-                    (eight.scales[index], eight.sums[index]) = (tile.scales[0], tile.sums[0]);
+        self.few.clear();
+        if self.rows <= FEW_ROWS {
+            for first in (0..self.blocks).step_by(8) {
+                for row in 0..self.rows {
+                    self.few.push(self.eight(row, first));
                 }
-                eight
-            }));
+            }
         }
+    }
+
+    /// At most eight blocks of a row.
+    fn eight(&self, row: usize, first: usize) -> Eight {
+        let (tile, place) = (row / TILE_ROWS * self.blocks, row % TILE_ROWS);
+        let tiles = &self.tiles[tile + first..tile + self.blocks.min(first + 8)];
+        let mut eight = Eight::default();
+        for (index, tile) in tiles.iter().enumerate() {
+            eight.words[index] = tile.words.map(|word| word[place]);
+            (eight.scales[index], eight.sums[index]) = (tile.scales[place], tile.sums[place]);
+        }
+        eight
     }
 
     /// Rows held.

@@ -29,7 +29,7 @@ const ROWS_AT_ONCE: usize = 48 * TILE_ROWS;
 /// Pairs of panels that a chunk of rows meets before the next stretch of blocks.
 const PAIRS_AT_ONCE: usize = 8;
 /// Up to this many rows, pairs of panels are taken one by one.
-const FEW_ROWS: usize = 64;
+const ONE_PAIR_ROWS: usize = 64;
 /// Blocks of weights unpacked at a time: two panels of 8 are 8 KiB, a quarter of the first-level cache.
 const BLOCKS_AT_ONCE: usize = 8;
 /// How far ahead of a row's codes memory is asked for when decoding: nearer is too late, and from 3 KiB on nothing is gained.
@@ -46,7 +46,13 @@ impl Avx2 {
     ) {
         if x.rows() == 1 {
             // SAFETY: `self` exists, so `detect` saw the features.
-            unsafe { one_row(weights, panels, x, out) };
+            unsafe { few_rows::<1>(weights, panels, x, out) };
+        } else if x.rows() == 2 {
+            // SAFETY: `self` exists, so `detect` saw the features.
+            unsafe { few_rows::<2>(weights, panels, x, out) };
+        } else if x.rows() == 3 {
+            // SAFETY: `self` exists, so `detect` saw the features.
+            unsafe { few_rows::<3>(weights, panels, x, out) };
         } else {
             // SAFETY: `self` exists, so `detect` saw the features.
             unsafe { many_rows(weights, panels, x, out) };
@@ -109,9 +115,10 @@ impl<'a> Panel<'a> {
     }
 }
 
-/// Decoding: every weight is used once, and memory is what limits. Rows are read one after the other; a lane is a block.
+/// Decoding: every weight is used for one to three rows of `x`, and memory is what limits. Rows of weights are read one after
+/// the other; a lane is a block.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn one_row(
+fn few_rows<const N: usize>(
     weights: &Int4Rows<'_>,
     panels: Range<usize>,
     x: &QuantizedRows,
@@ -119,71 +126,80 @@ fn one_row(
 ) {
     let mut panel = Panel::new();
     let first = panels.start;
-    let mut products = vec![[_mm256_setzero_ps(); PANEL]; x.lone.len()]; // (blocks / 8, rows), lanes: blocks
+    let x_eights = x.few.as_chunks::<N>().0;
+    let mut products = vec![[[_mm256_setzero_ps(); PANEL]; N]; x_eights.len()]; // (blocks / 8, rows of x, rows), lanes: blocks
     for index in panels {
         panel.find(weights, index);
         for (row, parts) in panel.rows.iter().enumerate() {
-            row_products(*parts, weights, &x.lone, &mut products, row);
+            row_products(*parts, weights, x_eights, &mut products, row);
         }
-        let mut value = _mm256_setzero_ps();
+        let mut values = [_mm256_setzero_ps(); N];
         for (eight, products) in products.iter().enumerate() {
-            let by_block = transpose_f32(*products);
-            for product in &by_block[..8.min(x.blocks - 8 * eight)] {
-                value = _mm256_add_ps(value, *product);
+            let blocks = 8.min(x.blocks - 8 * eight);
+            for (value, products) in values.iter_mut().zip(products) {
+                for product in &transpose_f32(*products)[..blocks] {
+                    *value = _mm256_add_ps(*value, *product);
+                }
             }
         }
-        out(index - first, 0, &store(value));
+        for (row, value) in values.iter().enumerate() {
+            out(index - first, row, &store(*value));
+        }
     }
 }
 
-/// What each block of a row of weights adds to its value, eight blocks at a time, into column `row` of `products`.
+/// What each block of a row of weights adds to its values, eight blocks at a time, into column `row` of `products`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn row_products(
+fn row_products<const N: usize>(
     [codes, scales, biases]: [&[u8]; 3],
     weights: &Int4Rows<'_>,
-    x: &[Eight],
-    products: &mut [[__m256; PANEL]],
+    x: &[[Eight; N]],
+    products: &mut [[[__m256; PANEL]; N]],
     row: usize,
 ) {
-    let width = weights.scale_type().bytes();
-    let per_group = weights.group() / BLOCK;
-    let (whole, rest) = codes.as_chunks::<{ 8 * BLOCK / 2 }>();
-    let mut padded = [0; 8 * BLOCK / 2];
+    let scale_type = weights.scale_type();
+    let (width, per_group) = (scale_type.bytes(), weights.group() / BLOCK);
+    let (whole, rest) = codes.as_chunks::<{ BLOCK / 2 }>().0.as_chunks::<8>();
+    let mut padded = [[0; BLOCK / 2]; 8];
     padded[..rest.len()].copy_from_slice(rest);
     for (eight, (x, products)) in x.iter().zip(products).enumerate() {
         let codes = whole.get(eight).unwrap_or(&padded);
         let (scale, bias) = if per_group == 1 {
             let at = 8 * eight * width;
             (
-                widen(&scales[at..], weights.scale_type()),
-                widen(&biases[at..], weights.scale_type()),
+                widen(&scales[at..], scale_type),
+                widen(&biases[at..], scale_type),
             )
         } else {
             let line = |part: &[u8]| {
                 std::array::from_fn(|block| {
-                    weights
-                        .scale_type()
-                        .get_or_zero(part, (8 * eight + block) / per_group)
+                    scale_type.get_or_zero(part, (8 * eight + block) / per_group)
                 })
             };
             (load_f32(&line(scales)), load_f32(&line(biases)))
         };
-        let dot = _mm256_cvtepi32_ps(eight_dots(codes, &x.words));
-        let scale = _mm256_mul_ps(scale, load_f32(&x.scales));
-        products[row] = _mm256_fmadd_ps(dot, scale, _mm256_mul_ps(bias, load_f32(&x.sums)));
+        let dots = eight_dots(codes, x.each_ref().map(|x| &x.words));
+        for n in 0..N {
+            let dot = _mm256_cvtepi32_ps(dots[n]);
+            let scale = _mm256_mul_ps(scale, load_f32(&x[n].scales));
+            let bias = _mm256_mul_ps(bias, load_f32(&x[n].sums));
+            products[n][row] = _mm256_fmadd_ps(dot, scale, bias);
+        }
     }
 }
 
-/// Dot products of at most eight blocks of one row of weights with one row of activations, a lane each.
+/// Dot products of eight blocks of one row of weights with a few rows of activations, a lane each.
 ///
 /// A 16-bit lane holds a pair of even and a pair of odd columns, at most 2 * 3810 = 7620; two additions of lanes make that
 /// 30480 before lanes become 32 bits.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn eight_dots(codes: &[u8; 8 * BLOCK / 2], words: &[[i32; WORDS]; 8]) -> __m256i {
+fn eight_dots<const N: usize>(
+    codes: &[[u8; BLOCK / 2]; 8],
+    words: [&[[i32; WORDS]; 8]; N],
+) -> [__m256i; N] {
     let nibble = _mm256_set1_epi8(0xF);
-    let mut sums = [_mm256_setzero_si256(); 8];
     for line in 0..4 {
         let ahead = codes
             .as_ptr()
@@ -191,31 +207,39 @@ fn eight_dots(codes: &[u8; 8 * BLOCK / 2], words: &[[i32; WORDS]; 8]) -> __m256i
             .wrapping_add(AHEAD_BYTES + 64 * line);
         _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
     }
-    for block in 0..8 {
-        let codes = load_bytes(&codes.as_chunks().0[block]);
-        let (even, odd) = words[block].split_at(WORDS / 2);
-        let low = _mm256_maddubs_epi16(_mm256_and_si256(codes, nibble), load_words(even));
-        let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), nibble);
-        sums[block] = _mm256_add_epi16(low, _mm256_maddubs_epi16(high, load_words(odd)));
-    }
-    let mut halves = [nibble; 2]; // each 128-bit half: one word of each of four blocks
+    let mut halves = [[nibble; 2]; N]; // each 128-bit half: one word of each of four blocks
     for half in 0..2 {
-        let [a, b, c, d] = [
-            sums[4 * half],
-            sums[4 * half + 1],
-            sums[4 * half + 2],
-            sums[4 * half + 3],
-        ];
-        let ab = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-        let cd = _mm256_add_epi16(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
-        let four = _mm256_add_epi16(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
-        halves[half] = _mm256_madd_epi16(four, _mm256_set1_epi16(1));
+        let mut sums = [[_mm256_setzero_si256(); 4]; N];
+        for place in 0..4 {
+            let block = 4 * half + place;
+            let codes = load_bytes(&codes[block]);
+            let low = _mm256_and_si256(codes, nibble);
+            let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), nibble);
+            for row in 0..N {
+                let (even, odd) = words[row][block].split_at(WORDS / 2);
+                let low = _mm256_maddubs_epi16(low, load_words(even));
+                let high = _mm256_maddubs_epi16(high, load_words(odd));
+                sums[row][place] = _mm256_add_epi16(low, high);
+            }
+        }
+        for row in 0..N {
+            let [a, b, c, d] = sums[row];
+            let ab = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+            let cd = _mm256_add_epi16(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+            let four =
+                _mm256_add_epi16(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+            halves[row][half] = _mm256_madd_epi16(four, _mm256_set1_epi16(1));
+        }
     }
-    let [a, b] = halves;
-    _mm256_add_epi32(
-        _mm256_permute2x128_si256::<0x20>(a, b),
-        _mm256_permute2x128_si256::<0x31>(a, b),
-    )
+    let mut dots = [nibble; N];
+    for row in 0..N {
+        let [a, b] = halves[row];
+        dots[row] = _mm256_add_epi32(
+            _mm256_permute2x128_si256::<0x20>(a, b),
+            _mm256_permute2x128_si256::<0x31>(a, b),
+        );
+    }
+    dots
 }
 
 /// `value` and what a block adds to it, rounded as the specification does.
@@ -279,23 +303,21 @@ fn many_rows(
     x: &QuantizedRows,
     out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
 ) {
-    let pairs_at_once = if x.rows() > FEW_ROWS {
+    let pairs_at_once = if x.rows() > ONE_PAIR_ROWS {
         PAIRS_AT_ONCE
     } else {
         1
     };
+    let mut chunk = Chunk::new(pairs_at_once);
     for first in panels.clone().step_by(TILE_PANELS * pairs_at_once) {
         let end = panels.end.min(first + TILE_PANELS * pairs_at_once);
-        let pairs: Vec<_> = (first..end)
-            .step_by(TILE_PANELS)
-            .map(|panel| panel_pair(weights, panel..end))
-            .collect();
+        let pairs = chunk.find_pairs(weights, first..end);
         for row in (0..x.rows()).step_by(ROWS_AT_ONCE) {
             let rows = row..(row + ROWS_AT_ONCE).min(x.rows());
-            let values = chunk_times_pairs(&pairs, x, rows.clone());
+            chunk.multiply(pairs, x, rows.clone());
             for (panel, values) in (first..)
                 .step_by(TILE_PANELS)
-                .zip(values.chunks(rows.len()))
+                .zip(chunk.values.chunks(rows.len()))
             {
                 for (row, values) in rows.clone().zip(values) {
                     for (panel, value) in (panel..end).zip(values) {
@@ -307,37 +329,56 @@ fn many_rows(
     }
 }
 
-/// Two panels from the first of a range; the last one twice where there is no second.
-#[target_feature(enable = "avx2,f16c")]
-fn panel_pair<'a>(weights: &Int4Rows<'a>, panels: Range<usize>) -> [Panel<'a>; TILE_PANELS] {
-    let mut pair: [Panel<'_>; TILE_PANELS] = std::array::from_fn(|_| Panel::new());
-    for (offset, panel) in pair.iter_mut().enumerate() {
-        panel.find(weights, (panels.start + offset).min(panels.end - 1));
-        panel.read_lines(weights);
-    }
-    pair
+/// A few pairs of panels, what is unpacked of one of them, and values of a chunk of rows: memory that a task uses again.
+struct Chunk<'a> {
+    pairs: Vec<[Panel<'a>; TILE_PANELS]>,
+    unpacked: Unpacked,
+    values: Vec<[__m256; TILE_PANELS]>, // (pairs, rows)
 }
 
-/// Values of a chunk of rows, (pairs, rows).
-#[target_feature(enable = "avx2,fma")]
-fn chunk_times_pairs(
-    pairs: &[[Panel<'_>; TILE_PANELS]],
-    x: &QuantizedRows,
-    rows: Range<usize>,
-) -> Vec<[__m256; TILE_PANELS]> {
-    let mut values = vec![[_mm256_setzero_ps(); TILE_PANELS]; pairs.len() * rows.len()];
-    let tiles = &x.tiles[rows.start / TILE_ROWS * x.blocks..];
-    let mut unpacked = Unpacked::new();
-    for start in (0..x.blocks).step_by(BLOCKS_AT_ONCE) {
-        let blocks = start..(start + BLOCKS_AT_ONCE).min(x.blocks);
-        for (pair, values) in pairs.iter().zip(values.chunks_mut(rows.len())) {
-            unpacked.fill(pair, blocks.clone());
-            for (values, tiles) in values.chunks_mut(TILE_ROWS).zip(tiles.chunks(x.blocks)) {
-                add_tile(&unpacked, &tiles[blocks.clone()], values);
+impl<'a> Chunk<'a> {
+    #[target_feature(enable = "avx2")]
+    fn new(pairs: usize) -> Self {
+        let pair = || std::array::from_fn(|_| Panel::new());
+        Self {
+            pairs: std::iter::repeat_with(pair).take(pairs).collect(),
+            unpacked: Unpacked::new(),
+            values: Vec::new(),
+        }
+    }
+
+    /// Takes up the pairs of a range of panels and says how many there are; the last panel twice where the last pair has no
+    /// second.
+    #[target_feature(enable = "avx2,f16c")]
+    fn find_pairs(&mut self, weights: &Int4Rows<'a>, panels: Range<usize>) -> usize {
+        let firsts = panels.clone().step_by(TILE_PANELS);
+        let pairs = firsts.len();
+        for (pair, first) in self.pairs.iter_mut().zip(firsts) {
+            for (offset, panel) in pair.iter_mut().enumerate() {
+                panel.find(weights, (first + offset).min(panels.end - 1));
+                panel.read_lines(weights);
+            }
+        }
+        pairs
+    }
+
+    /// Values of a chunk of rows for the first pairs.
+    #[target_feature(enable = "avx2,fma")]
+    fn multiply(&mut self, pairs: usize, x: &QuantizedRows, rows: Range<usize>) {
+        self.values.clear();
+        let zeros = [_mm256_setzero_ps(); TILE_PANELS];
+        self.values.resize(pairs * rows.len(), zeros);
+        let tiles = &x.tiles[rows.start / TILE_ROWS * x.blocks..];
+        for start in (0..x.blocks).step_by(BLOCKS_AT_ONCE) {
+            let blocks = start..(start + BLOCKS_AT_ONCE).min(x.blocks);
+            for (pair, values) in self.pairs.iter().zip(self.values.chunks_mut(rows.len())) {
+                self.unpacked.fill(pair, blocks.clone());
+                for (values, tiles) in values.chunks_mut(TILE_ROWS).zip(tiles.chunks(x.blocks)) {
+                    add_tile(&self.unpacked, &tiles[blocks.clone()], values);
+                }
             }
         }
     }
-    values
 }
 
 /// Adds a stretch of blocks to the values of a tile's rows.
