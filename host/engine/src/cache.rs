@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use sha2::{Digest as _, Sha256};
 use visor_model::image::PixelValues;
 
+use crate::prefix_cache::PrefixBlock;
 use crate::request::Answer;
 use maintenance::{Clock, Core};
 pub use strategy::{
@@ -177,6 +178,27 @@ impl<V: Send + Sync + 'static> Cache<V> {
             })
     }
 
+    /// The value of a key, as if nobody had asked.
+    pub fn peek(&self, key: &CacheKey) -> Option<Arc<V>> {
+        let now = (self.core.clock)();
+        self.core.with(|state| state.index.peek(key, now))
+    }
+
+    /// Makes a value one that was just used, without counting a hit.
+    pub fn touch(&self, key: &CacheKey) {
+        self.core.with(|state| state.index.touch(key));
+    }
+
+    /// Removes the value of a key that a newer one stands for.
+    pub fn remove(&self, key: &CacheKey) {
+        self.core.with(|state| state.index.replace(key));
+    }
+
+    /// Removes the value whose turn it is, because its memory is wanted elsewhere. False when there is none.
+    pub fn evict(&self) -> bool {
+        self.core.with(|state| state.index.evict_one())
+    }
+
     /// Stores a value, in place of an older one of that key, and makes room for it. False when it
     /// is too large for the cache or for the strategy's plan.
     pub fn insert(&self, key: CacheKey, value: Arc<V>, entry: &NewEntry) -> bool {
@@ -245,35 +267,46 @@ pub struct CacheBytes {
     pub features: u64,
     /// Whole answers.
     pub responses: u64,
+    /// KV blocks of prompt prefixes.
+    pub prefixes: u64,
 }
 
-/// The caches of one server. `F` is the model's features, `R` what a whole answer is.
-pub struct Caches<F, R = Answer> {
+/// The caches of one server. `F` is the model's features, `B` its KV blocks, `R` what a whole answer is.
+pub struct Caches<F, B, R = Answer> {
     /// Crops by source, recorded operations and normalisation.
     pub pixels: Arc<Cache<PixelValues>>,
     /// What the vision tower made of crops.
     pub features: Arc<Cache<F>>,
     /// Whole answers to identical requests.
     pub responses: Arc<Cache<R>>,
+    /// KV blocks of prompt prefixes.
+    pub prefixes: Arc<Cache<PrefixBlock<B>>>,
 }
 
-impl<F, R> Clone for Caches<F, R> {
+impl<F, B, R> Clone for Caches<F, B, R> {
     fn clone(&self) -> Self {
         Self {
             pixels: Arc::clone(&self.pixels),
             features: Arc::clone(&self.features),
             responses: Arc::clone(&self.responses),
+            prefixes: Arc::clone(&self.prefixes),
         }
     }
 }
 
-impl<F: Send + Sync + 'static, R: Send + Sync + 'static> Caches<F, R> {
+impl<F, B, R> Caches<F, B, R>
+where
+    F: Send + Sync + 'static,
+    B: Send + Sync + 'static,
+    R: Send + Sync + 'static,
+{
     /// Empty caches.
     pub fn new(bytes: CacheBytes) -> Self {
         Self {
             pixels: Arc::new(Cache::new(Tier::Pixels, bytes.pixels)),
             features: Arc::new(Cache::new(Tier::Embedding, bytes.features)),
             responses: Arc::new(Cache::new(Tier::Response, bytes.responses)),
+            prefixes: Arc::new(Cache::new(Tier::Prefix, bytes.prefixes)),
         }
     }
 
@@ -282,21 +315,24 @@ impl<F: Send + Sync + 'static, R: Send + Sync + 'static> Caches<F, R> {
         self.pixels.resize(bytes.pixels);
         self.features.resize(bytes.features);
         self.responses.resize(bytes.responses);
+        self.prefixes.resize(bytes.prefixes);
     }
 
     /// One strategy for all of them, or the native LRU.
     pub fn set_strategy(&self, strategy: Option<Arc<dyn CacheStrategy>>) {
         self.pixels.set_strategy(strategy.clone());
         self.features.set_strategy(strategy.clone());
-        self.responses.set_strategy(strategy);
+        self.responses.set_strategy(strategy.clone());
+        self.prefixes.set_strategy(strategy);
     }
 
-    /// Figures of this moment: pixels, features, responses.
-    pub fn stats(&self) -> [CacheStats; 3] {
+    /// Figures of this moment: pixels, features, responses, prefixes.
+    pub fn stats(&self) -> [CacheStats; 4] {
         [
             self.pixels.stats(),
             self.features.stats(),
             self.responses.stats(),
+            self.prefixes.stats(),
         ]
     }
 }

@@ -11,14 +11,12 @@ use crate::error::EngineError;
 use crate::features::FeatureStore;
 use crate::job::Job;
 use crate::model::{Model, ModelLoader};
+use crate::prefix_cache::PrefixStore;
 use crate::request::{EventReceiver, GenerateRequest, Sampling};
-use crate::scheduler::{Scheduler, Wake};
+use crate::scheduler::{Scheduler, Slices, Stores, Wake};
 use crate::shared::{EngineState, Shared};
-use crate::slot::ModelSlot;
+use crate::slot::{KvLimit, ModelSlot};
 use crate::stats::EngineStats;
-
-/// Sequences computed at once.
-const RUNNING_MAX: usize = 1;
 
 /// How long [`Engine::stop`] waits beyond the drain for the step under way.
 const STOP_GRACE: Duration = Duration::from_secs(5);
@@ -33,8 +31,15 @@ pub struct EngineOptions {
     pub queue_requests_max: usize,
     /// Longest prompt and answer together, tokens.
     pub context_tokens_max: u32,
-    /// Positions computed between two looks at cancel tokens.
+    /// Sequences that run at once.
+    pub sequences_max: usize,
+    /// Memory for the keys and values of running sequences and cached prefixes, bytes. One sequence of `context_tokens_max` fits
+    /// whatever this says.
+    pub kv_bytes: u64,
+    /// Prompt positions of a step beside which no sequence decodes.
     pub prefill_chunk_tokens: usize,
+    /// What pictures and prompts may add to the time between two tokens of sequences that decode.
+    pub slice: Duration,
     /// Stop strings of one request.
     pub stop_strings_max: usize,
     /// Digest of the checkpoint: part of every feature's key.
@@ -47,7 +52,10 @@ impl Default for EngineOptions {
             devices: vec![DeviceKind::Cpu],
             queue_requests_max: 64,
             context_tokens_max: 4096,
-            prefill_chunk_tokens: 512,
+            sequences_max: 8,
+            kv_bytes: 2 << 30,
+            prefill_chunk_tokens: 128,
+            slice: Duration::from_millis(250),
             stop_strings_max: 16,
             model_digest: String::new(),
         }
@@ -65,6 +73,7 @@ pub struct Engine {
 
 struct Limits {
     queue_requests_max: usize,
+    sequences_max: usize,
     context_tokens_max: u32,
     stop_strings_max: usize,
 }
@@ -74,23 +83,33 @@ impl Engine {
     pub fn start<L: ModelLoader, R>(
         loader: L,
         tokenizer: Arc<Tokenizer>,
-        caches: &Caches<<L::Model as Model>::Features, R>,
+        caches: &Caches<<L::Model as Model>::Features, <L::Model as Model>::Block, R>,
         options: EngineOptions,
     ) -> Self {
         let shared = Arc::new(Shared::new());
         let limits = Limits {
             queue_requests_max: options.queue_requests_max,
+            sequences_max: options.sequences_max.max(1),
             context_tokens_max: options.context_tokens_max,
             stop_strings_max: options.stop_strings_max,
         };
         let (wakes, inbox) = channel();
-        let scheduler = Scheduler::new(
-            ModelSlot::new(loader, options.devices, Arc::clone(&shared)),
-            FeatureStore::new(Arc::clone(&caches.features), &options.model_digest),
-            tokenizer,
-            inbox,
-            options.prefill_chunk_tokens.max(1),
-        );
+        let kv_limit = KvLimit {
+            bytes: options.kv_bytes,
+            context_tokens_max: options.context_tokens_max,
+        };
+        let digest = &options.model_digest;
+        let stores = Stores {
+            features: FeatureStore::new(Arc::clone(&caches.features), digest),
+            prefixes: PrefixStore::new(Arc::clone(&caches.prefixes), digest),
+        };
+        let slices = Slices {
+            sequences_max: limits.sequences_max,
+            chunk_tokens: options.prefill_chunk_tokens.max(1),
+            slice: options.slice,
+        };
+        let slot = ModelSlot::new(loader, options.devices, kv_limit, Arc::clone(&shared));
+        let scheduler = Scheduler::new(slot, stores, tokenizer, inbox, slices);
         let thread = std::thread::Builder::new().name("engine".into());
         if let Err(error) = thread.spawn(move || scheduler.run()) {
             shared.set_state(EngineState::Failed(format!(
@@ -137,7 +156,7 @@ impl Engine {
         let queue_requests_max = self.limits.queue_requests_max;
         let mut stats = self.shared.stats();
         let present = stats.waiting + stats.running;
-        if present >= queue_requests_max.saturating_add(RUNNING_MAX) as u64 {
+        if present >= queue_requests_max.saturating_add(self.limits.sequences_max) as u64 {
             stats.rejected += 1;
             return Err(EngineError::QueueFull { queue_requests_max });
         }
@@ -148,10 +167,7 @@ impl Engine {
 
     /// Figures of this moment.
     pub fn stats(&self) -> EngineStats {
-        EngineStats {
-            running_tokens_max: u64::from(self.limits.context_tokens_max) * RUNNING_MAX as u64,
-            ..*self.shared.stats()
-        }
+        *self.shared.stats()
     }
 
     /// Refuses new requests, gives those in flight `drain` to finish, cancels the rest, and waits

@@ -8,20 +8,13 @@ use visor_model::DeviceKind;
 use visor_model::image::PixelValues;
 
 use crate::cache::{Cache, CacheKey, NewEntry};
-use crate::guard::{Trouble, guarded};
+use crate::job::micros;
 use crate::model::Model;
 use crate::request::CacheAccess;
 
 pub(crate) struct FeatureStore<F> {
     cache: Arc<Cache<F>>,
     model_digest: String,
-}
-
-/// One picture's features, and what they cost now.
-pub(crate) struct Encoded<F> {
-    pub(crate) features: Arc<F>,
-    /// Zero when they were there.
-    pub(crate) time: Duration,
 }
 
 impl<F: Send + Sync + 'static> FeatureStore<F> {
@@ -32,36 +25,36 @@ impl<F: Send + Sync + 'static> FeatureStore<F> {
         }
     }
 
-    /// The features of a picture: from the cache, else from the tower and then into the cache.
-    pub(crate) fn find_or_encode<M: Model<Features = F>>(
+    /// The features of a picture, if they are there.
+    pub(crate) fn find(
+        &self,
+        device: DeviceKind,
+        pixels: &PixelValues,
+        access: &CacheAccess,
+    ) -> Option<Arc<F>> {
+        let key = self.key(device, pixels, access);
+        access.features.read.then(|| self.cache.get(&key)).flatten()
+    }
+
+    /// Keeps what the tower made of a picture, in so much time.
+    pub(crate) fn keep<M: Model<Features = F>>(
         &self,
         model: &M,
         pixels: &PixelValues,
-        access: &CacheAccess,
-        keep_going: &(dyn Fn() -> bool + Sync),
-    ) -> Result<Encoded<F>, Trouble> {
+        (access, features, time): (&CacheAccess, &Arc<F>, Duration),
+    ) {
+        if !access.features.write {
+            return;
+        }
+        let entry = NewEntry {
+            bytes: M::features_bytes(features),
+            cost_us: micros(time),
+            tokens: pixels.image_tokens(),
+            ttl: access.ttl,
+            weight: access.weight,
+        };
         let key = self.key(model.device(), pixels, access);
-        let found = access.features.read.then(|| self.cache.get(&key)).flatten();
-        if let Some(features) = found {
-            return Ok(Encoded {
-                features,
-                time: Duration::ZERO,
-            });
-        }
-        let began = std::time::Instant::now();
-        let features = Arc::new(guarded(|| model.encode_image(pixels, keep_going))?);
-        let time = began.elapsed();
-        if access.features.write {
-            let entry = NewEntry {
-                bytes: M::features_bytes(&features),
-                cost_us: u64::try_from(time.as_micros()).unwrap_or(u64::MAX),
-                tokens: pixels.image_tokens(),
-                ttl: access.ttl,
-                weight: access.weight,
-            };
-            self.cache.insert(key, Arc::clone(&features), &entry);
-        }
-        Ok(Encoded { features, time })
+        self.cache.insert(key, Arc::clone(features), &entry);
     }
 
     /// The device is part of the key: features live in its memory.

@@ -10,6 +10,8 @@ use visor_model::ModelError;
 pub(crate) enum Trouble {
     /// The model stopped because it was asked to.
     Cancelled,
+    /// There are not as many KV blocks now.
+    Full,
     /// This request cannot be run, on any device.
     Refused(ModelError),
     /// The forward pass or the device is broken; another device may do.
@@ -27,6 +29,7 @@ impl From<ModelError> for Trouble {
     fn from(error: ModelError) -> Self {
         match error {
             ModelError::Cancelled => Self::Cancelled,
+            ModelError::KvFull { .. } => Self::Full,
             ModelError::Prompt(_) | ModelError::TooLong { .. } | ModelError::Pixels(_) => {
                 Self::Refused(error)
             }
@@ -40,6 +43,7 @@ impl Trouble {
     pub(crate) fn into_error(self) -> Box<dyn std::error::Error + Send + Sync> {
         match self {
             Self::Cancelled => Box::new(ModelError::Cancelled),
+            Self::Full => Box::new(ModelError::KvFull { blocks_max: 0 }),
             Self::Refused(error) => Box::new(error),
             Self::Broken(error) => error,
             Self::Panicked(message) => Box::new(Panicked(message)),

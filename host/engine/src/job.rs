@@ -6,7 +6,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use crate::error::EngineError;
-use crate::request::{Event, EventReceiver, Finish, GenerateRequest, Timings, Usage};
+use crate::request::{CancelToken, Event, EventReceiver, GenerateRequest, Usage};
 
 /// Where a request's events go, and how its client can be seen to have left.
 pub(crate) struct Outlet {
@@ -21,14 +21,13 @@ impl Outlet {
         let _gone = self.events.send(event);
     }
 
-    /// Why the request has to end now, if it has to.
-    pub(crate) fn interrupt(&self, request: &GenerateRequest) -> Option<Interrupt> {
-        if request.cancel.is_cancelled() || self.abandoned.load(Ordering::Acquire) {
-            return Some(Interrupt::Cancelled);
+    /// What tells that the request has to end.
+    pub(crate) fn watch(&self, request: &GenerateRequest) -> Watch {
+        Watch {
+            cancel: request.cancel.clone(),
+            abandoned: Arc::clone(&self.abandoned),
+            deadline: request.deadline,
         }
-        let late = |deadline: Instant| deadline <= Instant::now();
-        let late = request.deadline.is_some_and(late);
-        late.then_some(Interrupt::Deadline)
     }
 
     /// The error of a request whose deadline has passed.
@@ -36,6 +35,25 @@ impl Outlet {
         EngineError::DeadlinePassed {
             waited: self.submitted.elapsed(),
         }
+    }
+}
+
+/// Whether a request still has somebody who waits for it.
+pub(crate) struct Watch {
+    cancel: CancelToken,
+    abandoned: Arc<AtomicBool>,
+    deadline: Option<Instant>,
+}
+
+impl Watch {
+    /// Why the request has to end now, if it has to.
+    pub(crate) fn interrupt(&self) -> Option<Interrupt> {
+        if self.cancel.is_cancelled() || self.abandoned.load(Ordering::Acquire) {
+            return Some(Interrupt::Cancelled);
+        }
+        let late = |deadline: Instant| deadline <= Instant::now();
+        let late = self.deadline.is_some_and(late);
+        late.then_some(Interrupt::Deadline)
     }
 }
 
@@ -73,24 +91,6 @@ impl Job {
             submitted: Instant::now(),
         };
         (Self { request, outlet }, receiver)
-    }
-
-    /// Ends a request that was never admitted.
-    pub(crate) fn end(self, interrupt: Interrupt) {
-        let event = match interrupt {
-            Interrupt::Cancelled => Event::Finished {
-                reason: Finish::Cancelled,
-                matched_stop: None,
-                usage: self.request.prompt_usage(),
-                timings: Timings {
-                    queue_us: micros(self.outlet.submitted.elapsed()),
-                    ..Timings::default()
-                },
-            },
-            Interrupt::Deadline => Event::Failed(self.outlet.deadline_passed()),
-            Interrupt::Stopped => Event::Failed(EngineError::Stopped),
-        };
-        self.outlet.send(event);
     }
 }
 

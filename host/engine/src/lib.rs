@@ -15,6 +15,8 @@ mod guard;
 mod job;
 mod model;
 mod output;
+mod pace;
+mod prefix_cache;
 mod request;
 mod sampler;
 mod scheduler;
@@ -31,7 +33,8 @@ pub use cache::{
 };
 pub use engine::{Engine, EngineOptions};
 pub use error::EngineError;
-pub use model::{CheckpointLoader, Model, ModelLoader};
+pub use model::{CheckpointLoader, KvFigures, Model, ModelLoader, Part};
+pub use prefix_cache::PrefixBlock;
 pub use request::{
     Answer, CacheAccess, CancelToken, Event, EventReceiver, Finish, GenerateRequest, RecvError,
     Sampling, Timings, Usage,

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use visor_model::image::PixelValues;
 use visor_model::{
-    Activations, Checkpoint, DeviceKind, ImageFeatures, LoadProgress, ModelError, Phi3V, Prompt,
-    SequenceState,
+    Activations, Checkpoint, DeviceKind, ImageFeatures, ImagePass, KvBlock, LoadProgress,
+    ModelError, Phi3V, Prompt, SequenceState, StepPart,
 };
 
 /// Pixels and tokens in, logits out. Lives on the engine thread alone.
@@ -14,32 +14,44 @@ pub trait Model: Send + 'static {
     type State: Send;
     /// What the vision tower made of one picture.
     type Features: Send + Sync + 'static;
+    /// One picture on its way through the vision tower.
+    type Pass: Default + Send;
+    /// Keys and values of a few positions, shared between sequences.
+    type Block: Send + Sync + 'static;
 
     /// Where it computes.
     fn device(&self) -> DeviceKind;
 
-    /// Runs the vision tower on one picture, asking `keep_going` between crops.
+    /// Goes on with a picture where an earlier call left off, asking `keep_going` between layers; `None` once it said no.
     ///
     /// # Errors
-    /// [`ModelError::Cancelled`] when `keep_going` said no; any failure of the forward pass.
-    fn encode_image(
+    /// Any failure of the forward pass.
+    fn advance_image(
         &self,
+        pass: &mut Self::Pass,
         pixels: &PixelValues,
         keep_going: &(dyn Fn() -> bool + Sync),
-    ) -> Result<Self::Features, ModelError>;
+    ) -> Result<Option<Self::Features>, ModelError>;
 
     /// Memory the features take, in bytes.
     fn features_bytes(features: &Self::Features) -> u64;
 
-    /// A sequence with the whole prompt pending; one features value per image index.
+    /// A sequence with the whole prompt pending; how many tokens each picture will have, by index.
     ///
     /// # Errors
     /// A prompt the model cannot run.
-    fn begin(
+    fn begin(&self, prompt: &Prompt, image_tokens: &[u32]) -> Result<Self::State, ModelError>;
+
+    /// Gives a sequence one of its pictures, before a slot of it runs.
+    ///
+    /// # Errors
+    /// Features of another number of tokens.
+    fn set_features(
         &self,
-        prompt: &Prompt,
-        features: &[Arc<Self::Features>],
-    ) -> Result<Self::State, ModelError>;
+        state: &mut Self::State,
+        index: usize,
+        features: Arc<Self::Features>,
+    ) -> Result<(), ModelError>;
 
     /// Appends one generated token, pending.
     ///
@@ -47,16 +59,72 @@ pub trait Model: Send + 'static {
     /// A sequence that is as long as the model allows.
     fn push(&self, state: &mut Self::State, token: u32) -> Result<(), ModelError>;
 
-    /// Computes at most `positions_max` pending positions; the logits of the last one, (vocab_size),
-    /// once nothing is pending.
+    /// Positions that have not run.
+    fn pending(state: &Self::State) -> usize;
+
+    /// The store of KV blocks.
+    fn kv(&self) -> KvFigures;
+
+    /// Another limit for blocks alive at once.
+    fn set_kv_blocks_max(&self, blocks_max: usize);
+
+    /// Takes blocks for so many positions in all.
     ///
     /// # Errors
-    /// Any failure of the forward pass; the state is of no use then.
-    fn advance(
+    /// [`ModelError::KvFull`].
+    fn reserve(&self, state: &mut Self::State, positions: usize) -> Result<(), ModelError>;
+
+    /// Blocks of the positions that have run, the last one perhaps filled in part; none where they cannot be shared.
+    fn share(state: &Self::State) -> &[Arc<Self::Block>];
+
+    /// Lets a sequence begin behind positions that ran in another one; at least one is left to run.
+    ///
+    /// # Errors
+    /// [`ModelError::KvFull`].
+    fn adopt(
         &self,
         state: &mut Self::State,
-        positions_max: usize,
-    ) -> Result<Option<Vec<f32>>, ModelError>;
+        blocks: &[Arc<Self::Block>],
+        positions: usize,
+    ) -> Result<(), ModelError>;
+
+    /// Whether a sequence of so many positions is rotated with the long factors.
+    fn is_long(&self, positions: usize) -> bool;
+
+    /// Runs pending positions of several sequences; for each the logits, (vocab_size), of its last position once nothing of it is
+    /// pending. What a sequence gets does not depend on the others. Asks `keep_going` between layers.
+    ///
+    /// # Errors
+    /// [`ModelError::Cancelled`] once `keep_going` said no, [`ModelError::KvFull`]; any failure of the forward pass, after which
+    /// the states are of no use.
+    fn step(
+        &self,
+        parts: &mut [Part<'_, Self::State>],
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Vec<Option<Vec<f32>>>, ModelError>;
+}
+
+/// A sequence's part of a step.
+pub struct Part<'a, S> {
+    /// Whose.
+    pub state: &'a mut S,
+    /// Pending positions to run at most; at least one is.
+    pub positions_max: usize,
+}
+
+/// A model's KV blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KvFigures {
+    /// Positions a block holds.
+    pub block_positions: usize,
+    /// Its memory.
+    pub block_bytes: u64,
+    /// Alive now, shared ones once.
+    pub blocks_used: usize,
+    /// Alive at most.
+    pub blocks_max: usize,
+    /// Whether sequences can share them.
+    pub can_share: bool,
 }
 
 /// Makes the model for a device, on the engine thread: at start, and when an accelerator breaks.
@@ -74,41 +142,96 @@ pub trait ModelLoader: Send + 'static {
 impl Model for Phi3V {
     type State = SequenceState;
     type Features = ImageFeatures;
+    type Pass = ImagePass;
+    type Block = KvBlock;
 
     fn device(&self) -> DeviceKind {
         Self::device(self)
     }
 
-    fn encode_image(
+    fn advance_image(
         &self,
+        pass: &mut ImagePass,
         pixels: &PixelValues,
         keep_going: &(dyn Fn() -> bool + Sync),
-    ) -> Result<ImageFeatures, ModelError> {
-        Self::encode_image(self, pixels, keep_going)
+    ) -> Result<Option<ImageFeatures>, ModelError> {
+        Self::advance_image(self, pass, pixels, keep_going)
     }
 
     fn features_bytes(features: &ImageFeatures) -> u64 {
         features.bytes()
     }
 
-    fn begin(
+    fn begin(&self, prompt: &Prompt, image_tokens: &[u32]) -> Result<SequenceState, ModelError> {
+        self.begin_without(prompt, image_tokens)
+    }
+
+    fn set_features(
         &self,
-        prompt: &Prompt,
-        features: &[Arc<ImageFeatures>],
-    ) -> Result<SequenceState, ModelError> {
-        Self::begin(self, prompt, features)
+        state: &mut SequenceState,
+        index: usize,
+        features: Arc<ImageFeatures>,
+    ) -> Result<(), ModelError> {
+        Self::set_features(self, state, index, features)
     }
 
     fn push(&self, state: &mut SequenceState, token: u32) -> Result<(), ModelError> {
         Self::push(self, state, token)
     }
 
-    fn advance(
+    fn pending(state: &SequenceState) -> usize {
+        state.pending()
+    }
+
+    fn kv(&self) -> KvFigures {
+        let pool = self.kv_pool();
+        KvFigures {
+            block_positions: pool.block_positions(),
+            block_bytes: pool.block_bytes(),
+            blocks_used: pool.blocks_used(),
+            blocks_max: pool.blocks_max(),
+            can_share: pool.can_share(),
+        }
+    }
+
+    fn set_kv_blocks_max(&self, blocks_max: usize) {
+        self.kv_pool().set_blocks_max(blocks_max);
+    }
+
+    fn reserve(&self, state: &mut SequenceState, positions: usize) -> Result<(), ModelError> {
+        Self::reserve(self, state, positions)
+    }
+
+    fn share(state: &SequenceState) -> &[Arc<KvBlock>] {
+        state.share()
+    }
+
+    fn adopt(
         &self,
         state: &mut SequenceState,
-        positions_max: usize,
-    ) -> Result<Option<Vec<f32>>, ModelError> {
-        Self::advance(self, state, positions_max)
+        blocks: &[Arc<KvBlock>],
+        positions: usize,
+    ) -> Result<(), ModelError> {
+        Self::adopt(self, state, blocks, positions)
+    }
+
+    fn is_long(&self, positions: usize) -> bool {
+        Self::is_long(self, positions)
+    }
+
+    fn step(
+        &self,
+        parts: &mut [Part<'_, SequenceState>],
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Vec<Option<Vec<f32>>>, ModelError> {
+        let mut parts: Vec<StepPart<'_>> = parts
+            .iter_mut()
+            .map(|part| StepPart {
+                state: part.state,
+                positions_max: part.positions_max,
+            })
+            .collect();
+        Self::step(self, &mut parts, keep_going)
     }
 }
 

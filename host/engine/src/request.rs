@@ -43,6 +43,8 @@ pub struct CacheAccess {
     pub scope: Scope,
     /// Image features.
     pub features: Access,
+    /// KV blocks of prompt prefixes.
+    pub prefix: Access,
     /// How long what it stores lives; `None` leaves that to the cache.
     pub ttl: Option<Duration>,
     /// Weight of what it stores in percent; 100 is neutral.
@@ -60,6 +62,7 @@ impl From<&Scoping> for CacheAccess {
         Self {
             scope: Scope::named(&scoping.scope),
             features: scoping.embedding,
+            prefix: scoping.prefix,
             ttl: scoping.ttl_s.map(|s| Duration::from_secs(u64::from(s))),
             weight: scoping.weight,
         }
@@ -146,7 +149,7 @@ pub struct Usage {
     pub prompt_tokens: u32,
     /// Positions that are slots of pictures.
     pub image_tokens: u32,
-    /// Prompt positions whose KV values were there already.
+    /// Prompt positions whose KV values were there already when it was admitted.
     pub cached_tokens: u32,
     /// Generated tokens, the stop token included.
     pub completion_tokens: u32,

@@ -1,26 +1,33 @@
 //! The loop on the engine thread: the only file that decides what runs next.
 //!
-//! First come, first served, one sequence at a time. A step is one picture, one chunk of pending
-//! positions or one token; between steps the loop takes in what has arrived, so that whatever
-//! wakes it is one variant of [`Wake`], matched in [`Scheduler::serve`]. Running several sequences
-//! changes `running` and [`Scheduler::step`], and nothing outside this file.
+//! Sequences are admitted first come, first served, as long as there are KV blocks for them, and run together: a step takes one
+//! token of each that decodes, and of the others as many prompt positions as fit beside them; the pictures of the first that
+//! needs some get a slice of time before. Where nobody waits for a token, prompts run in larger chunks. Between steps the
+//! loop takes in what has arrived, so that whatever wakes it is one variant of [`Wake`], matched in [`Scheduler::serve`].
+//!
+//! When KV blocks run out, cached ones go first; then the sequence that came last gives up its own and waits in front of all
+//! that wait. It loses nothing but time.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
 
 use visor_model::Tokenizer;
 
 use crate::error::EngineError;
 use crate::features::FeatureStore;
 use crate::guard::{self, Trouble, guarded};
-use crate::job::{Interrupt, Job};
+use crate::job::{Interrupt, Job, Watch};
 use crate::model::{Model, ModelLoader};
+use crate::pace::Pace;
+use crate::prefix_cache::PrefixStore;
 use crate::request::Finish;
 use crate::sequence::{Bench, Progress, Sequence};
 use crate::shared::{EngineState, Shared};
 use crate::slot::{ModelSlot, chain};
+use crate::stats::EngineStats;
 
 /// Whatever can wake the loop.
 pub(crate) enum Wake {
@@ -35,37 +42,61 @@ pub(crate) enum Wake {
 }
 
 type Features<L> = <<L as ModelLoader>::Model as Model>::Features;
+type Block<L> = <<L as ModelLoader>::Model as Model>::Block;
+
+/// How the loop shares out its time.
+pub(crate) struct Slices {
+    /// Sequences that run at once.
+    pub(crate) sequences_max: usize,
+    /// Prompt positions of a step beside which nobody decodes.
+    pub(crate) chunk_tokens: usize,
+    /// What pictures and prompts may add to the time between two tokens of a sequence that decodes.
+    pub(crate) slice: Duration,
+}
+
+/// What sequences leave for others.
+pub(crate) struct Stores<F, B> {
+    pub(crate) features: FeatureStore<F>,
+    pub(crate) prefixes: PrefixStore<B>,
+}
 
 pub(crate) struct Scheduler<L: ModelLoader> {
     slot: ModelSlot<L>,
-    features: FeatureStore<Features<L>>,
+    stores: Stores<Features<L>, Block<L>>,
     tokenizer: Arc<Tokenizer>,
     inbox: Receiver<Wake>,
-    chunk_tokens: usize,
+    slices: Slices,
+    pace: Pace,
     /// `None` before loading, and when no device works any more.
     model: Option<L::Model>,
-    waiting: VecDeque<Job>,
-    running: Option<Sequence<L::Model>>,
+    /// Those that were admitted before and had to give up their blocks, then those that were not.
+    waiting: VecDeque<Sequence<L::Model>>,
+    /// In the order of their admission.
+    running: Vec<Sequence<L::Model>>,
+    /// Sequences so far.
+    admitted: u64,
     is_orphaned: bool,
 }
 
 impl<L: ModelLoader> Scheduler<L> {
     pub(crate) fn new(
         slot: ModelSlot<L>,
-        features: FeatureStore<Features<L>>,
+        stores: Stores<Features<L>, Block<L>>,
         tokenizer: Arc<Tokenizer>,
         inbox: Receiver<Wake>,
-        chunk_tokens: usize,
+        slices: Slices,
     ) -> Self {
         Self {
             slot,
-            features,
+            stores,
             tokenizer,
             inbox,
-            chunk_tokens,
+            slices,
+            pace: Pace::default(),
             model: None,
             waiting: VecDeque::new(),
-            running: None,
+            running: Vec::new(),
+            admitted: 0,
             is_orphaned: false,
         }
     }
@@ -91,9 +122,10 @@ impl<L: ModelLoader> Scheduler<L> {
 
     fn serve(mut self) {
         self.model = self.slot.load(&self.tokenizer);
+        self.reset_prefixes();
         while let Some(wake) = self.next_wake() {
             match wake {
-                Wake::Submit(job) => self.waiting.push_back(*job),
+                Wake::Submit(job) => self.wait(*job),
                 // `next_wake` and `sweep` look at the time.
                 Wake::Stop => (),
                 Wake::Orphaned => self.is_orphaned = true,
@@ -103,10 +135,14 @@ impl<L: ModelLoader> Scheduler<L> {
         self.turn_away();
     }
 
+    fn wait(&mut self, job: Job) {
+        self.waiting.push_back(Sequence::new(job, &self.tokenizer));
+    }
+
     /// What to do next; `None` when there is nothing and nothing will come.
     fn next_wake(&mut self) -> Option<Wake> {
         self.model.as_ref()?;
-        let has_work = self.running.is_some() || !self.waiting.is_empty();
+        let has_work = !self.running.is_empty() || !self.waiting.is_empty();
         let is_ending = self.is_orphaned || self.shared().is_stopping();
         match self.inbox.try_recv() {
             Ok(wake) => Some(wake),
@@ -117,100 +153,327 @@ impl<L: ModelLoader> Scheduler<L> {
         }
     }
 
-    /// One unit of work for whoever is next.
+    /// One round: whoever ends early ends, whoever fits comes in, pictures get a slice, and positions run.
     fn step(&mut self) {
         self.sweep();
-        if self.running.is_none() {
-            self.running = self.admit();
-        }
-        let Some(mut sequence) = self.running.take() else {
-            return;
+        self.admit();
+        self.note_kv();
+        self.see();
+        self.forward();
+        self.note_kv();
+    }
+
+    /// Ends sequences that need not go on or wait any more.
+    fn sweep(&mut self) {
+        let is_stop_due = self.shared().is_stop_due();
+        let interrupt = |sequence: &Sequence<L::Model>| {
+            let interrupt = sequence.watch().interrupt();
+            interrupt.or(is_stop_due.then_some(Interrupt::Stopped))
         };
-        if let Some(interrupt) = self.interrupt(&sequence) {
-            return self.interrupted(sequence, interrupt);
-        }
-        let tokens_before = sequence.usage().completion_tokens;
-        let result = {
-            let Some(model) = &self.model else { return };
-            let shared = self.shared();
-            sequence.step(&Bench {
-                model,
-                features: &self.features,
-                chunk_tokens: self.chunk_tokens,
-                is_stop_due: &|| shared.is_stop_due(),
-            })
-        };
-        let usage = sequence.usage();
-        let mut stats = self.shared().stats();
-        stats.completion_tokens += u64::from(usage.completion_tokens - tokens_before);
-        stats.running_tokens = u64::from(usage.prompt_tokens + usage.completion_tokens);
-        drop(stats);
-        match result {
-            Ok(Progress::More) => self.running = Some(sequence),
-            Ok(Progress::Done(reason, stop)) => {
-                self.close(&sequence, Outcome::Finished);
-                sequence.finish(reason, stop);
+        for sequence in std::mem::take(&mut self.waiting) {
+            match interrupt(&sequence) {
+                None => self.waiting.push_back(sequence),
+                Some(interrupt) => self.interrupt(sequence, interrupt),
             }
-            Err(trouble) => self.troubled(sequence, trouble),
+        }
+        for sequence in std::mem::take(&mut self.running) {
+            match interrupt(&sequence) {
+                None => self.running.push(sequence),
+                Some(interrupt) => self.interrupt(sequence, interrupt),
+            }
         }
     }
 
-    /// Ends waiting requests that need not wait any more.
-    fn sweep(&mut self) {
-        let is_stop_due = self.shared().is_stop_due();
-        let mut kept = VecDeque::with_capacity(self.waiting.len());
-        for job in std::mem::take(&mut self.waiting) {
-            let interrupt = job.outlet.interrupt(&job.request);
-            match interrupt.or(is_stop_due.then_some(Interrupt::Stopped)) {
-                None => kept.push_back(job),
-                Some(interrupt) => {
-                    self.count_out(Outcome::from(interrupt), |stats| stats.waiting -= 1);
-                    job.end(interrupt);
+    /// Starts those in front as long as there is room.
+    fn admit(&mut self) {
+        while self.running.len() < self.slices.sequences_max
+            && let Some(mut sequence) = self.waiting.pop_front()
+        {
+            let is_first = !sequence.was_admitted();
+            match self.start(&mut sequence) {
+                Err(Trouble::Full) if !self.running.is_empty() => {
+                    return self.waiting.push_front(sequence);
+                }
+                started => {
+                    self.count_in(&mut sequence, is_first);
+                    match started {
+                        Ok(()) if sequence.request.tokens_max == 0 => {
+                            self.end(sequence, Finish::Length, None);
+                        }
+                        Ok(()) => self.put_back(sequence),
+                        Err(trouble) => self.troubled(vec![sequence], trouble),
+                    }
                 }
             }
         }
-        self.waiting = kept;
     }
 
-    fn admit(&mut self) -> Option<Sequence<L::Model>> {
-        let job = self.waiting.pop_front()?;
-        let usage = job.request.prompt_usage();
-        let mut stats = self.shared().stats();
-        stats.waiting -= 1;
-        stats.running += 1;
-        stats.prompt_tokens += u64::from(usage.prompt_tokens);
-        stats.image_tokens += u64::from(usage.image_tokens);
-        stats.running_tokens = u64::from(usage.prompt_tokens);
-        drop(stats);
-        Some(Sequence::admit(job, &self.tokenizer))
+    /// Starts a sequence, with the blocks of cached prefixes if there are no others.
+    fn start(&mut self, sequence: &mut Sequence<L::Model>) -> Result<(), Trouble> {
+        self.with_room(|bench| sequence.start(bench))
     }
 
-    fn interrupt(&self, sequence: &Sequence<L::Model>) -> Option<Interrupt> {
-        let interrupt = sequence.outlet.interrupt(&sequence.request);
-        let stopped = || self.shared().is_stop_due().then_some(Interrupt::Stopped);
-        interrupt.or_else(stopped)
-    }
-
-    fn interrupted(&self, sequence: Sequence<L::Model>, interrupt: Interrupt) {
-        self.close(&sequence, Outcome::from(interrupt));
-        match interrupt {
-            Interrupt::Cancelled | Interrupt::Stopped => sequence.finish(Finish::Cancelled, None),
-            Interrupt::Deadline => {
-                let error = sequence.outlet.deadline_passed();
-                sequence.fail(error);
+    /// Does what needs KV blocks, giving up cached ones until it succeeds or there are none left.
+    fn with_room(
+        &mut self,
+        mut work: impl FnMut(&mut Bench<'_, L::Model>) -> Result<(), Trouble>,
+    ) -> Result<(), Trouble> {
+        let Some(model) = &self.model else {
+            return Err(Trouble::Cancelled);
+        };
+        let mut bench = Bench {
+            model,
+            features: &self.stores.features,
+            prefixes: &mut self.stores.prefixes,
+        };
+        loop {
+            match work(&mut bench) {
+                Err(Trouble::Full) if bench.prefixes.evict() => (),
+                result => return result,
             }
         }
     }
 
-    /// A step went wrong: the request's own doing, or the device's.
-    fn troubled(&mut self, sequence: Sequence<L::Model>, trouble: Trouble) {
+    fn count_in(&mut self, sequence: &mut Sequence<L::Model>, is_first: bool) {
+        if is_first {
+            self.admitted += 1;
+            sequence.order = self.admitted;
+        }
+        let usage = sequence.usage();
+        let mut stats = self.shared().stats();
+        stats.waiting -= 1;
+        stats.running += 1;
+        if is_first {
+            stats.prompt_tokens += u64::from(usage.prompt_tokens);
+            stats.image_tokens += u64::from(usage.image_tokens);
+            stats.cached_tokens += u64::from(usage.cached_tokens);
+        }
+    }
+
+    /// A slice of time for the pictures of the first sequence that needs some.
+    fn see(&mut self) {
+        let Some(index) = self.running.iter().position(Sequence::needs_vision) else {
+            return;
+        };
+        let (Some(model), shared) = (&self.model, &self.slot.shared) else {
+            return;
+        };
+        // Where prompts wait, too, they and the pictures share the slice.
+        let is_shared = self.running.iter().any(|sequence| sequence.pending() > 1);
+        let until = Instant::now() + self.slices.slice / if is_shared { 2 } else { 1 };
+        let mut sequence = self.running.remove(index);
+        let watch = sequence.watch();
+        let keep_going =
+            || Instant::now() < until && watch.interrupt().is_none() && !shared.is_stop_due();
+        let mut bench = Bench {
+            model,
+            features: &self.stores.features,
+            prefixes: &mut self.stores.prefixes,
+        };
+        let seen = sequence.see(&mut bench, &keep_going);
+        match seen {
+            Ok(()) => self.put_back(sequence),
+            Err(trouble) => self.troubled(vec![sequence], trouble),
+        }
+    }
+
+    /// A step of all sequences that have positions to run.
+    fn forward(&mut self) {
+        let plan = self.plan();
+        let planned = self.make_room(plan);
+        let Some(model) = self.model.as_ref().filter(|_| !planned.is_empty()) else {
+            return;
+        };
+        // What takes part leaves `running` for the step.
+        let mut taken: Vec<(Sequence<L::Model>, usize)> = Vec::with_capacity(planned.len());
+        for (order, positions) in planned {
+            taken.extend(take(&mut self.running, order).map(|sequence| (sequence, positions)));
+        }
+        let watches: Vec<Watch> = taken.iter().map(|(sequence, _)| sequence.watch()).collect();
+        let shared = &self.slot.shared;
+        let keep_going = || {
+            let is_wanted = |watch: &Watch| watch.interrupt().is_none();
+            !shared.is_stop_due() && watches.iter().any(is_wanted)
+        };
+        let positions: usize = taken.iter().map(|(_, positions)| positions).sum();
+        let mut parts: Vec<_> = taken
+            .iter_mut()
+            .filter_map(|(sequence, positions)| sequence.part(*positions))
+            .collect();
+        let began = Instant::now();
+        let logits = guarded(|| model.step(&mut parts, &keep_going));
+        drop(parts);
+        let time = began.elapsed();
+        self.pace.note(positions, time);
+        self.note_step(taken.len(), positions);
+        let taken: Vec<_> = taken.into_iter().map(|(sequence, _)| sequence).collect();
+        match logits {
+            Ok(logits) => self.stepped(taken, logits, time),
+            // All of them end in the next sweep.
+            Err(Trouble::Cancelled) => taken.into_iter().for_each(|it| self.put_back(it)),
+            Err(trouble) => self.troubled(taken, trouble),
+        }
+    }
+
+    /// Which sequences take part in a step, by their order, and with how many positions.
+    fn plan(&self) -> Vec<(u64, usize)> {
+        let ready = self
+            .running
+            .iter()
+            .filter(|sequence| sequence.pending() > 0);
+        let ready: Vec<_> = ready.collect();
+        if let Some(suspect) = ready.iter().find(|sequence| sequence.is_suspect) {
+            let positions = suspect.pending().min(self.slices.chunk_tokens);
+            return vec![(suspect.order, positions)];
+        }
+        let decoding = ready.iter().filter(|sequence| sequence.is_decoding());
+        let decoding = decoding.count();
+        let sees = self.running.iter().any(Sequence::needs_vision);
+        let mut budget = self.slices.chunk_tokens;
+        if decoding > 0 {
+            let slice = self.slices.slice / if sees { 2 } else { 1 };
+            let fitting = self.pace.positions(slice).saturating_sub(decoding);
+            budget = budget.min(fitting.max(1));
+        }
+        let mut plan = Vec::with_capacity(ready.len());
+        for sequence in ready {
+            if sequence.is_decoding() {
+                plan.push((sequence.order, 1));
+                continue;
+            }
+            let positions = sequence.pending().min(budget);
+            budget -= positions;
+            if positions > 0 {
+                plan.push((sequence.order, positions));
+            }
+        }
+        plan
+    }
+
+    /// Reserves the KV blocks of a plan. Where there are none left, those that came last give up theirs; what is left of the
+    /// plan is the answer.
+    fn make_room(&mut self, plan: Vec<(u64, usize)>) -> Vec<(u64, usize)> {
+        let mut kept = Vec::with_capacity(plan.len());
+        for (order, positions) in plan {
+            // It may be the one to give up its blocks.
+            while let Some(mut sequence) = take(&mut self.running, order) {
+                let reserved = self.with_room(|bench| {
+                    sequence.look_again(bench)?;
+                    sequence.reserve(positions, bench.model)
+                });
+                match reserved {
+                    Ok(()) => {
+                        self.put_back(sequence);
+                        kept.push((order, positions));
+                        break;
+                    }
+                    Err(Trouble::Full) if !self.running.is_empty() => {
+                        self.put_back(sequence);
+                        self.preempt_last();
+                    }
+                    Err(trouble) => self.troubled(vec![sequence], trouble),
+                }
+            }
+        }
+        kept.retain(|(order, _)| self.running.iter().any(|sequence| sequence.order == *order));
+        kept
+    }
+
+    /// The sequence that came last gives up its blocks and waits.
+    fn preempt_last(&mut self) {
+        let Some(mut sequence) = self.running.pop() else {
+            return;
+        };
+        sequence.rewind();
+        let mut stats = self.shared().stats();
+        stats.running -= 1;
+        stats.waiting += 1;
+        stats.preempted += 1;
+        drop(stats);
+        self.waiting.push_front(sequence);
+    }
+
+    /// Gives sequences the logits of a step.
+    fn stepped(
+        &mut self,
+        taken: Vec<Sequence<L::Model>>,
+        logits: Vec<Option<Vec<f32>>>,
+        time: Duration,
+    ) {
+        let mut failed = Vec::new();
+        for (mut sequence, logits) in taken.into_iter().zip(logits) {
+            sequence.count_step(time);
+            let (Some(logits), Some(model)) = (logits, &self.model) else {
+                self.put_back(sequence);
+                continue;
+            };
+            let mut bench = Bench {
+                model,
+                features: &self.stores.features,
+                prefixes: &mut self.stores.prefixes,
+            };
+            let tokens_before = sequence.usage().completion_tokens;
+            let progress = sequence.take(logits, &mut bench);
+            let tokens = sequence.usage().completion_tokens - tokens_before;
+            if let Ok(Progress::Done(..)) = &progress {
+                sequence.share(&mut bench, true);
+            }
+            self.shared().stats().completion_tokens += u64::from(tokens);
+            match progress {
+                Ok(Progress::More) => self.put_back(sequence),
+                Ok(Progress::Done(reason, stop)) => self.end(sequence, reason, stop),
+                Err(trouble) => failed.push((sequence, trouble)),
+            }
+        }
+        // A device that breaks takes all with it: those that did not fail are back in their places by now.
+        for (sequence, trouble) in failed {
+            self.troubled(vec![sequence], trouble);
+        }
+    }
+
+    /// Among those that run, to its place in the order of admission.
+    fn put_back(&mut self, sequence: Sequence<L::Model>) {
+        let before = |other: &Sequence<L::Model>| other.order < sequence.order;
+        let place = self.running.partition_point(before);
+        self.running.insert(place, sequence);
+    }
+
+    fn end(&self, sequence: Sequence<L::Model>, reason: Finish, stop: Option<String>) {
+        self.close(&sequence, Outcome::Finished);
+        sequence.finish(reason, stop);
+    }
+
+    fn interrupt(&self, sequence: Sequence<L::Model>, interrupt: Interrupt) {
+        let outcome = match interrupt {
+            Interrupt::Stopped if !sequence.was_admitted() => Outcome::Failed,
+            interrupt => Outcome::from(interrupt),
+        };
+        if sequence.is_idle() {
+            self.count_out(outcome, |stats| stats.waiting -= 1);
+        } else {
+            self.close(&sequence, outcome);
+        }
+        sequence.interrupt(interrupt);
+    }
+
+    /// A step went wrong: the request's own doing, or the device's. Of several sequences nobody knows whose it is: they run
+    /// again, each alone.
+    fn troubled(&mut self, mut sequences: Vec<Sequence<L::Model>>, trouble: Trouble) {
         if matches!(trouble, Trouble::Panicked(_)) {
             self.shared().stats().model_panics += 1;
         }
-        match (trouble, self.interrupt(&sequence)) {
-            (Trouble::Cancelled, Some(interrupt)) => self.interrupted(sequence, interrupt),
-            (Trouble::Refused(error), _) => self.fail(sequence, EngineError::Refused(error)),
-            (trouble, _) => {
+        if sequences.len() > 1 {
+            for sequence in &mut sequences {
+                sequence.is_suspect = true;
+            }
+            return self.again(sequences);
+        }
+        let Some(sequence) = sequences.pop() else {
+            return;
+        };
+        match trouble {
+            Trouble::Refused(error) => self.fail(sequence, EngineError::Refused(error)),
+            trouble => {
                 let error = trouble.into_error();
                 tracing::error!(error = chain(&*error), "forward pass failed");
                 self.broken(sequence, error);
@@ -218,10 +481,29 @@ impl<L: ModelLoader> Scheduler<L> {
         }
     }
 
-    /// The device may be broken: the CPU does the sequence's work again, if it can take over.
+    /// Sequences that have to be computed again wait for their turn, in front of all others.
+    fn again(&mut self, sequences: Vec<Sequence<L::Model>>) {
+        for mut sequence in sequences.into_iter().rev() {
+            // What it holds may lie on a broken device, which may panic.
+            let freed = guarded(|| {
+                sequence.rewind();
+                Ok(())
+            });
+            if let Err(trouble) = freed {
+                tracing::warn!(?trouble, "cannot free what a sequence holds");
+            }
+            let mut stats = self.shared().stats();
+            stats.running -= 1;
+            stats.waiting += 1;
+            drop(stats);
+            self.waiting.push_front(sequence);
+        }
+    }
+
+    /// The device may be broken: the CPU does all sequences' work again, if it can take over.
     fn broken(
         &mut self,
-        mut sequence: Sequence<L::Model>,
+        sequence: Sequence<L::Model>,
         error: Box<dyn std::error::Error + Send + Sync>,
     ) {
         let device = self.model.as_ref().map(Model::device);
@@ -230,18 +512,37 @@ impl<L: ModelLoader> Scheduler<L> {
             return self.fail(sequence, EngineError::Forward(error));
         };
         // What lives on the broken device goes before its model does, and may panic going.
+        let mut sequences = std::mem::take(&mut self.running);
+        sequences.insert(0, sequence);
+        self.again(sequences);
         let freed = guarded(|| {
-            sequence.rewind();
-            self.features.invalidate_all();
+            self.stores.features.invalidate_all();
             Ok(())
         });
         if let Err(trouble) = freed {
             tracing::warn!(?trouble, "cannot free what the broken device holds");
         }
+        self.reset_prefixes();
         self.model = self.slot.fall_back(old, &self.tokenizer);
-        match self.model {
-            Some(_) => self.running = Some(sequence),
-            None => self.fail(sequence, EngineError::Forward(error)),
+        self.reset_prefixes();
+        if self.model.is_none()
+            && let Some(sequence) = self.waiting.pop_front()
+        {
+            self.count_out(Outcome::Failed, |stats| stats.waiting -= 1);
+            sequence.fail(EngineError::Forward(error));
+        }
+    }
+
+    /// Nothing of an earlier model is of use to this one.
+    fn reset_prefixes(&mut self) {
+        let positions = self.model.as_ref().map(|model| model.kv().block_positions);
+        let prefixes = &mut self.stores.prefixes;
+        let reset = guarded(|| {
+            prefixes.reset(positions.unwrap_or(1));
+            Ok(())
+        });
+        if let Err(trouble) = reset {
+            tracing::warn!(?trouble, "cannot free cached prefixes");
         }
     }
 
@@ -250,16 +551,16 @@ impl<L: ModelLoader> Scheduler<L> {
         sequence.fail(error);
     }
 
-    /// Counts a sequence out, before its client hears of the end: whoever asks next finds room.
+    /// Counts a running sequence out, before its client hears of the end: whoever asks next finds room.
     fn close(&self, sequence: &Sequence<L::Model>, outcome: Outcome) {
         self.count_out(outcome, |stats| {
             stats.running -= 1;
-            stats.running_tokens = 0;
+            stats.running_tokens = stats.running_tokens.saturating_sub(sequence.len() as u64);
             stats.add_timings(&sequence.timings());
         });
     }
 
-    fn count_out(&self, outcome: Outcome, change: impl FnOnce(&mut crate::stats::EngineStats)) {
+    fn count_out(&self, outcome: Outcome, change: impl FnOnce(&mut EngineStats)) {
         let mut stats = self.shared().stats();
         change(&mut stats);
         match outcome {
@@ -269,22 +570,47 @@ impl<L: ModelLoader> Scheduler<L> {
         }
     }
 
+    fn note_step(&self, sequences: usize, positions: usize) {
+        let mut stats = self.shared().stats();
+        stats.steps += 1;
+        stats.step_sequences += sequences as u64;
+        stats.step_positions += positions as u64;
+    }
+
+    fn note_kv(&self) {
+        let Some(model) = &self.model else { return };
+        let kv = model.kv();
+        let tokens: usize = self.running.iter().map(Sequence::len).sum();
+        let mut stats = self.shared().stats();
+        stats.running_tokens = tokens as u64;
+        stats.kv_blocks_used = kv.blocks_used as u64;
+        stats.kv_blocks_max = kv.blocks_max as u64;
+        stats.kv_block_bytes = kv.block_bytes;
+    }
+
     /// Ends what arrived too late to be served.
     fn turn_away(&mut self) {
         while let Ok(wake) = self.inbox.try_recv() {
             if let Wake::Submit(job) = wake {
-                self.waiting.push_back(*job);
+                self.wait(*job);
             }
         }
-        for job in std::mem::take(&mut self.waiting) {
-            self.count_out(Outcome::Failed, |stats| stats.waiting -= 1);
-            job.end(Interrupt::Stopped);
+        for sequence in std::mem::take(&mut self.waiting) {
+            self.interrupt(sequence, Interrupt::Stopped);
         }
     }
 
     fn shared(&self) -> &Shared {
         &self.slot.shared
     }
+}
+
+/// Takes a sequence out by its order.
+fn take<M: Model>(running: &mut Vec<Sequence<M>>, order: u64) -> Option<Sequence<M>> {
+    let place = running
+        .iter()
+        .position(|sequence| sequence.order == order)?;
+    Some(running.remove(place))
 }
 
 /// How a request is counted.

@@ -1,26 +1,40 @@
-//! One request inside the engine, as a state machine. A step is one picture, one chunk of pending
-//! positions, or one token; the scheduler decides when it happens.
+//! One request inside the engine, as a state machine: its pictures, then its positions, prompt first. The scheduler decides
+//! what of it runs when.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use visor_model::{ModelError, Tokenizer};
 
 use crate::error::EngineError;
 use crate::features::FeatureStore;
 use crate::guard::{Trouble, guarded};
-use crate::job::{Job, Outlet, count, micros};
-use crate::model::Model;
+use crate::job::{Interrupt, Job, Outlet, Watch, count, micros};
+use crate::model::{Model, Part};
 use crate::output::Output;
+use crate::prefix_cache::{Chain, Ground, PrefixStore, Worth};
 use crate::request::{Event, Finish, GenerateRequest, Timings, Usage};
 use crate::sampler::Sampler;
 
+/// KV blocks, beside those for what it has, that a sequence needs to go on with.
+pub(crate) const HEADROOM_BLOCKS: usize = 2;
+
 /// What is being computed.
 enum Phase<M: Model> {
-    /// The pictures, in order; those so far.
-    Vision(Vec<Arc<M::Features>>),
+    /// Nothing: whatever there was is forgotten.
+    Idle,
+    /// Pictures, in order; the one under way.
+    Vision(M::State, Box<Picture<M>>),
     /// Positions: the prompt's, then one per token.
     Forward(M::State),
+}
+
+/// A picture, perhaps half done.
+struct Picture<M: Model> {
+    index: usize,
+    pass: M::Pass,
+    /// What it has taken so far.
+    time: Duration,
 }
 
 /// What a step led to.
@@ -31,12 +45,11 @@ pub(crate) enum Progress {
     Done(Finish, Option<String>),
 }
 
-/// What a step needs besides the sequence.
+/// What sequences are computed with.
 pub(crate) struct Bench<'a, M: Model> {
     pub(crate) model: &'a M,
     pub(crate) features: &'a FeatureStore<M::Features>,
-    pub(crate) chunk_tokens: usize,
-    pub(crate) is_stop_due: &'a (dyn Fn() -> bool + Sync),
+    pub(crate) prefixes: &'a mut PrefixStore<M::Block>,
 }
 
 /// An admitted request.
@@ -44,140 +57,333 @@ pub(crate) struct Sequence<M: Model> {
     pub(crate) request: GenerateRequest,
     pub(crate) outlet: Outlet,
     phase: Phase<M>,
+    /// What the positions depend on; empty while idle.
+    chain: Option<Chain>,
+    /// Which pictures have slots that have to run.
+    wanted: Vec<bool>,
     sampler: Sampler,
     output: Output,
-    /// Generated so far. What a fallback needs to go on where it was.
+    /// Generated so far. What is needed to go on where it was.
     tokens: Vec<u32>,
     tokens_unsent: u32,
+    /// Prompt positions that were there at admission; `None` before.
+    cached_tokens: Option<u32>,
     timings: Timings,
+    /// A step of which it was a part failed: it runs alone until one succeeds, so that it is known whose fault it is.
+    pub(crate) is_suspect: bool,
+    /// Its place in the order of admission; 0 before.
+    pub(crate) order: u64,
 }
 
 impl<M: Model> Sequence<M> {
-    /// Admits a request and tells its client so.
-    pub(crate) fn admit(job: Job, tokenizer: &Arc<Tokenizer>) -> Self {
+    /// A request to be admitted, which is when [`Self::start`] first succeeds.
+    pub(crate) fn new(job: Job, tokenizer: &Arc<Tokenizer>) -> Self {
         let Job {
             mut request,
             outlet,
         } = job;
         let stop_strings = std::mem::take(&mut request.stop_strings);
-        let timings = Timings {
-            queue_us: micros(outlet.submitted.elapsed()),
-            ..Timings::default()
-        };
-        let sequence = Self {
-            phase: Phase::Vision(Vec::new()),
+        Self {
+            phase: Phase::Idle,
+            chain: None,
+            wanted: vec![false; request.images.len()],
             sampler: Sampler::new(&request.sampling),
             output: Output::new(Arc::clone(tokenizer), stop_strings),
             tokens: Vec::new(),
             tokens_unsent: 0,
-            timings,
+            cached_tokens: None,
+            timings: Timings::default(),
+            is_suspect: false,
+            order: 0,
             request,
             outlet,
-        };
-        let usage = sequence.usage();
-        sequence.outlet.send(Event::Started {
-            prompt_tokens: usage.prompt_tokens,
-            image_tokens: usage.image_tokens,
-            cached_tokens: usage.cached_tokens,
-        });
-        sequence
+        }
     }
 
     pub(crate) fn usage(&self) -> Usage {
         Usage {
             completion_tokens: count(self.tokens.len()),
+            cached_tokens: self.cached_tokens.unwrap_or(0),
             ..self.request.prompt_usage()
         }
+    }
+
+    /// What tells that it has to end.
+    pub(crate) fn watch(&self) -> Watch {
+        self.outlet.watch(&self.request)
     }
 
     pub(crate) fn timings(&self) -> Timings {
         self.timings
     }
 
-    /// Forgets everything that was computed, not what was generated: the next steps compute it
-    /// again, on another model, and go on behind the last token.
+    /// Whether it has to be started, or started again.
+    pub(crate) fn is_idle(&self) -> bool {
+        matches!(self.phase, Phase::Idle)
+    }
+
+    /// Whether its client has heard that it was admitted.
+    pub(crate) fn was_admitted(&self) -> bool {
+        self.cached_tokens.is_some()
+    }
+
+    pub(crate) fn needs_vision(&self) -> bool {
+        matches!(self.phase, Phase::Vision(..))
+    }
+
+    /// Whether it generates a token with each step.
+    pub(crate) fn is_decoding(&self) -> bool {
+        !self.tokens.is_empty() && self.pending() == 1
+    }
+
+    /// Positions that wait to be run, once the pictures are there.
+    pub(crate) fn pending(&self) -> usize {
+        match &self.phase {
+            Phase::Forward(state) => M::pending(state),
+            Phase::Idle | Phase::Vision(..) => 0,
+        }
+    }
+
+    /// Positions in all: of the prompt, and generated.
+    pub(crate) fn len(&self) -> usize {
+        self.request.prompt.ids.len() + self.tokens.len()
+    }
+
+    /// Forgets everything that was computed, not what was generated: started again, on this model or another, it goes on behind
+    /// the last token.
     pub(crate) fn rewind(&mut self) {
-        self.phase = Phase::Vision(Vec::new());
+        self.phase = Phase::Idle;
+        self.chain = None;
     }
 
-    /// One step. After trouble the sequence can only be rewound or ended.
-    pub(crate) fn step(&mut self, bench: &Bench<'_, M>) -> Result<Progress, Trouble> {
-        if self.request.tokens_max == 0 {
-            return Ok(Progress::Done(Finish::Length, None));
-        }
-        let began = Instant::now();
-        let is_prefill = self.tokens.is_empty();
-        let mut phase = std::mem::replace(&mut self.phase, Phase::Vision(Vec::new()));
-        let (result, is_vision) = match &mut phase {
-            Phase::Vision(features) if features.len() < self.request.images.len() => {
-                (self.encode(features, bench), true)
-            }
-            Phase::Vision(features) => {
-                let begun = self.begin(features, bench.model);
-                let begun = begun.map(|state| {
-                    phase = Phase::Forward(state);
-                    Progress::More
-                });
-                (begun, false)
-            }
-            Phase::Forward(state) => (self.forward(state, bench), false),
-        };
-        self.phase = phase;
-        let spent = micros(began.elapsed());
-        match (is_vision, is_prefill) {
-            // `encode` counts what the tower took, not the lookup.
-            (true, _) => (),
-            (false, true) => self.timings.prefill_us += spent,
-            (false, false) => self.timings.decode_us += spent,
-        }
-        result
-    }
-
-    /// The next picture's features: an earlier picture's of this request, cached, or computed.
-    fn encode(
-        &mut self,
-        features: &mut Vec<Arc<M::Features>>,
-        bench: &Bench<'_, M>,
-    ) -> Result<Progress, Trouble> {
-        let images = &self.request.images;
-        let pixels = &images[features.len()];
-        let earlier = images[..features.len()]
+    /// Takes KV blocks for all that is known of it, those of equal beginnings among them; the first time its client is told.
+    ///
+    /// # Errors
+    /// [`Trouble::Full`] when there are not as many; it is idle then.
+    pub(crate) fn start(&mut self, bench: &mut Bench<'_, M>) -> Result<(), Trouble> {
+        let model = bench.model;
+        let image_tokens: Vec<u32> = self
+            .request
+            .images
             .iter()
-            .position(|p| p.key == pixels.key);
-        if let Some(earlier) = earlier {
-            features.push(Arc::clone(&features[earlier]));
-            return Ok(Progress::More);
-        }
-        let keep_going =
-            || self.outlet.interrupt(&self.request).is_none() && !(bench.is_stop_due)();
-        let encoded =
-            bench
-                .features
-                .find_or_encode(bench.model, pixels, &self.request.cache, &keep_going)?;
-        features.push(encoded.features);
-        self.timings.vision_us += micros(encoded.time);
-        Ok(Progress::More)
-    }
-
-    /// The prompt, and behind it whatever was generated before a fallback.
-    fn begin(&self, features: &[Arc<M::Features>], model: &M) -> Result<M::State, Trouble> {
-        guarded(|| {
-            let mut state = model.begin(&self.request.prompt, features)?;
+            .map(|p| p.image_tokens())
+            .collect();
+        let chain = Chain::new(&self.ground(bench), &self.request, &self.tokens);
+        let found = bench
+            .prefixes
+            .find(&chain, &self.request.cache, (0, self.len() - 1));
+        let state = guarded(|| {
+            let mut state = model.begin(&self.request.prompt, &image_tokens)?;
             for token in &self.tokens {
                 model.push(&mut state, *token)?;
             }
+            if let Some(found) = &found {
+                model.adopt(&mut state, &found.blocks, found.positions)?;
+            }
+            // One that had to give up its blocks comes back when it can go on for a while.
+            let headroom = if self.tokens.is_empty() {
+                0
+            } else {
+                HEADROOM_BLOCKS * model.kv().block_positions
+            };
+            model.reserve(&mut state, self.len() + headroom)?;
             Ok(state)
-        })
+        })?;
+        let adopted = self.len() - M::pending(&state);
+        self.chain = Some(chain);
+        self.want_pictures(adopted, model);
+        self.phase = match self.wanted.iter().position(|wanted| *wanted) {
+            Some(first) => Phase::Vision(state, Box::new(Picture::new(first))),
+            None => Phase::Forward(state),
+        };
+        if self.cached_tokens.is_none() {
+            self.cached_tokens = Some(count(adopted));
+            self.timings.queue_us = micros(self.outlet.submitted.elapsed());
+            let usage = self.usage();
+            self.outlet.send(Event::Started {
+                prompt_tokens: usage.prompt_tokens,
+                image_tokens: usage.image_tokens,
+                cached_tokens: usage.cached_tokens,
+            });
+        }
+        Ok(())
     }
 
-    fn forward(&mut self, state: &mut M::State, bench: &Bench<'_, M>) -> Result<Progress, Trouble> {
-        let logits = guarded(|| bench.model.advance(state, bench.chunk_tokens))?;
-        let Some(logits) = logits else {
-            return Ok(Progress::More);
+    fn ground<'a>(&self, bench: &'a Bench<'_, M>) -> Ground<'a> {
+        Ground {
+            model_digest: &bench.prefixes.model_digest,
+            device: bench.model.device(),
+            is_long: bench.model.is_long(self.len()),
+        }
+    }
+
+    /// Pictures with a slot behind what was adopted; all of them when the sequence may grow into the other rope regime, which runs
+    /// everything again.
+    fn want_pictures(&mut self, adopted: usize, model: &M) {
+        let most = self.request.prompt.ids.len() + self.request.tokens_max as usize;
+        let may_rebuild = model.is_long(most) != model.is_long(self.len());
+        self.wanted.fill(may_rebuild);
+        for id in self.request.prompt.ids.iter().skip(adopted) {
+            let index = usize::try_from(-(id + 1)).ok();
+            if let Some(wanted) = index.and_then(|index| self.wanted.get_mut(index)) {
+                *wanted = true;
+            }
+        }
+    }
+
+    /// Goes on with the pictures until `keep_going` says no. The next phase begins with the last of them.
+    pub(crate) fn see(
+        &mut self,
+        bench: &mut Bench<'_, M>,
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Result<(), Trouble> {
+        let Phase::Vision(mut state, mut picture) = std::mem::replace(&mut self.phase, Phase::Idle)
+        else {
+            return Ok(());
         };
+        while let Some(features) = self.features(&mut picture, bench, keep_going)? {
+            self.fill(&mut state, picture.index, &features, bench.model)?;
+            *picture = Picture::new(self.next_picture(picture.index));
+            if picture.index == self.request.images.len() {
+                self.phase = Phase::Forward(state);
+                return Ok(());
+            }
+            if !keep_going() {
+                break;
+            }
+        }
+        self.phase = Phase::Vision(state, picture);
+        Ok(())
+    }
+
+    /// The features of a picture: found, or made. `None` when `keep_going` said no before they were.
+    fn features(
+        &mut self,
+        picture: &mut Picture<M>,
+        bench: &Bench<'_, M>,
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Option<Arc<M::Features>>, Trouble> {
+        let (pixels, cache) = (&self.request.images[picture.index], &self.request.cache);
+        if picture.time.is_zero() {
+            let found = bench.features.find(bench.model.device(), pixels, cache);
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        let began = Instant::now();
+        let pass = &mut picture.pass;
+        let made = guarded(|| bench.model.advance_image(pass, pixels, keep_going))?.map(Arc::new);
+        picture.time += began.elapsed();
+        self.timings.vision_us += micros(began.elapsed());
+        if let Some(made) = &made {
+            let kept = (cache, made, picture.time);
+            bench.features.keep(bench.model, pixels, kept);
+        }
+        Ok(made)
+    }
+
+    /// The next picture that is wanted and differs from all before.
+    fn next_picture(&self, after: usize) -> usize {
+        let images = &self.request.images;
+        let is_new = |index: usize| {
+            let key = images[index].key;
+            images[..index]
+                .iter()
+                .zip(&self.wanted)
+                .all(|(p, wanted)| !wanted || p.key != key)
+        };
+        (after + 1..images.len())
+            .find(|index| self.wanted[*index] && is_new(*index))
+            .unwrap_or(images.len())
+    }
+
+    /// Gives the state a picture's features, wherever the picture appears.
+    fn fill(
+        &self,
+        state: &mut M::State,
+        index: usize,
+        features: &Arc<M::Features>,
+        model: &M,
+    ) -> Result<(), Trouble> {
+        let key = self.request.images[index].key;
+        for (place, pixels) in self.request.images.iter().enumerate() {
+            if pixels.key == key {
+                guarded(|| model.set_features(state, place, Arc::clone(features)))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for equal beginnings once more, before the first position runs: another sequence may have run them by now.
+    pub(crate) fn look_again(&mut self, bench: &mut Bench<'_, M>) -> Result<(), Trouble> {
+        let len = self.len();
+        let (Phase::Forward(state), Some(chain)) = (&mut self.phase, &self.chain) else {
+            return Ok(());
+        };
+        let adopted = len - M::pending(state);
+        if adopted > self.cached_tokens.unwrap_or(0) as usize || !self.tokens.is_empty() {
+            return Ok(());
+        }
+        let find = bench
+            .prefixes
+            .find(chain, &self.request.cache, (adopted.max(1), len - 1));
+        let Some(found) = find else { return Ok(()) };
+        // It gives up at least as many blocks as it takes.
+        guarded(|| {
+            bench.model.adopt(state, &found.blocks, found.positions)?;
+            bench.model.reserve(state, len)
+        })?;
+        self.cached_tokens = Some(count(found.positions));
+        Ok(())
+    }
+
+    /// Makes sure that a step of so many positions has its KV blocks.
+    pub(crate) fn reserve(&mut self, positions: usize, model: &M) -> Result<(), Trouble> {
+        let len = self.len();
+        let Phase::Forward(state) = &mut self.phase else {
+            return Ok(());
+        };
+        let done = len - M::pending(state);
+        guarded(|| model.reserve(state, done + positions))
+    }
+
+    /// Its part of a step; `None` when nothing of it can run.
+    pub(crate) fn part(&mut self, positions_max: usize) -> Option<Part<'_, M::State>> {
+        match &mut self.phase {
+            Phase::Forward(state) => Some(Part {
+                state,
+                positions_max,
+            }),
+            Phase::Idle | Phase::Vision(..) => None,
+        }
+    }
+
+    /// Adds the time of a step it had a part in.
+    pub(crate) fn count_step(&mut self, time: Duration) {
+        let stage = if self.tokens.is_empty() {
+            &mut self.timings.prefill_us
+        } else {
+            &mut self.timings.decode_us
+        };
+        *stage += micros(time);
+    }
+
+    /// Takes the logits that a step gave it: a token, its text to the client, and whether the answer ends with it.
+    pub(crate) fn take(
+        &mut self,
+        logits: Vec<f32>,
+        bench: &mut Bench<'_, M>,
+    ) -> Result<Progress, Trouble> {
         let token = self.sampler.sample(logits);
         let token = token.map_err(|error| Trouble::Broken(Box::new(error)))?;
+        self.is_suspect = false;
+        if self.tokens.is_empty() {
+            self.share(bench, false);
+        }
         let progress = self.accept(token);
+        let Phase::Forward(state) = &mut self.phase else {
+            return Ok(progress);
+        };
         if matches!(progress, Progress::More) {
             match guarded(|| bench.model.push(state, token)) {
                 // The model's own end comes before the one that was asked for.
@@ -185,6 +391,9 @@ impl<M: Model> Sequence<M> {
                     return Ok(Progress::Done(Finish::Length, None));
                 }
                 pushed => pushed?,
+            }
+            if let Some(chain) = &mut self.chain {
+                chain.push(token);
             }
         }
         Ok(progress)
@@ -215,12 +424,61 @@ impl<M: Model> Sequence<M> {
         }
     }
 
+    /// Leaves the KV blocks of what has run to sequences that begin the same: whole ones while it goes on, all of them `at_end`.
+    pub(crate) fn share(&self, bench: &mut Bench<'_, M>, at_end: bool) {
+        let (Phase::Forward(state), Some(chain)) = (&self.phase, &self.chain) else {
+            return;
+        };
+        let kv = bench.model.kv();
+        let blocks = M::share(state);
+        let Some(positions) = chain.len().checked_sub(M::pending(state)) else {
+            return;
+        };
+        // A rebuild in the other rope regime is not what the chain says.
+        if blocks.is_empty() || chain.is_long() != bench.model.is_long(chain.len()) {
+            return;
+        }
+        let positions = if at_end {
+            positions
+        } else {
+            positions - positions % kv.block_positions
+        };
+        let ran = self
+            .len()
+            .saturating_sub(self.usage().cached_tokens as usize);
+        let worth = Worth {
+            block_bytes: kv.block_bytes,
+            position_us: (self.timings.prefill_us + self.timings.decode_us) / ran.max(1) as u64,
+        };
+        bench
+            .prefixes
+            .keep(chain, blocks, positions, (&self.request.cache, &worth));
+    }
+
+    /// Ends it before its time.
+    pub(crate) fn interrupt(mut self, interrupt: Interrupt) {
+        let was_admitted = self.cached_tokens.is_some();
+        if !was_admitted {
+            self.timings.queue_us = micros(self.outlet.submitted.elapsed());
+        }
+        match interrupt {
+            Interrupt::Deadline => {
+                let error = self.outlet.deadline_passed();
+                self.fail(error);
+            }
+            Interrupt::Stopped if !was_admitted => self.fail(EngineError::Stopped),
+            Interrupt::Stopped | Interrupt::Cancelled => self.finish(Finish::Cancelled, None),
+        }
+    }
+
     /// The terminal event of an answer, behind the text that was held back for a stop string.
     pub(crate) fn finish(mut self, reason: Finish, matched_stop: Option<String>) {
         if matched_stop.is_none() {
             let rest = self.output.finish();
             self.send_delta(rest);
         }
+        // Whoever hears of the end finds its blocks free.
+        self.rewind();
         self.outlet.send(Event::Finished {
             reason,
             matched_stop,
@@ -230,7 +488,18 @@ impl<M: Model> Sequence<M> {
     }
 
     /// The terminal event of a request that cannot be completed.
-    pub(crate) fn fail(self, error: EngineError) {
+    pub(crate) fn fail(mut self, error: EngineError) {
+        self.rewind();
         self.outlet.send(Event::Failed(error));
+    }
+}
+
+impl<M: Model> Picture<M> {
+    fn new(index: usize) -> Self {
+        Self {
+            index,
+            pass: M::Pass::default(),
+            time: Duration::ZERO,
+        }
     }
 }

@@ -6,24 +6,51 @@ use std::sync::Arc;
 use visor_model::{DeviceKind, ModelError, Prompt, Tokenizer};
 
 use crate::guard::{Trouble, guarded};
-use crate::model::{Model, ModelLoader};
+use crate::model::{KvFigures, Model, ModelLoader, Part};
 use crate::sampler;
+use crate::sequence::HEADROOM_BLOCKS;
 use crate::shared::{EngineState, Shared};
 
 /// What the warm-up computes; any text will do.
 const WARM_UP_TEXT: &str = "Hello";
 
+/// Memory for keys and values.
+#[derive(Clone, Copy)]
+pub(crate) struct KvLimit {
+    /// Of all sequences and cached prefixes together.
+    pub(crate) bytes: u64,
+    /// Longest sequence: room for one is there whatever `bytes` says.
+    pub(crate) context_tokens_max: u32,
+}
+
+impl KvLimit {
+    fn blocks(self, kv: KvFigures) -> usize {
+        let least = self.context_tokens_max as usize / kv.block_positions.max(1) + 1;
+        let asked = self.bytes / kv.block_bytes.max(1);
+        usize::try_from(asked)
+            .unwrap_or(usize::MAX)
+            .max(least + HEADROOM_BLOCKS)
+    }
+}
+
 pub(crate) struct ModelSlot<L: ModelLoader> {
     loader: L,
     devices: Vec<DeviceKind>,
+    kv_limit: KvLimit,
     pub(crate) shared: Arc<Shared>,
 }
 
 impl<L: ModelLoader> ModelSlot<L> {
-    pub(crate) fn new(loader: L, devices: Vec<DeviceKind>, shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(
+        loader: L,
+        devices: Vec<DeviceKind>,
+        kv_limit: KvLimit,
+        shared: Arc<Shared>,
+    ) -> Self {
         Self {
             loader,
             devices,
+            kv_limit,
             shared,
         }
     }
@@ -89,8 +116,13 @@ impl<L: ModelLoader> ModelSlot<L> {
     fn load_on(&mut self, device: DeviceKind, tokenizer: &Tokenizer) -> Result<L::Model, String> {
         let explain = |trouble: Trouble| chain(&*trouble.into_error());
         let model = guarded(|| self.loader.load(device)).map_err(explain)?;
+        let kv = model.kv();
+        let kv_blocks = self.kv_limit.blocks(kv);
+        model.set_kv_blocks_max(kv_blocks);
         warm_up(&model, tokenizer).map_err(explain)?;
-        tracing::info!(%device, "model ready");
+        let kv_tokens = kv_blocks.saturating_mul(kv.block_positions);
+        let kv_mib = (kv_blocks as u64).saturating_mul(kv.block_bytes) >> 20;
+        tracing::info!(%device, kv_tokens, kv_mib, "model ready");
         self.shared.set_state(EngineState::Ready { device });
         Ok(model)
     }
@@ -115,7 +147,11 @@ fn warm_up<M: Model>(model: &M, tokenizer: &Tokenizer) -> Result<(), Trouble> {
             ids,
         };
         let mut state = model.begin(&prompt, &[])?;
-        model.advance(&mut state, prompt.ids.len())
+        let part = Part {
+            state: &mut state,
+            positions_max: prompt.ids.len(),
+        };
+        Ok(model.step(&mut [part], &|| true)?.pop().flatten())
     })?;
     let incomplete = || ModelError::Prompt("the warm-up prompt was not completed".into());
     let logits = logits.ok_or_else(incomplete)?;

@@ -18,7 +18,7 @@ impl StageStats {
     }
 }
 
-/// Figures since the start, and three of this moment.
+/// Figures since the start, and some of this moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct EngineStats {
     /// Requests waiting now.
@@ -27,8 +27,6 @@ pub struct EngineStats {
     pub running: u64,
     /// Positions of the running sequences now: prompts and what was generated.
     pub running_tokens: u64,
-    /// Positions that running sequences can have together.
-    pub running_tokens_max: u64,
     /// Requests taken in.
     pub submitted: u64,
     /// Requests refused because the queue was full.
@@ -43,8 +41,24 @@ pub struct EngineStats {
     pub prompt_tokens: u64,
     /// Image tokens among them.
     pub image_tokens: u64,
+    /// Prompt positions of admitted requests whose KV values were there already.
+    pub cached_tokens: u64,
     /// Generated tokens.
     pub completion_tokens: u64,
+    /// Steps of the model.
+    pub steps: u64,
+    /// Sequences that took part in a step, summed over the steps.
+    pub step_sequences: u64,
+    /// Positions that ran, summed over the steps.
+    pub step_positions: u64,
+    /// Times that a sequence gave up its KV blocks for others and waited.
+    pub preempted: u64,
+    /// KV blocks alive now, those of cached prefixes included.
+    pub kv_blocks_used: u64,
+    /// KV blocks that can be alive at once.
+    pub kv_blocks_max: u64,
+    /// Memory of one.
+    pub kv_block_bytes: u64,
     /// Devices given up: at load, or in the middle of a request.
     pub device_fallbacks: u64,
     /// Panics of the model that were survived.

@@ -180,8 +180,14 @@ pub struct ModelSection {
     pub served_name: String,
     /// Further names clients may use. Needs a restart.
     pub aliases: Vec<String>,
-    /// Prompt positions computed between two looks at the cancel flag. Needs a restart.
+    /// Requests computed at once. Needs a restart.
+    pub sequences_max: usize,
+    /// Memory for keys and values, of running requests and cached prefixes together, in MiB. Needs a restart.
+    pub kv_cache_mib: u64,
+    /// Prompt positions of a step while nobody waits for a token. Needs a restart.
     pub prefill_chunk_tokens: usize,
+    /// Milliseconds that pictures and prompts may add to the time between two tokens of others. Needs a restart.
+    pub slice_ms: u64,
 }
 
 impl Default for ModelSection {
@@ -193,7 +199,10 @@ impl Default for ModelSection {
             context_tokens: 4096,
             served_name: String::new(),
             aliases: Vec::new(),
-            prefill_chunk_tokens: 512,
+            sequences_max: 8,
+            kv_cache_mib: 2048,
+            prefill_chunk_tokens: 128,
+            slice_ms: 250,
         }
     }
 }
@@ -270,6 +279,8 @@ pub struct CacheConfig {
     pub features_mib: u64,
     /// Whole answers to identical requests at temperature 0, in MiB.
     pub responses_mib: u64,
+    /// Keys and values of prompts and answers so far, in MiB; counted in `model.kv_cache_mib`, too.
+    pub prefixes_mib: u64,
 }
 
 impl Default for CacheConfig {
@@ -278,6 +289,7 @@ impl Default for CacheConfig {
             pixels_mib: 256,
             features_mib: 512,
             responses_mib: 32,
+            prefixes_mib: 1024,
         }
     }
 }

@@ -92,6 +92,34 @@ impl<V> Index<V> {
         Some(value)
     }
 
+    /// The value of a key, without a trace.
+    pub(super) fn peek(&self, key: &CacheKey, now: Instant) -> Option<Arc<V>> {
+        let entry = &self.entries[self.ids.get(key)?];
+        let is_over = entry.expires.is_some_and(|expires| expires <= now);
+        (!is_over).then(|| Arc::clone(&entry.value))
+    }
+
+    pub(super) fn touch(&mut self, key: &CacheKey) {
+        if let Some(id) = self.ids.get(key) {
+            self.order.hit(*id);
+        }
+    }
+
+    pub(super) fn replace(&mut self, key: &CacheKey) {
+        if let Some(id) = self.ids.get(key).copied() {
+            self.remove(id, RemovalCause::Replaced);
+        }
+    }
+
+    /// Removes the next victim, if there is one.
+    pub(super) fn evict_one(&mut self) -> bool {
+        let victim = self.next_victim();
+        if let Some(id) = victim {
+            self.remove(id, RemovalCause::Evicted);
+        }
+        victim.is_some()
+    }
+
     /// Stores a value and makes room for it first. False when it may not be stored.
     pub(super) fn insert(
         &mut self,

@@ -64,14 +64,14 @@ fn a_cancelled_picture_ends_at_the_next_crop() {
     let (heard, calls) = cancelled_at(first, &[1, 2]);
     assert_eq!(heard.reason(), Some(Finish::Cancelled));
     assert_eq!(
-        calls[0],
+        calls[1],
         Call::Crop {
             picture: 1,
             crop: 0
         }
     );
     assert!(
-        !calls[1..]
+        !calls[2..]
             .iter()
             .any(|call| matches!(call, Call::Crop { .. })),
         "{calls:?}"

@@ -2,11 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "every function here is part of a test")]
 
+mod batch;
 mod cancel;
 mod events;
 mod fallback;
 mod features;
 mod limits;
+mod prefix;
 mod random;
 mod real;
 mod scripted;

@@ -2,8 +2,12 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use visor_engine::{CancelToken, EngineError, EventReceiver};
+use visor_engine::{
+    Access, CacheAccess, CacheBytes, Caches, CancelToken, Engine, EngineError, EngineOptions,
+    EventReceiver, Finish, GenerateRequest, Scope,
+};
 use visor_model::DeviceKind;
 
 use crate::scripted::*;
@@ -105,5 +109,108 @@ fn every_request_ends_once_and_is_counted_once() {
             "seed {seed}"
         );
         assert_eq!(stats.device_fallbacks, 1, "seed {seed}");
+    }
+}
+
+/// Requests with beginnings in common, answers that depend on every position, some of them cancelled: run together, in little
+/// memory, each says what it says alone, as far as it gets.
+#[test]
+fn whatever_runs_together_says_what_it_says_alone() {
+    let alone = engine_of(Script::new(Answer::Hashed(600)), |options| {
+        options.sequences_max = 1;
+    });
+    for seed in 1..=6 {
+        let mut random = Random(seed * 0x9E37_79B9);
+        let script = Script::new(Answer::Hashed(600));
+        let caches: Caches<_, _> = Caches::new(CacheBytes {
+            features: random.below(3) * 1500,
+            prefixes: random.below(4) * 20_000,
+            ..CacheBytes::default()
+        });
+        let mut options = roomy();
+        options.sequences_max = 1 + random.below(5) as usize;
+        options.kv_bytes = 1000 * random.below(700);
+        options.context_tokens_max = 900;
+        options.prefill_chunk_tokens = 1 + random.below(200) as usize;
+        options.slice = Duration::from_micros(random.below(300));
+        let loader = ScriptedLoader(script.clone());
+        let engine = Engine::start(loader, tokenizer(), &caches, options);
+        engine.wait_ready(PATIENCE);
+        let mut open: Vec<(GenerateRequest, EventReceiver)> = Vec::new();
+        for _ in 0..60 {
+            let request = related_request(&mut random);
+            open.push((request.clone(), engine.submit(request).unwrap()));
+            if random.below(4) == 0 {
+                let (request, _) = &open[random.below(open.len() as u64) as usize];
+                request.cancel.cancel();
+            }
+            while open.len() > 7 {
+                let (request, events) = open.remove(random.below(7) as usize);
+                check_said(&alone, request, &hear(&events));
+            }
+        }
+        for (request, events) in open {
+            check_said(&alone, request, &hear(&events));
+        }
+        let stats = engine.stats();
+        assert_eq!((stats.running, stats.waiting, stats.failed), (0, 0, 0));
+        let used = script.blocks_used.load(Ordering::Relaxed) as u64;
+        assert!(used <= stats.kv_blocks_max, "seed {seed}");
+        assert_eq!(used, caches.prefixes.stats().entries, "seed {seed}");
+        caches.prefixes.invalidate_all();
+        assert_eq!(script.blocks_used.load(Ordering::Relaxed), 0, "seed {seed}");
+    }
+}
+
+fn roomy() -> EngineOptions {
+    EngineOptions {
+        context_tokens_max: 4096,
+        queue_requests_max: 64,
+        ..options()
+    }
+}
+
+fn engine_of(script: Script, change: impl FnOnce(&mut EngineOptions)) -> Engine {
+    let mut options = roomy();
+    options.prefill_chunk_tokens = 4096;
+    change(&mut options);
+    let engine = start_with(&script, options);
+    engine.wait_ready(PATIENCE);
+    engine
+}
+
+/// One of a few pictures or none, then a walk through a small tree of tokens.
+fn related_request(random: &mut Random) -> GenerateRequest {
+    let pictures: Vec<u8> = (0..random.below(2))
+        .map(|_| random.below(3) as u8)
+        .collect();
+    let mut request = request_with(&pictures);
+    for _ in 0..random.below(25) {
+        request.prompt.ids.push(200 + random.below(2) as i64);
+    }
+    request.tokens_max = random.below(30) as u32;
+    request.sampling.temperature = 1.0;
+    request.sampling.seed = Some(random.below(5));
+    request.cache.prefix = Access::FULL;
+    request.cache.scope = Scope::named(["", "alice"][random.below(2) as usize]);
+    request
+}
+
+fn check_said(alone: &Engine, request: GenerateRequest, heard: &Heard) {
+    let plain = GenerateRequest {
+        cancel: CancelToken::new(),
+        cache: CacheAccess {
+            prefix: Access::NONE,
+            ..request.cache
+        },
+        ..request
+    };
+    let want = ask(alone, plain);
+    match heard.reason() {
+        Some(Finish::Cancelled) => assert!(want.text.starts_with(&heard.text)),
+        reason => {
+            assert_eq!(heard.text, want.text);
+            assert_eq!(reason, want.reason());
+        }
     }
 }

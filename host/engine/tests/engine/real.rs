@@ -6,7 +6,7 @@ use visor_engine::{
     CacheBytes, Caches, CheckpointLoader, Engine, EngineOptions, EngineState, GenerateRequest,
 };
 use visor_model::image::PixelValues;
-use visor_model::{Activations, Checkpoint, DeviceKind, ImageFeatures, Phi3V, Prompt};
+use visor_model::{Activations, Checkpoint, DeviceKind, ImageFeatures, KvBlock, Phi3V, Prompt};
 
 use crate::scripted::{PATIENCE, ask};
 
@@ -64,7 +64,7 @@ fn the_engine_says_what_the_model_says() {
     let tokenizer = Arc::new(checkpoint.tokenizer().unwrap());
     let model = Phi3V::load(&checkpoint, DeviceKind::Cpu, &|_| ()).unwrap();
     let megabytes = 64 << 20;
-    let caches: Caches<ImageFeatures> = Caches::new(CacheBytes {
+    let caches: Caches<ImageFeatures, KvBlock> = Caches::new(CacheBytes {
         features: megabytes,
         ..CacheBytes::default()
     });

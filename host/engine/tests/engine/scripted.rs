@@ -1,13 +1,13 @@
 //! A model that says what it is told to, writes down what it is asked, and breaks on demand.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use visor_engine::{
-    CacheBytes, Caches, Engine, EngineError, EngineOptions, EngineState, Event, EventReceiver,
-    Finish, GenerateRequest, Model, ModelLoader, Usage,
+    Access, CacheBytes, Caches, Engine, EngineError, EngineOptions, EngineState, Event,
+    EventReceiver, Finish, GenerateRequest, KvFigures, Model, ModelLoader, Part, Usage,
 };
 use visor_model::image::PixelValues;
 use visor_model::{DeviceKind, ModelError, Prompt, Tokenizer};
@@ -65,6 +65,11 @@ pub(crate) struct Script {
     pub(crate) calls: Arc<Mutex<Vec<(DeviceKind, Call)>>>,
     pub(crate) hook: Arc<Hook>,
     pub(crate) loads: Arc<AtomicU64>,
+    /// Blocks alive.
+    pub(crate) blocks_used: Arc<AtomicUsize>,
+    /// Most sequences in a step.
+    pub(crate) widest: Arc<AtomicUsize>,
+    pub(crate) short_positions_max: usize,
 }
 
 impl Script {
@@ -74,6 +79,9 @@ impl Script {
             calls: Arc::default(),
             hook: Arc::new(|_, _| Reply::Go),
             loads: Arc::default(),
+            blocks_used: Arc::default(),
+            widest: Arc::default(),
+            short_positions_max: usize::MAX,
         }
     }
 
@@ -131,13 +139,34 @@ impl Script {
 pub(crate) struct ScriptedModel {
     script: Script,
     device: DeviceKind,
+    blocks_used: Arc<AtomicUsize>,
+    blocks_max: AtomicUsize,
 }
 
 pub(crate) struct State {
     ids: Vec<i64>,
+    image_tokens: Vec<u32>,
+    pictures: Vec<Option<u8>>,
     done: usize,
     pushed: usize,
     is_warm_up: bool,
+    blocks: Vec<Arc<Block>>,
+}
+
+/// Positions of a block.
+pub(crate) const BLOCK: usize = 4;
+
+/// What ran at its positions, on which device.
+pub(crate) struct Block {
+    ids: Vec<i64>,
+    device: DeviceKind,
+    used: Arc<AtomicUsize>,
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.used.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Which picture it is of, and where it lives.
@@ -146,76 +175,30 @@ pub(crate) struct ScriptedFeatures {
     device: DeviceKind,
 }
 
-impl Model for ScriptedModel {
-    type State = State;
-    type Features = ScriptedFeatures;
-
-    fn device(&self) -> DeviceKind {
-        self.device
-    }
-
-    fn encode_image(
-        &self,
-        pixels: &PixelValues,
-        keep_going: &(dyn Fn() -> bool + Sync),
-    ) -> Result<ScriptedFeatures, ModelError> {
-        let picture = pixels.key[0];
-        for crop in 0..pixels.crop_count {
-            if !keep_going() {
-                return Err(ModelError::Cancelled);
-            }
-            self.script
-                .call(self.device, Call::Crop { picture, crop })?;
+impl ScriptedModel {
+    fn block(&self, ids: &[i64]) -> Result<Arc<Block>, ModelError> {
+        let blocks_max = self.blocks_max.load(Ordering::Relaxed);
+        if self.blocks_used.load(Ordering::Relaxed) >= blocks_max {
+            return Err(ModelError::KvFull { blocks_max });
         }
-        let device = self.device;
-        Ok(ScriptedFeatures { picture, device })
+        self.blocks_used.fetch_add(1, Ordering::Relaxed);
+        Ok(Arc::new(Block {
+            ids: ids.to_vec(),
+            device: self.device,
+            used: Arc::clone(&self.blocks_used),
+        }))
     }
 
-    fn features_bytes(_: &ScriptedFeatures) -> u64 {
-        1000
+    /// A position as it is computed: features become part of the ids, so that wrong ones change the answer.
+    fn embed(&self, state: &State, position: usize) -> i64 {
+        let id = state.ids[position];
+        match usize::try_from(-(id + 1)) {
+            Ok(index) => -1000 - i64::from(state.pictures[index].expect("the picture is there")),
+            Err(_) => id,
+        }
     }
 
-    fn begin(
-        &self,
-        prompt: &Prompt,
-        features: &[Arc<ScriptedFeatures>],
-    ) -> Result<State, ModelError> {
-        // Test prompts begin with BOS, the warm-up does not.
-        let is_warm_up = prompt.ids[0] != 1;
-        let positions = prompt.ids.len();
-        let call = if is_warm_up {
-            Call::WarmUp
-        } else {
-            Call::Begin { positions }
-        };
-        self.script.call(self.device, call)?;
-        let here = |features: &Arc<ScriptedFeatures>| features.device == self.device;
-        assert!(features.iter().all(here), "features of another device");
-        // Features become part of the ids, so that wrong ones change the answer.
-        let embed = |id: &i64| match usize::try_from(-(id + 1)) {
-            Ok(index) => -1000 - i64::from(features[index].picture),
-            Err(_) => *id,
-        };
-        Ok(State {
-            ids: prompt.ids.iter().map(embed).collect(),
-            done: 0,
-            pushed: 0,
-            is_warm_up,
-        })
-    }
-
-    fn push(&self, state: &mut State, token: u32) -> Result<(), ModelError> {
-        self.script.call(self.device, Call::Push(token))?;
-        state.ids.push(i64::from(token));
-        state.pushed += 1;
-        Ok(())
-    }
-
-    fn advance(
-        &self,
-        state: &mut State,
-        positions_max: usize,
-    ) -> Result<Option<Vec<f32>>, ModelError> {
+    fn run(&self, state: &mut State, positions_max: usize) -> Result<Option<Vec<f32>>, ModelError> {
         let (from, pending) = (state.done, state.ids.len() - state.done);
         assert!(pending > 0, "nothing is pending");
         let positions = pending.min(positions_max);
@@ -225,15 +208,182 @@ impl Model for ScriptedModel {
                 .script
                 .call(self.device, Call::Advance { from, positions })?;
         }
+        self.reserve(state, from + positions)?;
+        for position in from..from + positions {
+            let id = self.embed(state, position);
+            let block = Arc::get_mut(&mut state.blocks[position / BLOCK]);
+            let block = block.expect("a block that is written is nobody else's");
+            block.ids.truncate(position % BLOCK);
+            block.ids.push(id);
+        }
         state.done += positions;
         if state.done < state.ids.len() {
             return Ok(None);
         }
-        let mut logits = self.script.logits(&state.ids, state.pushed);
+        // From what the blocks hold: a wrong one changes the answer.
+        let seen: Vec<i64> = state.blocks.iter().flat_map(|b| b.ids.clone()).collect();
+        assert_eq!(seen.len(), state.ids.len());
+        let mut logits = self.script.logits(&seen, state.pushed);
         if reply == Reply::Nan {
             logits[3] = f32::NAN;
         }
         Ok(Some(logits))
+    }
+}
+
+impl Model for ScriptedModel {
+    type State = State;
+    type Features = ScriptedFeatures;
+    /// Crops done.
+    type Pass = u32;
+    type Block = Block;
+
+    fn device(&self) -> DeviceKind {
+        self.device
+    }
+
+    fn advance_image(
+        &self,
+        pass: &mut u32,
+        pixels: &PixelValues,
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Option<ScriptedFeatures>, ModelError> {
+        let picture = pixels.key[0];
+        while *pass < pixels.crop_count {
+            let crop = *pass;
+            self.script
+                .call(self.device, Call::Crop { picture, crop })?;
+            *pass += 1;
+            if *pass < pixels.crop_count && !keep_going() {
+                return Ok(None);
+            }
+        }
+        let device = self.device;
+        Ok(Some(ScriptedFeatures { picture, device }))
+    }
+
+    fn features_bytes(_: &ScriptedFeatures) -> u64 {
+        1000
+    }
+
+    fn begin(&self, prompt: &Prompt, image_tokens: &[u32]) -> Result<State, ModelError> {
+        // Test prompts begin with BOS, the warm-up does not.
+        let is_warm_up = prompt.ids[0] != 1;
+        let positions = prompt.ids.len();
+        let call = if is_warm_up {
+            Call::WarmUp
+        } else {
+            Call::Begin { positions }
+        };
+        self.script.call(self.device, call)?;
+        Ok(State {
+            ids: prompt.ids.clone(),
+            image_tokens: image_tokens.to_vec(),
+            pictures: vec![None; image_tokens.len()],
+            done: 0,
+            pushed: 0,
+            is_warm_up,
+            blocks: Vec::new(),
+        })
+    }
+
+    fn set_features(
+        &self,
+        state: &mut State,
+        index: usize,
+        features: Arc<ScriptedFeatures>,
+    ) -> Result<(), ModelError> {
+        assert_eq!(features.device, self.device, "features of another device");
+        assert!(state.image_tokens[index] > 0);
+        state.pictures[index] = Some(features.picture);
+        Ok(())
+    }
+
+    fn push(&self, state: &mut State, token: u32) -> Result<(), ModelError> {
+        self.script.call(self.device, Call::Push(token))?;
+        state.ids.push(i64::from(token));
+        state.pushed += 1;
+        Ok(())
+    }
+
+    fn pending(state: &State) -> usize {
+        state.ids.len() - state.done
+    }
+
+    fn kv(&self) -> KvFigures {
+        KvFigures {
+            block_positions: BLOCK,
+            block_bytes: 1000,
+            blocks_used: self.blocks_used.load(Ordering::Relaxed),
+            blocks_max: self.blocks_max.load(Ordering::Relaxed),
+            can_share: true,
+        }
+    }
+
+    fn set_kv_blocks_max(&self, blocks_max: usize) {
+        self.blocks_max.store(blocks_max, Ordering::Relaxed);
+    }
+
+    fn reserve(&self, state: &mut State, positions: usize) -> Result<(), ModelError> {
+        let (tail, rest) = (state.done / BLOCK, state.done % BLOCK);
+        if let Some(block) = state.blocks.get_mut(tail)
+            && Arc::get_mut(block).is_none()
+        {
+            *block = self.block(&block.ids[..rest].to_vec())?;
+        }
+        while state.blocks.len() * BLOCK < positions {
+            state.blocks.push(self.block(&[])?);
+        }
+        Ok(())
+    }
+
+    fn share(state: &State) -> &[Arc<Block>] {
+        &state.blocks[..state.done.div_ceil(BLOCK)]
+    }
+
+    fn adopt(
+        &self,
+        state: &mut State,
+        blocks: &[Arc<Block>],
+        positions: usize,
+    ) -> Result<(), ModelError> {
+        assert!(positions < state.ids.len(), "one position is left to run");
+        state.blocks.clear();
+        state.done = 0;
+        let (whole, rest) = (positions / BLOCK, positions % BLOCK);
+        for block in blocks {
+            assert_eq!(block.device, self.device, "blocks of another device");
+        }
+        let seen = blocks.iter().flat_map(|block| block.ids.clone());
+        for (seen, id) in seen.take(positions).zip(&state.ids) {
+            assert!(
+                seen == *id || (seen <= -1000 && *id < 0),
+                "blocks of {seen} for {id}"
+            );
+        }
+        let mut adopted = blocks[..whole].to_vec();
+        if rest > 0 {
+            adopted.push(self.block(&blocks[whole].ids[..rest])?);
+        }
+        (state.blocks, state.done) = (adopted, positions);
+        Ok(())
+    }
+
+    fn is_long(&self, positions: usize) -> bool {
+        positions > self.script.short_positions_max
+    }
+
+    fn step(
+        &self,
+        parts: &mut [Part<'_, State>],
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Vec<Option<Vec<f32>>>, ModelError> {
+        if !keep_going() {
+            return Err(ModelError::Cancelled);
+        }
+        self.script.widest.fetch_max(parts.len(), Ordering::Relaxed);
+        let run = |part: &mut Part<'_, State>| self.run(part.state, part.positions_max);
+        parts.iter_mut().map(run).collect()
     }
 }
 
@@ -246,7 +396,12 @@ impl ModelLoader for ScriptedLoader {
         self.0.loads.fetch_add(1, Ordering::Relaxed);
         self.0.call(device, Call::Load)?;
         let script = self.0.clone();
-        Ok(ScriptedModel { script, device })
+        Ok(ScriptedModel {
+            blocks_used: Arc::clone(&script.blocks_used),
+            blocks_max: AtomicUsize::new(usize::MAX),
+            script,
+            device,
+        })
     }
 }
 
@@ -259,21 +414,24 @@ pub(crate) fn tokenizer() -> Arc<Tokenizer> {
     Arc::clone(TOKENIZER.get_or_init(load))
 }
 
-pub(crate) fn caches() -> Caches<ScriptedFeatures> {
+pub(crate) fn caches() -> Caches<ScriptedFeatures, Block> {
     let megabyte = 1 << 20;
     Caches::new(CacheBytes {
         pixels: megabyte,
         features: megabyte,
         responses: megabyte,
+        prefixes: megabyte,
     })
 }
 
-/// Two positions a chunk, so that every prompt takes several.
+/// Two positions a chunk, so that every prompt takes several; one sequence at a time.
 pub(crate) fn options() -> EngineOptions {
     EngineOptions {
         context_tokens_max: 400,
         prefill_chunk_tokens: 2,
         queue_requests_max: 4,
+        sequences_max: 1,
+        slice: PATIENCE,
         ..EngineOptions::default()
     }
 }
@@ -300,6 +458,8 @@ pub(crate) fn request(tokens_max: u32) -> GenerateRequest {
     };
     let mut request = GenerateRequest::new(prompt, tokens_max);
     request.stop_ids = vec![END];
+    // Where a test is about shared prefixes, it says so.
+    request.cache.prefix = Access::NONE;
     request
 }
 

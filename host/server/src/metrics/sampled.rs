@@ -51,8 +51,16 @@ pub struct EngineSample {
     pub running: u64,
     /// Requests waiting for the model.
     pub waiting: u64,
-    /// Share of the context that running sequences fill, 0 to 1.
+    /// Share of the KV blocks that is in use, 0 to 1.
     pub kv_usage: f64,
+    /// Steps of the model.
+    pub steps: u64,
+    /// Sequences in a step, summed over the steps.
+    pub step_sequences: u64,
+    /// Positions of a step, summed over the steps.
+    pub step_positions: u64,
+    /// Sequences that gave up their KV blocks for others.
+    pub preempted: u64,
     /// Times work was redone on the next device.
     pub device_fallbacks: u64,
     /// Sequences ended by cancellation.
@@ -64,7 +72,7 @@ pub struct EngineSample {
 /// One cache tier.
 #[derive(Clone, Debug, Default)]
 pub struct CacheSample {
-    /// `pixels`, `features` or `responses`.
+    /// `pixels`, `features`, `responses` or `prefixes`.
     pub tier: &'static str,
     /// Lookups that found something.
     pub hits: u64,
@@ -162,6 +170,10 @@ struct EngineSeries {
     running: Gauge,
     waiting: Gauge,
     kv_usage: FloatGauge,
+    steps: Counter,
+    step_sequences: Counter,
+    step_positions: Counter,
+    preempted: Counter,
     ready: Gauge,
     fallbacks: Counter,
     aborted: Counter,
@@ -224,11 +236,19 @@ impl Sampled {
 
 impl EngineSeries {
     fn register(to: &mut Registry) -> Self {
-        let kv_usage = "Share of the context in use, 0 to 1";
+        let kv_usage = "Share of the KV blocks in use, 0 to 1";
         Self {
             running: add(to, "vllm:num_requests_running", "Sequences being computed"),
             waiting: add(to, "vllm:num_requests_waiting", "Waiting for the model"),
             kv_usage: add(to, "vllm:kv_cache_usage_perc", kv_usage),
+            steps: add(to, "visor_steps", "Steps of the model"),
+            step_sequences: add(to, "visor_step_sequences", "Sequences in steps"),
+            step_positions: add(to, "visor_step_positions", "Positions in steps"),
+            preempted: add(
+                to,
+                "vllm:num_preemptions",
+                "Sequences that gave up KV blocks",
+            ),
             ready: add(to, "visor_ready", "1 once the model is loaded and warm"),
             fallbacks: add(to, "visor_device_fallbacks", "Work redone on a next device"),
             aborted: add(to, "visor_sequences_aborted", "Sequences cancelled"),
@@ -240,6 +260,10 @@ impl EngineSeries {
         self.running.set(signed(engine.running));
         self.waiting.set(signed(engine.waiting));
         self.kv_usage.set(engine.kv_usage);
+        mirror(&self.steps, engine.steps);
+        mirror(&self.step_sequences, engine.step_sequences);
+        mirror(&self.step_positions, engine.step_positions);
+        mirror(&self.preempted, engine.preempted);
         self.ready.set(i64::from(engine.ready));
         mirror(&self.fallbacks, engine.device_fallbacks);
         mirror(&self.aborted, engine.aborted);

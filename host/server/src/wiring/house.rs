@@ -10,7 +10,7 @@ use visor_engine::{
     Native,
 };
 use visor_model::image::PixelValues;
-use visor_model::{ImageFeatures, LoadProgress};
+use visor_model::{ImageFeatures, KvBlock, LoadProgress};
 use visor_sandbox::{FileError, FolderOptions, PluginFolder, PluginSet, Registry, Sandbox};
 
 use super::reload::{ConfigSource, ConfigWatcher};
@@ -59,7 +59,7 @@ pub struct House {
 /// The wiring in force and what a swap touches. Shared with the plugin folder's thread.
 pub(super) struct Current {
     wiring: ArcSwapOption<Wiring>,
-    pub(super) caches: Caches<ImageFeatures, Answer>,
+    pub(super) caches: Caches<ImageFeatures, KvBlock, Answer>,
     /// The configuration whose plugin settings were asked for last: a plugin set that arrives was
     /// loaded with those, so it is wired with that configuration.
     asked: Mutex<Arc<Config>>,
@@ -94,7 +94,10 @@ impl House {
             devices: config.model.device.kinds(),
             queue_requests_max: config.server.queue_requests_max,
             context_tokens_max: model.context_tokens,
+            sequences_max: config.model.sequences_max,
+            kv_bytes: config.model.kv_cache_mib << 20,
             prefill_chunk_tokens: config.model.prefill_chunk_tokens,
+            slice: Duration::from_millis(config.model.slice_ms),
             model_digest: model.facts.digest.clone(),
             ..EngineOptions::default()
         };
@@ -368,5 +371,6 @@ fn cache_bytes(cache: &CacheConfig) -> CacheBytes {
         pixels: cache.pixels_mib << 20,
         features: cache.features_mib << 20,
         responses: cache.responses_mib << 20,
+        prefixes: cache.prefixes_mib << 20,
     }
 }

@@ -78,7 +78,11 @@ impl House {
             ready: self.ready().is_ok(),
             running: engine.running,
             waiting: engine.waiting,
-            kv_usage: stats::ratio(engine.running_tokens, engine.running_tokens_max),
+            kv_usage: stats::ratio(engine.kv_blocks_used, engine.kv_blocks_max),
+            steps: engine.steps,
+            step_sequences: engine.step_sequences,
+            step_positions: engine.step_positions,
+            preempted: engine.preempted,
             device_fallbacks: engine.device_fallbacks,
             aborted: engine.aborted,
             failed: engine.failed,
@@ -86,7 +90,7 @@ impl House {
     }
 
     fn cache_samples(&self) -> Vec<CacheSample> {
-        let names = ["pixels", "features", "responses"];
+        let names = ["pixels", "features", "responses", "prefixes"];
         names
             .into_iter()
             .zip(self.current.caches.stats())
@@ -121,7 +125,14 @@ impl House {
             "waiting": engine.waiting,
             "running": engine.running,
             "running_tokens": engine.running_tokens,
-            "running_tokens_max": engine.running_tokens_max,
+            "kv_blocks": engine.kv_blocks_used,
+            "kv_blocks_max": engine.kv_blocks_max,
+            "kv_block_bytes": engine.kv_block_bytes,
+            "cached_tokens": engine.cached_tokens,
+            "steps": engine.steps,
+            "step_sequences": engine.step_sequences,
+            "step_positions": engine.step_positions,
+            "preempted": engine.preempted,
             "submitted": engine.submitted,
             "finished": engine.finished,
             "aborted": engine.aborted,

@@ -1,0 +1,189 @@
+//! Several sequences at once: nobody notices the others, but for the time.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use visor_engine::{EngineError, EngineOptions, Event, Finish, GenerateRequest, Sampling};
+
+use crate::scripted::*;
+
+fn together(sequences_max: usize) -> EngineOptions {
+    EngineOptions {
+        sequences_max,
+        prefill_chunk_tokens: 64,
+        context_tokens_max: 4096,
+        queue_requests_max: 64,
+        ..options()
+    }
+}
+
+/// A request of so many positions whose answer depends on all of them.
+fn asking(positions: usize, tokens_max: u32) -> GenerateRequest {
+    let mut request = request(tokens_max);
+    request.prompt.ids = (0..positions as i64).map(|id| id + 1).collect();
+    request.sampling = Sampling {
+        temperature: 1.0,
+        seed: Some(positions as u64),
+        ..Sampling::default()
+    };
+    request
+}
+
+#[test]
+fn sequences_run_together_and_say_what_each_says_alone() {
+    let script = Script::new(Answer::Hashed(600));
+    let alone = start_with(&script, together(1));
+    alone.wait_ready(PATIENCE);
+    let requests: Vec<_> = (0..7)
+        .map(|n| asking(3 + 5 * n, 4 + 3 * n as u32))
+        .collect();
+    let want: Vec<String> = requests
+        .iter()
+        .map(|request| ask(&alone, request.clone()).text)
+        .collect();
+    assert_eq!(script.widest.load(Ordering::Relaxed), 1);
+
+    let script = Script::new(Answer::Hashed(600));
+    let engine = start_with(&script, together(4));
+    engine.wait_ready(PATIENCE);
+    let events: Vec<_> = requests
+        .iter()
+        .map(|request| engine.submit(request.clone()).unwrap())
+        .collect();
+    let have: Vec<String> = events.iter().map(|events| hear(events).text).collect();
+    assert_eq!(have, want);
+    assert_eq!(script.widest.load(Ordering::Relaxed), 4);
+    let stats = engine.stats();
+    assert_eq!((stats.finished, stats.running, stats.waiting), (7, 0, 0));
+    assert!(stats.step_sequences > stats.steps, "{stats:?}");
+}
+
+#[test]
+fn a_long_prompt_does_not_stall_who_decodes() {
+    let script = Script::new(Answer::Tokens(vec![1000; 400]));
+    let mut options = together(2);
+    // Whatever a step takes, it is longer than this: a decoding sequence shares its steps with as few positions as can be.
+    options.slice = Duration::ZERO;
+    options.prefill_chunk_tokens = 200;
+    let engine = start_with(&script, options);
+    engine.wait_ready(PATIENCE);
+    let first = engine.submit(request(300)).unwrap();
+    let mut seen = first.by_ref_until_delta();
+    let long = engine.submit(asking(400, 1)).unwrap();
+    seen += hear_rest(&first);
+    assert_eq!(seen, 300);
+    hear(&long);
+    let calls = script.calls.lock().unwrap();
+    let chunks = calls.iter().filter_map(|(_, call)| match call {
+        Call::Advance { from, positions } if *positions > 1 && *from > 8 => Some(*positions),
+        _ => None,
+    });
+    let largest = chunks.max().unwrap();
+    assert!(largest <= 32, "a chunk of {largest} beside a stream");
+}
+
+/// Tokens until there is text.
+trait UntilDelta {
+    fn by_ref_until_delta(&self) -> u32;
+}
+
+impl UntilDelta for visor_engine::EventReceiver {
+    fn by_ref_until_delta(&self) -> u32 {
+        loop {
+            if let Event::Delta { tokens, .. } = self.recv_timeout(PATIENCE).unwrap() {
+                return tokens;
+            }
+        }
+    }
+}
+
+fn hear_rest(events: &visor_engine::EventReceiver) -> u32 {
+    let mut tokens = 0;
+    loop {
+        match events.recv_timeout(PATIENCE).unwrap() {
+            Event::Delta { tokens: more, .. } => tokens += more,
+            Event::Finished { .. } => return tokens,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn when_blocks_run_out_the_last_one_waits_and_loses_nothing() {
+    let script = Script::new(Answer::Hashed(600));
+    let alone = start_with(&script, together(1));
+    alone.wait_ready(PATIENCE);
+    let requests: Vec<_> = (0..3).map(|n| asking(10 + n, 60)).collect();
+    let want: Vec<String> = requests
+        .iter()
+        .map(|request| ask(&alone, request.clone()).text)
+        .collect();
+    let script = Script::new(Answer::Hashed(600));
+    let mut options = together(3);
+    // Room for little more than one of them.
+    options.context_tokens_max = 80;
+    options.kv_bytes = 1;
+    let engine = start_with(&script, options);
+    engine.wait_ready(PATIENCE);
+    let events: Vec<_> = requests
+        .iter()
+        .map(|request| engine.submit(request.clone()).unwrap())
+        .collect();
+    for (events, want) in events.iter().zip(&want) {
+        let heard = hear(events);
+        assert_eq!(&heard.text, want);
+        assert_eq!(heard.usage().completion_tokens, 60);
+    }
+    let stats = engine.stats();
+    assert!(stats.preempted > 0, "{stats:?}");
+    assert_eq!(stats.kv_blocks_max, 23);
+    assert_eq!((stats.finished, stats.failed), (3, 0));
+    assert_eq!(script.blocks_used.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_prompt_waits_until_there_are_blocks_for_it() {
+    let script = Script::new(Answer::Hashed(600));
+    let mut options = together(3);
+    options.context_tokens_max = 80;
+    options.kv_bytes = 1;
+    let engine = start_with(&script, options);
+    engine.wait_ready(PATIENCE);
+    let events: Vec<_> = (0..3)
+        .map(|_| engine.submit(asking(70, 4)).unwrap())
+        .collect();
+    for events in &events {
+        assert_eq!(hear(events).reason(), Some(Finish::Length));
+    }
+    assert_eq!(script.widest.load(Ordering::Relaxed), 1);
+    assert_eq!(engine.stats().preempted, 0);
+}
+
+#[test]
+fn the_one_that_cannot_be_computed_fails_alone() {
+    for how in [Reply::Fail, Reply::Panic, Reply::Nan] {
+        let script = Script::new(Answer::Hashed(600)).on(move |_, call| match call {
+            // The third token of the one with 40 positions, however it comes about.
+            Call::Advance { from, positions } if (*from..from + positions).contains(&41) => how,
+            _ => Reply::Go,
+        });
+        let engine = start_with(&script, together(4));
+        engine.wait_ready(PATIENCE);
+        let lengths = [5, 40, 12, 20];
+        let events: Vec<_> = lengths
+            .iter()
+            .map(|length| engine.submit(asking(*length, 12)).unwrap())
+            .collect();
+        for (length, events) in lengths.iter().zip(&events) {
+            let heard = hear(events);
+            if *length == 40 {
+                assert!(matches!(heard.error(), EngineError::Forward(_)), "{how:?}");
+            } else {
+                assert_eq!(heard.usage().completion_tokens, 12, "{how:?} {length}");
+            }
+        }
+        let stats = engine.stats();
+        assert_eq!((stats.finished, stats.failed), (3, 1), "{how:?}");
+        assert_eq!(script.blocks_used.load(Ordering::Relaxed), 0, "{how:?}");
+    }
+}
