@@ -89,7 +89,7 @@ impl Phi3V {
         if lasts.is_empty() {
             return Ok(vec![None; parts.len()]);
         }
-        let (hidden, logits) = self.finish(&hidden, &lasts)?;
+        let [hidden, logits] = self.finish(&hidden, &lasts)?;
         let mut each = hidden.into_iter().zip(logits);
         let mut finish = |part: &mut StepPart<'_>| {
             let (hidden, logits) = each.by_ref().next()?;
@@ -104,15 +104,11 @@ impl Phi3V {
     }
 
     /// Normalized hidden states of some rows, and their logits.
-    fn finish(
-        &self,
-        hidden: &Tensor,
-        rows: &[u32],
-    ) -> Result<(Vec<Vec<f32>>, Vec<Vec<f32>>), ModelError> {
+    fn finish(&self, hidden: &Tensor, rows: &[u32]) -> Result<[Vec<Vec<f32>>; 2], ModelError> {
         let index = Tensor::from_slice(rows, rows.len(), hidden.device())?;
         let last = self.decoder.normalize(&hidden.index_select(&index, 0)?)?;
         let logits = self.decoder.logits(&last)?.to_vec2()?;
-        Ok((last.to_dtype(DType::F32)?.to_vec2()?, logits))
+        Ok([last.to_dtype(DType::F32)?.to_vec2()?, logits])
     }
 
     /// Logits of the last row of [`Self::run`]'s answer; its normalized hidden state stays in the sequence.
@@ -121,7 +117,7 @@ impl Phi3V {
         state: &mut SequenceState,
         hidden: &Tensor,
     ) -> Result<Vec<f32>, ModelError> {
-        let (mut last, mut logits) = self.finish(hidden, &[hidden.dim(0)? as u32 - 1])?;
+        let [mut last, mut logits] = self.finish(hidden, &[hidden.dim(0)? as u32 - 1])?;
         state.last_hidden = last.pop().unwrap_or_default();
         Ok(logits.pop().unwrap_or_default())
     }
@@ -132,7 +128,8 @@ impl Phi3V {
         hidden: &Tensor,
         rows: &[u32],
     ) -> Result<Vec<Vec<f32>>, ModelError> {
-        Ok(self.finish(hidden, rows)?.1)
+        let [_, logits] = self.finish(hidden, rows)?;
+        Ok(logits)
     }
 
     /// Runs pending positions of one sequence and gives their hidden states before the last norm, (positions, hidden).

@@ -1,4 +1,5 @@
 //! Several sequences in one step, and KV blocks that they share: nothing of it changes a bit of what a sequence gives.
+#![expect(clippy::unwrap_used, reason = "every function here is part of a test")]
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -329,7 +329,7 @@ impl Model for ScriptedModel {
         if let Some(block) = state.blocks.get_mut(tail)
             && Arc::get_mut(block).is_none()
         {
-            *block = self.block(&block.ids[..rest].to_vec())?;
+            *block = self.block(&block.ids[..rest])?;
         }
         while state.blocks.len() * BLOCK < positions {
             state.blocks.push(self.block(&[])?);

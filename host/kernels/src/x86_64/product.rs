@@ -207,36 +207,34 @@ fn eight_dots<const N: usize>(
             .wrapping_add(AHEAD_BYTES + 64 * line);
         _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
     }
-    let mut halves = [[nibble; 2]; N]; // each 128-bit half: one word of each of four blocks
-    for half in 0..2 {
-        let mut sums = [[_mm256_setzero_si256(); 4]; N];
-        for place in 0..4 {
-            let block = 4 * half + place;
-            let codes = load_bytes(&codes[block]);
+    let mut halves = [[nibble; N]; 2]; // each 128-bit half: one word of each of four blocks
+    let fours = halves.iter_mut().zip(codes.as_chunks::<4>().0);
+    for (half, (dots, codes)) in fours.enumerate() {
+        let mut sums = [[_mm256_setzero_si256(); N]; 4];
+        for (place, (sums, codes)) in sums.iter_mut().zip(codes).enumerate() {
+            let codes = load_bytes(codes);
             let low = _mm256_and_si256(codes, nibble);
             let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), nibble);
-            for row in 0..N {
-                let (even, odd) = words[row][block].split_at(WORDS / 2);
+            for (sum, words) in sums.iter_mut().zip(words) {
+                let (even, odd) = words[4 * half + place].split_at(WORDS / 2);
                 let low = _mm256_maddubs_epi16(low, load_words(even));
-                let high = _mm256_maddubs_epi16(high, load_words(odd));
-                sums[row][place] = _mm256_add_epi16(low, high);
+                *sum = _mm256_add_epi16(low, _mm256_maddubs_epi16(high, load_words(odd)));
             }
         }
-        for row in 0..N {
-            let [a, b, c, d] = sums[row];
+        for (row, dots) in dots.iter_mut().enumerate() {
+            let [a, b, c, d] = [sums[0][row], sums[1][row], sums[2][row], sums[3][row]];
             let ab = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
             let cd = _mm256_add_epi16(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
             let four =
                 _mm256_add_epi16(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
-            halves[row][half] = _mm256_madd_epi16(four, _mm256_set1_epi16(1));
+            *dots = _mm256_madd_epi16(four, _mm256_set1_epi16(1));
         }
     }
-    let mut dots = [nibble; N];
-    for row in 0..N {
-        let [a, b] = halves[row];
-        dots[row] = _mm256_add_epi32(
-            _mm256_permute2x128_si256::<0x20>(a, b),
-            _mm256_permute2x128_si256::<0x31>(a, b),
+    let [first, mut dots] = halves;
+    for (dots, first) in dots.iter_mut().zip(first) {
+        *dots = _mm256_add_epi32(
+            _mm256_permute2x128_si256::<0x20>(first, *dots),
+            _mm256_permute2x128_si256::<0x31>(first, *dots),
         );
     }
     dots
