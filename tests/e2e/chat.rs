@@ -290,9 +290,12 @@ fn repeated_requests_hit_the_caches() {
     };
     let first = ask("what?");
     assert_eq!(content(&first), content(&ask("what?")));
-    ask("another question about the same picture");
+    // A new conversation: nothing of the prompt before the picture is the same.
+    let system = json!({"role": "system", "content": "Be brief."});
+    let question = pictures(std::slice::from_ref(&url), "another question");
+    server.chat(&chat(&[system, question])).ok();
     let stats = server.stats().to_string();
-    for cache in ["pixels", "features", "responses"] {
+    for cache in ["pixels", "features", "responses", "prefixes"] {
         assert!(stats.contains(cache), "{cache} is in /stats: {stats}");
     }
     let metrics = server.get("/metrics");

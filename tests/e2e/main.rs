@@ -21,4 +21,6 @@ mod lifecycle;
 mod overload;
 mod reload;
 mod server;
+mod soak;
 mod stream;
+mod together;

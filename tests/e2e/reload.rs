@@ -249,8 +249,10 @@ fn the_cache_strategy_is_swapped_under_load() {
     let (keeping, forgetting) =
         swap_under_load("lru", "cache-strategy", &guest("no-response-cache"));
     assert!(
-        forgetting.iter().all(|answer| answer.cached_tokens == 0),
-        "nothing comes from a cache it closed"
+        forgetting
+            .iter()
+            .all(|answer| answer.cached_tokens < answer.prompt_tokens),
+        "no whole answer comes from a cache it closed"
     );
     assert!(
         keeping
