@@ -29,6 +29,8 @@ pub struct EngineOptions {
     pub devices: Vec<DeviceKind>,
     /// Requests that may wait while others run.
     pub queue_requests_max: usize,
+    /// Prompt positions that may wait, all together; one request may wait whatever its length.
+    pub queue_tokens_max: u64,
     /// Longest prompt and answer together, tokens.
     pub context_tokens_max: u32,
     /// Sequences that run at once.
@@ -51,6 +53,7 @@ impl Default for EngineOptions {
         Self {
             devices: vec![DeviceKind::Cpu],
             queue_requests_max: 64,
+            queue_tokens_max: 1 << 18,
             context_tokens_max: 4096,
             sequences_max: 8,
             kv_bytes: 2 << 30,
@@ -73,6 +76,7 @@ pub struct Engine {
 
 struct Limits {
     queue_requests_max: usize,
+    queue_tokens_max: u64,
     sequences_max: usize,
     context_tokens_max: u32,
     stop_strings_max: usize,
@@ -89,6 +93,7 @@ impl Engine {
         let shared = Arc::new(Shared::new());
         let limits = Limits {
             queue_requests_max: options.queue_requests_max,
+            queue_tokens_max: options.queue_tokens_max,
             sequences_max: options.sequences_max.max(1),
             context_tokens_max: options.context_tokens_max,
             stop_strings_max: options.stop_strings_max,
@@ -141,27 +146,37 @@ impl Engine {
     /// `NotReady`, `NoModel` and `Stopped` for the engine's state.
     pub fn submit(&self, request: GenerateRequest) -> Result<EventReceiver, EngineError> {
         self.limits.check(&request)?;
+        let prompt_tokens = request.prompt.ids.len();
         let (job, events) = Job::new(request, self.limits.context_tokens_max);
         if let Some(refusal) = self.shared.refusal() {
             return Err(refusal);
         }
-        self.count_in()?;
+        self.count_in(prompt_tokens)?;
         if self.wakes.send(Wake::Submit(Box::new(job))).is_err() {
             return Err(EngineError::Stopped);
         }
         Ok(events)
     }
 
-    fn count_in(&self) -> Result<(), EngineError> {
-        let queue_requests_max = self.limits.queue_requests_max;
+    fn count_in(&self, prompt_tokens: usize) -> Result<(), EngineError> {
+        let Limits {
+            queue_requests_max,
+            queue_tokens_max,
+            ..
+        } = *self.limits;
         let mut stats = self.shared.stats();
         let present = stats.waiting + stats.running;
         if present >= queue_requests_max.saturating_add(self.limits.sequences_max) as u64 {
             stats.rejected += 1;
             return Err(EngineError::QueueFull { queue_requests_max });
         }
+        let tokens = stats.waiting_tokens + prompt_tokens as u64;
+        if stats.waiting > 0 && tokens > queue_tokens_max {
+            stats.rejected += 1;
+            return Err(EngineError::QueueTokensFull { queue_tokens_max });
+        }
         stats.submitted += 1;
-        stats.waiting += 1;
+        stats.wait(prompt_tokens);
         Ok(())
     }
 

@@ -27,6 +27,12 @@ pub enum EngineError {
         /// Requests that may wait.
         queue_requests_max: usize,
     },
+    /// The caller can come back later.
+    #[error("prompts of {queue_tokens_max} tokens are waiting for the model already")]
+    QueueTokensFull {
+        /// Prompt positions that may wait.
+        queue_tokens_max: u64,
+    },
     /// The model is still loading.
     #[error("the model is still loading")]
     NotReady,

@@ -107,7 +107,8 @@ impl<L: ModelLoader> Scheduler<L> {
         // Whatever a bug here leaves behind is dropped; receivers then see the engine's end.
         let ended = catch_unwind(AssertUnwindSafe(|| self.serve()));
         let mut stats = shared.stats();
-        (stats.waiting, stats.running, stats.running_tokens) = (0, 0, 0);
+        (stats.waiting, stats.waiting_tokens) = (0, 0);
+        (stats.running, stats.running_tokens) = (0, 0);
         drop(stats);
         match ended {
             Err(panic) => {
@@ -241,7 +242,7 @@ impl<L: ModelLoader> Scheduler<L> {
         }
         let usage = sequence.usage();
         let mut stats = self.shared().stats();
-        stats.waiting -= 1;
+        stats.unwait(sequence.request.prompt.ids.len());
         stats.running += 1;
         if is_first {
             stats.prompt_tokens += u64::from(usage.prompt_tokens);
@@ -387,7 +388,7 @@ impl<L: ModelLoader> Scheduler<L> {
         sequence.rewind();
         let mut stats = self.shared().stats();
         stats.running -= 1;
-        stats.waiting += 1;
+        stats.wait(sequence.request.prompt.ids.len());
         stats.preempted += 1;
         drop(stats);
         self.waiting.push_front(sequence);
@@ -449,7 +450,8 @@ impl<L: ModelLoader> Scheduler<L> {
             interrupt => Outcome::from(interrupt),
         };
         if sequence.is_idle() {
-            self.count_out(outcome, |stats| stats.waiting -= 1);
+            let prompt_tokens = sequence.request.prompt.ids.len();
+            self.count_out(outcome, |stats| stats.unwait(prompt_tokens));
         } else {
             self.close(&sequence, outcome);
         }
@@ -494,7 +496,7 @@ impl<L: ModelLoader> Scheduler<L> {
             }
             let mut stats = self.shared().stats();
             stats.running -= 1;
-            stats.waiting += 1;
+            stats.wait(sequence.request.prompt.ids.len());
             drop(stats);
             self.waiting.push_front(sequence);
         }
@@ -528,7 +530,8 @@ impl<L: ModelLoader> Scheduler<L> {
         if self.model.is_none()
             && let Some(sequence) = self.waiting.pop_front()
         {
-            self.count_out(Outcome::Failed, |stats| stats.waiting -= 1);
+            let prompt_tokens = sequence.request.prompt.ids.len();
+            self.count_out(Outcome::Failed, |stats| stats.unwait(prompt_tokens));
             sequence.fail(EngineError::Forward(error));
         }
     }

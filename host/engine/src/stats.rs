@@ -23,6 +23,8 @@ impl StageStats {
 pub struct EngineStats {
     /// Requests waiting now.
     pub waiting: u64,
+    /// Positions of their prompts.
+    pub waiting_tokens: u64,
     /// Sequences being computed now.
     pub running: u64,
     /// Positions of the running sequences now: prompts and what was generated.
@@ -74,6 +76,18 @@ pub struct EngineStats {
 }
 
 impl EngineStats {
+    /// A request of so many prompt positions begins to wait.
+    pub(crate) fn wait(&mut self, prompt_tokens: usize) {
+        self.waiting += 1;
+        self.waiting_tokens += prompt_tokens as u64;
+    }
+
+    /// It waits no more.
+    pub(crate) fn unwait(&mut self, prompt_tokens: usize) {
+        self.waiting -= 1;
+        self.waiting_tokens = self.waiting_tokens.saturating_sub(prompt_tokens as u64);
+    }
+
     /// Adds the times of an admitted request that has ended.
     pub(crate) fn add_timings(&mut self, timings: &Timings) {
         self.queue.add(timings.queue_us);

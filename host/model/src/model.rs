@@ -18,7 +18,7 @@ use crate::error::ModelError;
 use crate::image::PixelValues;
 use crate::kv_cache::KvPool;
 use crate::linear::Loader;
-use crate::projector::Projector;
+use crate::projector::{Projector, ProjectorPass};
 
 /// How far loading is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +53,7 @@ struct Placement {
 #[derive(Default)]
 pub struct ImagePass {
     tower: TowerPass,
+    projector: Option<ProjectorPass>,
 }
 
 /// Projected features of one image, what its slots are filled with.
@@ -211,13 +212,18 @@ impl Phi3V {
                 grid + 1
             )));
         }
-        let Some(patches) = self
-            .tower
-            .advance(&mut pass.tower, &pixels.crops, keep_going)?
-        else {
+        if pass.projector.is_none() {
+            let tower = &mut pass.tower;
+            let Some(patches) = self.tower.advance(tower, &pixels.crops, keep_going)? else {
+                return Ok(None);
+            };
+            pass.projector = Some(self.begin_projection(&patches, pixels)?);
+        }
+        let Some(projector) = &mut pass.projector else {
             return Ok(None);
         };
-        self.project(&patches, pixels).map(Some)
+        let rows = self.projector.advance(projector, keep_going)?;
+        Ok(rows.map(|rows| ImageFeatures { rows }))
     }
 
     /// The tower's output, (crops, 576, width).
@@ -233,6 +239,17 @@ impl Phi3V {
         patches: &Tensor,
         pixels: &PixelValues,
     ) -> Result<ImageFeatures, ModelError> {
+        let mut pass = self.begin_projection(patches, pixels)?;
+        let rows = self.projector.advance(&mut pass, &|| true)?;
+        rows.map(|rows| ImageFeatures { rows })
+            .ok_or(ModelError::Cancelled)
+    }
+
+    fn begin_projection(
+        &self,
+        patches: &Tensor,
+        pixels: &PixelValues,
+    ) -> Result<ProjectorPass, ModelError> {
         let (crops, grid) = (patches.dim(0)?, pixels.columns * pixels.rows);
         if crops as u64 != u64::from(grid) + 1 {
             return Err(ModelError::Pixels(format!(
@@ -241,10 +258,8 @@ impl Phi3V {
                 pixels.crop_count
             )));
         }
-        let rows =
-            self.projector
-                .forward(patches, pixels.rows as usize, pixels.columns as usize)?;
-        Ok(ImageFeatures { rows })
+        let (rows, columns) = (pixels.rows as usize, pixels.columns as usize);
+        Ok(self.projector.begin(patches, rows, columns)?)
     }
 }
 

@@ -13,6 +13,16 @@ use crate::table::VISION;
 /// Merged patches along a crop's side.
 const SIDE: usize = CROP_SIDE_PATCHES / 2;
 
+/// Tokens projected between two looks at `keep_going`.
+const TOKENS_AT_ONCE: usize = 256;
+
+/// One image on its way through the two layers.
+pub(crate) struct ProjectorPass {
+    merged: Tensor, // (tokens, 4 * width)
+    done: Vec<Tensor>,
+    done_tokens: usize,
+}
+
 /// Separators and the two layers behind them.
 pub(crate) struct Projector {
     newline: Tensor,   // (1, merged): sub_GN, at the end of every grid row
@@ -42,17 +52,40 @@ impl Projector {
         })
     }
 
-    /// Patch features (1 + rows * columns, 576, width), the overview first and the tiles row by row, to the image's
-    /// embeddings (tokens, hidden). GELU is the exact one, by the error function.
-    pub(crate) fn forward(
+    /// Goes on with the rows of a merged image, some at a time; `keep_going` is asked behind each time, and once it says no the
+    /// answer is `None`. GELU is the exact one, by the error function.
+    pub(crate) fn advance(
+        &self,
+        pass: &mut ProjectorPass,
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> candle_core::Result<Option<Tensor>> {
+        let tokens = pass.merged.dim(0)?;
+        while pass.done_tokens < tokens {
+            let count = TOKENS_AT_ONCE.min(tokens - pass.done_tokens);
+            let rows = pass.merged.narrow(0, pass.done_tokens, count)?;
+            let inner = self.first.forward(&rows)?.gelu_erf()?;
+            pass.done.push(self.second.forward(&inner)?);
+            pass.done_tokens += count;
+            if pass.done_tokens < tokens && !keep_going() {
+                return Ok(None);
+            }
+        }
+        Tensor::cat(&pass.done, 0).map(Some)
+    }
+
+    /// Patch features (1 + rows * columns, 576, width), the overview first and the tiles row by row, to the image's sequence
+    /// before projection.
+    pub(crate) fn begin(
         &self,
         patches: &Tensor,
         rows: usize,
         columns: usize,
-    ) -> candle_core::Result<Tensor> {
-        let merged = self.merge(patches, rows, columns)?;
-        self.second
-            .forward(&self.first.forward(&merged)?.gelu_erf()?)
+    ) -> candle_core::Result<ProjectorPass> {
+        Ok(ProjectorPass {
+            merged: self.merge(patches, rows, columns)?,
+            done: Vec::new(),
+            done_tokens: 0,
+        })
     }
 
     /// The image's sequence before projection, (tokens, 4 * width).

@@ -108,6 +108,8 @@ pub struct ServerConfig {
     pub requests_in_flight_max: usize,
     /// Requests that may wait for the model; more are answered 503. Needs a restart.
     pub queue_requests_max: usize,
+    /// Prompt tokens that may wait for the model, all together. Needs a restart.
+    pub queue_tokens_max: u64,
     /// Answers one request may ask for (`n` of the OpenAI dialect, prompts of a batch).
     pub generations_per_request_max: u32,
     /// Seconds that requests in flight get to finish after Ctrl-C or SIGTERM.
@@ -139,6 +141,7 @@ impl Default for ServerConfig {
             lift_bytes_min: 1024,
             requests_in_flight_max: 64,
             queue_requests_max: 64,
+            queue_tokens_max: 262_144,
             generations_per_request_max: 4,
             drain_s: 25,
             request_timeout_s: 600,

@@ -103,3 +103,44 @@ fn a_full_queue_refuses_and_then_takes_in_again() {
         assert_eq!(ask(&engine, request(1)).reason(), Some(Finish::Length));
     }
 }
+
+#[test]
+fn prompts_that_wait_are_limited_in_tokens_too() {
+    let (release, released) = channel::<()>();
+    let released = Mutex::new(released);
+    let script = Script::saying("x").on(move |_, call| {
+        if matches!(call, Call::Advance { .. }) {
+            let _ended = released.lock().unwrap().recv();
+        }
+        Reply::Go
+    });
+    let mut options = options();
+    options.queue_tokens_max = 12;
+    let engine = start_with(&script, options);
+    engine.wait_ready(PATIENCE);
+    let first = engine.submit(request(1)).unwrap();
+    while engine.stats().running == 0 {
+        std::thread::yield_now();
+    }
+    // Five positions each: two fit.
+    let waiting: Vec<_> = (0..2).map(|_| engine.submit(request(1)).unwrap()).collect();
+    let error = engine.submit(request(1)).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            EngineError::QueueTokensFull {
+                queue_tokens_max: 12
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(
+        (engine.stats().waiting_tokens, engine.stats().rejected),
+        (10, 1)
+    );
+    drop(release);
+    for events in [first].iter().chain(&waiting) {
+        assert_eq!(hear(events).reason(), Some(Finish::Length));
+    }
+    assert_eq!(engine.stats().waiting_tokens, 0);
+}

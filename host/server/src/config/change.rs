@@ -3,10 +3,11 @@
 use super::Config;
 
 /// Keys that are read once, at start. Everything else is applied live.
-const RESTART_KEYS: [&str; 10] = [
+const RESTART_KEYS: [&str; 11] = [
     "server.listen",
     "server.request_head_bytes_max",
     "server.queue_requests_max",
+    "server.queue_tokens_max",
     "server.head_read_timeout_s",
     "server.log_format",
     "server.log_filter",
@@ -51,6 +52,7 @@ pub fn keep_restart_keys(running: &Config, new: &Config) -> Config {
     applied.server.listen.clone_from(&server.listen);
     applied.server.request_head_bytes_max = server.request_head_bytes_max;
     applied.server.queue_requests_max = server.queue_requests_max;
+    applied.server.queue_tokens_max = server.queue_tokens_max;
     applied.server.head_read_timeout_s = server.head_read_timeout_s;
     applied.server.log_format = server.log_format;
     applied.server.log_filter.clone_from(&server.log_filter);

@@ -85,6 +85,7 @@ fn check_server(config: &Config, found: &mut Found) {
             1,
             4096,
         ),
+        ("queue_tokens_max", server.queue_tokens_max, 1, 1 << 32),
         (
             "generations_per_request_max",
             server.generations_per_request_max.into(),

@@ -193,7 +193,9 @@ pub(super) fn refused(work: &Work, error: &EngineError) -> Failure {
         EngineError::PromptTooLong { .. } => {
             Failure::new(ErrorCode::ContextOverflow, error.to_string())
         }
-        EngineError::QueueFull { .. } => busy("too many requests wait for the model"),
+        EngineError::QueueFull { .. } | EngineError::QueueTokensFull { .. } => {
+            busy("too many requests wait for the model")
+        }
         EngineError::NotReady => busy("the model is still loading"),
         EngineError::Stopped => busy("the server is stopping"),
         EngineError::DeadlinePassed { .. } => work.late(),

@@ -93,6 +93,7 @@ impl House {
         let engine_options = EngineOptions {
             devices: config.model.device.kinds(),
             queue_requests_max: config.server.queue_requests_max,
+            queue_tokens_max: config.server.queue_tokens_max,
             context_tokens_max: model.context_tokens,
             sequences_max: config.model.sequences_max,
             kv_bytes: config.model.kv_cache_mib << 20,

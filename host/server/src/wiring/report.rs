@@ -123,6 +123,7 @@ impl House {
         let engine = self.engine.stats();
         json!({
             "waiting": engine.waiting,
+            "waiting_tokens": engine.waiting_tokens,
             "running": engine.running,
             "running_tokens": engine.running_tokens,
             "kv_blocks": engine.kv_blocks_used,
