@@ -15,6 +15,7 @@ mod client;
 mod demo;
 mod errors;
 mod eval;
+mod fetching;
 mod hostile;
 mod images;
 mod lifecycle;

@@ -6,6 +6,7 @@
 
 pub mod change;
 pub mod check;
+pub mod images;
 pub mod plugins;
 pub mod report;
 pub mod sandbox;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use images::{FetchConfig, ImagesConfig};
 pub use plugins::{PluginConfig, PluginLimits, PluginsConfig};
 pub use report::{ConfigError, Issue};
 pub use sandbox::SandboxConfig;
@@ -32,7 +34,7 @@ pub struct Config {
     pub model: ModelSection,
     /// What a request gets that does not say, and the most it may ask for.
     pub generation: GenerationConfig,
-    /// Limits on the pictures clients send.
+    /// Limits on the pictures clients send, and which are fetched.
     pub images: ImagesConfig,
     /// Sizes of the host's caches.
     pub cache: CacheConfig,
@@ -225,37 +227,6 @@ impl Default for GenerationConfig {
             temperature: 0.0,
             top_p: 1.0,
             top_k: 0,
-        }
-    }
-}
-
-/// `[images]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ImagesConfig {
-    /// Largest encoded image, in bytes.
-    pub bytes_max: u64,
-    /// Most pixels of one image, read from its header before anything is decoded.
-    pub pixels_max: u64,
-    /// Longest side of one image, in pixels.
-    pub side_px_max: u32,
-    /// Longest side over shortest side.
-    pub aspect_ratio_max: u32,
-    /// Images of one request.
-    pub count_max: u32,
-    /// Whether photos are turned as their EXIF tag says.
-    pub apply_exif_orientation: bool,
-}
-
-impl Default for ImagesConfig {
-    fn default() -> Self {
-        Self {
-            bytes_max: 20 << 20,
-            pixels_max: 40_000_000,
-            side_px_max: 16_384,
-            aspect_ratio_max: 100,
-            count_max: 8,
-            apply_exif_orientation: true,
         }
     }
 }

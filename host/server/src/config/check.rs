@@ -4,9 +4,10 @@
 
 use std::collections::HashMap;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::Path;
 
 use super::report::Issue;
-use super::{Config, PluginLimits, RouteConfig};
+use super::{Config, FetchConfig, PluginLimits, RouteConfig};
 
 /// Positions of the longest context Phi-3.5 was trained for.
 const CONTEXT_TOKENS_MAX: u32 = 131_072;
@@ -192,6 +193,62 @@ fn check_images(config: &Config, found: &mut Found) {
         65_535,
     );
     found.range("images.count_max", images.count_max, 0, 256);
+    check_files_root(&images.files_root, found);
+    check_fetch(&images.fetch, found);
+}
+
+fn check_files_root(root: &Path, found: &mut Found) {
+    if root.as_os_str().is_empty() {
+        return;
+    }
+    if !cfg!(unix) {
+        let message = "files cannot be opened without following links on this system";
+        found.add("images.files_root", message, "empty");
+    } else if !root.is_absolute() || !root.is_dir() {
+        found.add(
+            "images.files_root",
+            format!("`{}` is not the absolute path of a folder", root.display()),
+            "a folder such as /srv/pictures; empty reads no files",
+        );
+    }
+}
+
+fn check_fetch(fetch: &FetchConfig, found: &mut Found) {
+    found.range("images.fetch.redirects_max", fetch.redirects_max, 0, 10);
+    found.range("images.fetch.timeout_s", fetch.timeout_s, 1, 300);
+    for (index, pattern) in fetch.hosts.iter().enumerate() {
+        let name = pattern.strip_prefix("*.").unwrap_or(pattern);
+        // As a URL's host is compared: lower case, punycode, addresses in their one spelling.
+        let canonical = url::Host::parse(name).map(|host| host.to_string());
+        let good = canonical.as_deref() == Ok(name) && !name.contains('*');
+        if pattern != "*" && !good {
+            let meant = match canonical {
+                Ok(canonical) if canonical != name => {
+                    format!("`{canonical}`, as it is written in a URL")
+                }
+                _ => "a host name without scheme, port or path, `*.suffix`, or `*`".to_owned(),
+            };
+            found.add(
+                format!("images.fetch.hosts.{index}"),
+                format!("`{pattern}` is not a host"),
+                &meant,
+            );
+        }
+    }
+    if (fetch.https || fetch.http) && fetch.hosts.is_empty() {
+        found.add(
+            "images.fetch.hosts",
+            "empty: every URL would be refused",
+            "the hosts that may be fetched from; `*` for all",
+        );
+    }
+    if fetch.ports.is_empty() || fetch.ports.contains(&0) {
+        found.add(
+            "images.fetch.ports",
+            "empty, or port 0",
+            "the ports that may be connected to, such as [443, 80]",
+        );
+    }
 }
 
 fn check_sandbox(config: &Config, found: &mut Found) {

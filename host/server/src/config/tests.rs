@@ -209,3 +209,34 @@ fn a_file_that_is_not_there_says_so() {
         "{error}"
     );
 }
+
+#[test]
+fn hosts_are_written_as_urls_have_them() {
+    let hosts = |hosts: &str| format!("[images.fetch]\nhttps = true\nhosts = [{hosts}]\n");
+    let good = r#""*", "a.example", "*.b.example", "93.184.216.34", "[2606:4700::1111]", "xn--bcher-kva.example""#;
+    parse(&hosts(good)).unwrap();
+    for bad in [
+        "A.example",
+        "https://a.example",
+        "a.example:443",
+        "a.example/x",
+        "bücher.example",
+        "0x7f.1",
+        "*",
+        "*.*",
+        "",
+        "a.*",
+        "2606:4700::1111",
+    ] {
+        let text = hosts(&format!("\"a.example\", \"*.{bad}\""));
+        assert_eq!(mistake(&text).key, "images.fetch.hosts.1", "*.{bad}");
+        if bad != "*" {
+            let text = hosts(&format!("\"{bad}\""));
+            assert_eq!(mistake(&text).key, "images.fetch.hosts.0", "{bad}");
+        }
+    }
+    let issue = mistake(&hosts(""));
+    assert_eq!(issue.key, "images.fetch.hosts");
+    let issue = mistake("[images]\nfiles_root = \"pictures\"\n");
+    assert_eq!(issue.key, "images.files_root");
+}

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::config::change::{Change, keep_restart_keys};
 use crate::config::{CacheConfig, Config, ConfigError};
+use crate::images::fetch::Fetcher;
 use crate::metrics::Metrics;
 use crate::pipeline::Answer;
 use crate::services::{ServedModel, Services};
@@ -45,6 +46,8 @@ pub struct House {
     pub pixels: Arc<Cache<PixelValues>>,
     /// Whole answers.
     pub responses: Arc<Cache<Answer>>,
+    /// The way to pictures that only have an address.
+    pub fetcher: Fetcher,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     pub(super) current: Arc<Current>,
@@ -110,6 +113,7 @@ impl House {
             model,
             pixels: caches.pixels,
             responses: caches.responses,
+            fetcher: Fetcher::system(),
             current,
             sandbox,
             folder,
