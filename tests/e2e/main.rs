@@ -10,6 +10,7 @@
     reason = "a test binary: a panic is its verdict, and nothing is outside of it"
 )]
 
+mod access;
 mod chat;
 mod client;
 mod demo;

@@ -4,6 +4,7 @@
 //! equal. This room knows TOML and numbers. It must not know sockets, plugins or the model:
 //! [`check`] says whether the numbers make sense together, [`change`] what differs between two.
 
+pub mod access;
 pub mod change;
 pub mod check;
 pub mod images;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use access::{AccessConfig, KeyConfig};
 pub use images::{FetchConfig, ImagesConfig};
 pub use plugins::{PluginConfig, PluginLimits, PluginsConfig};
 pub use report::{ConfigError, Issue};
@@ -30,6 +32,8 @@ pub const DOCUMENTED: &str = include_str!("../../../config/visor.toml");
 pub struct Config {
     /// The HTTP side: address, sizes, counts, times.
     pub server: ServerConfig,
+    /// Who may ask, and how much.
+    pub access: AccessConfig,
     /// Which weights, on which device, with how much context.
     pub model: ModelSection,
     /// What a request gets that does not say, and the most it may ask for.
@@ -50,6 +54,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             server: ServerConfig::default(),
+            access: AccessConfig::default(),
             model: ModelSection::default(),
             generation: GenerationConfig::default(),
             images: ImagesConfig::default(),

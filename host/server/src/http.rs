@@ -6,5 +6,6 @@ pub mod connections;
 pub mod error;
 pub mod form;
 pub mod gate;
+pub mod keys;
 pub mod paths;
 pub mod routes;

@@ -51,6 +51,12 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
 fn greet(house: &House, listener: &TcpListener) -> Result<(), Failure> {
     let address = listener.local_addr().map_err(Failure::start)?;
     progress::line(&format!("listening on http://{address}"));
+    if !address.ip().is_loopback() && house.config().access.keys.is_empty() {
+        tracing::warn!(
+            %address,
+            "everybody who can reach this address may ask: there are no keys in [access], and this is not loopback"
+        );
+    }
     let demo = if house.model_is_demo() {
         ": a small demo inside the binary that knows simple pictures; serve a real one with --model PATH"
     } else {

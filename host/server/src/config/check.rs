@@ -7,7 +7,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::Path;
 
 use super::report::Issue;
-use super::{Config, FetchConfig, PluginLimits, RouteConfig};
+use super::{AccessConfig, Config, FetchConfig, PluginLimits, RouteConfig};
 
 /// Positions of the longest context Phi-3.5 was trained for.
 const CONTEXT_TOKENS_MAX: u32 = 131_072;
@@ -22,6 +22,7 @@ pub const GENERATIONS_PER_REQUEST_MAX: u32 = 128;
 pub fn check(config: &Config) -> Vec<Issue> {
     let mut found = Found::default();
     check_server(config, &mut found);
+    check_access(&config.access, &mut found);
     check_model(config, &mut found);
     check_generation(config, &mut found);
     check_images(config, &mut found);
@@ -113,6 +114,31 @@ fn check_server(config: &Config, found: &mut Found) {
             error.to_string(),
             "error, warn, info, debug, trace, or directives such as info,visor_engine=debug",
         );
+    }
+}
+
+fn check_access(access: &AccessConfig, found: &mut Found) {
+    for (index, key) in access.keys.iter().enumerate() {
+        let at = |name: &str| format!("access.keys.{index}.{name}");
+        let before = &access.keys[..index];
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.@".contains(c);
+        let shaped = (1..=64).contains(&key.name.len()) && key.name.chars().all(plain);
+        if !shaped || before.iter().any(|other| other.name == key.name) {
+            found.add(
+                at("name"),
+                format!("`{}` is no name, or the name of another key", key.name),
+                "one name each: 1 to 64 letters, digits, `-`, `_`, `.`, `@`",
+            );
+        }
+        // The wrong text may be the key itself, so it is not repeated.
+        let digest = key.digest();
+        if digest.is_none() || before.iter().any(|other| other.digest() == digest) {
+            found.add(
+                at("sha256"),
+                "no SHA-256, or that of another key",
+                "64 hexadecimal digits: printf %s \"$KEY\" | sha256sum",
+            );
+        }
     }
 }
 

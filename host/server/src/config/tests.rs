@@ -55,6 +55,7 @@ fn the_documented_file_has_every_key_and_says_why() {
     let lines: Vec<&str> = DOCUMENTED.lines().collect();
     let commented = [
         "[server]",
+        "[access]",
         "[model]",
         "[generation]",
         "[images]",
@@ -239,4 +240,34 @@ fn hosts_are_written_as_urls_have_them() {
     assert_eq!(issue.key, "images.fetch.hosts");
     let issue = mistake("[images]\nfiles_root = \"pictures\"\n");
     assert_eq!(issue.key, "images.files_root");
+}
+
+#[test]
+fn a_mistaken_key_is_named_and_never_repeated() {
+    let hash = "0123456789abcdef".repeat(4);
+    let keys = |keys: &[(&str, &str)]| {
+        let one = |(name, hash): &(&str, &str)| {
+            format!("[[access.keys]]\nname = \"{name}\"\nsha256 = \"{hash}\"\n")
+        };
+        keys.iter().map(one).collect::<String>()
+    };
+    let config = parse(&keys(&[("alice", &hash), ("bob", &hash.replace('0', "1"))])).unwrap();
+    assert_eq!(parse(&config.to_toml()).unwrap(), config);
+    for name in ["", "al ice", "al\\nice", &"x".repeat(65)] {
+        let issue = mistake(&keys(&[(name, &hash)]));
+        assert_eq!(issue.key, "access.keys.0.name", "{name}");
+    }
+    let issue = mistake(&keys(&[
+        ("alice", &hash),
+        ("alice", &hash.replace('0', "1")),
+    ]));
+    assert_eq!(issue.key, "access.keys.1.name");
+    let issue = mistake(&keys(&[("alice", &hash), ("bob", &hash.to_uppercase())]));
+    assert_eq!(issue.key, "access.keys.1.sha256");
+    let secret = "sk-not-a-hash";
+    let error = parse(&keys(&[("alice", secret)])).expect_err("the key itself");
+    assert_eq!(error.issues[0].key, "access.keys.0.sha256");
+    assert!(!error.one_line().contains(secret), "{}", error.one_line());
+    let issue = mistake("[[access.keys]]\nname = \"alice\"\n");
+    assert!(issue.message.contains("sha256"), "{issue:?}");
 }

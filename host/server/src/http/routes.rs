@@ -14,6 +14,7 @@ use visor_sandbox::ErrorCode;
 
 use super::body::{self, Held};
 use super::gate::{Gate, Permit};
+use super::keys::{Key, SECRET_HEADERS};
 use super::{error, paths};
 use crate::pipeline::{self, Call, CancelOnDrop, Failure, Incoming, Reply, ReplyReceiver};
 use crate::wiring::{House, Pinned};
@@ -64,12 +65,18 @@ async fn ready(State(http): State<Http>) -> Response<Body> {
     }
 }
 
-async fn stats(State(http): State<Http>) -> Response<Body> {
+async fn stats(State(http): State<Http>, headers: HeaderMap) -> Response<Body> {
+    if let Err(failure) = may_look(&http, &headers) {
+        return whole(error::fallback_response(&failure));
+    }
     json(StatusCode::OK, &http.house.stats_json())
 }
 
 async fn metrics(State(http): State<Http>, headers: HeaderMap) -> Response<Body> {
     const OPENMETRICS: &str = "application/openmetrics-text";
+    if let Err(failure) = may_look(&http, &headers) {
+        return whole(error::fallback_response(&failure));
+    }
     let accept = headers
         .get(header::ACCEPT)
         .and_then(|value| value.to_str().ok())
@@ -85,6 +92,15 @@ async fn metrics(State(http): State<Http>, headers: HeaderMap) -> Response<Body>
         .headers_mut()
         .insert(header::CONTENT_TYPE, content_type);
     response
+}
+
+/// Whether a caller may see what is counted.
+fn may_look(http: &Http, headers: &HeaderMap) -> Result<(), Failure> {
+    let wiring = http.house.wiring();
+    if wiring.config.access.stats_need_key {
+        wiring.keys.find(headers)?;
+    }
+    Ok(())
 }
 
 fn json(status: StatusCode, value: &serde_json::Value) -> Response<Body> {
@@ -105,17 +121,24 @@ async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<
     let mut response = match http.house.pin(head.uri.path()) {
         Some(pinned) => {
             let plugins = pipeline::plugins_header(&pinned);
-            let incoming = incoming(&head, &pinned, id.clone(), accepted);
-            let mut response = serve(&http, pinned, incoming, body).await;
+            let mut incoming = incoming(&head, &pinned, id.clone(), accepted);
+            let mut response = match pinned.keys.find(&head.headers) {
+                Ok(key) => {
+                    incoming.principal = key.as_ref().map(|key| key.name.clone());
+                    serve(&http, pinned, (incoming, key), body).await
+                }
+                Err(failure) => refuse(&http, pinned, incoming, failure).await,
+            };
             body::add_header(&mut response, "x-visor-plugins", &plugins);
             response
         }
         None => {
             let message = format!("no route serves {}", head.uri.path());
-            whole(error::fallback_response(&Failure::new(
-                ErrorCode::NotFound,
-                message,
-            )))
+            let known = http.house.wiring().keys.find(&head.headers);
+            let failure = known
+                .err()
+                .unwrap_or_else(|| Failure::new(ErrorCode::NotFound, message));
+            whole(error::fallback_response(&failure))
         }
     };
     body::add_header(&mut response, "x-request-id", &id);
@@ -123,7 +146,12 @@ async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<
 }
 
 /// One request that has a mount: in through the gate, matched, its body read, then worked on.
-async fn serve(http: &Http, pinned: Pinned, mut incoming: Incoming, body: Body) -> Response<Body> {
+async fn serve(
+    http: &Http,
+    pinned: Pinned,
+    (mut incoming, key): (Incoming, Option<Arc<Key>>),
+    body: Body,
+) -> Response<Body> {
     let config = Arc::clone(&pinned.config);
     if http.gate.is_closed() {
         let failure = Failure::new(ErrorCode::Overloaded, "the server is stopping")
@@ -137,6 +165,10 @@ async fn serve(http: &Http, pinned: Pinned, mut incoming: Incoming, body: Body) 
         );
         let failure = Failure::new(ErrorCode::Overloaded, message).retry_after(RETRY_AFTER_S);
         return refuse(http, pinned, incoming, failure).await;
+    };
+    let permit = match key.map(|key| key.enter()).transpose() {
+        Ok(own) => own.into_iter().fold(permit, Permit::with),
+        Err(failure) => return reject(http, pinned, incoming, failure, permit).await,
     };
     let checked = match paths::find(pinned.adapter.routes(), &incoming.method, &incoming.path) {
         paths::Match::Found {
@@ -262,7 +294,11 @@ fn incoming(head: &request::Parts, pinned: &Pinned, id: String, accepted: Instan
     let below = full_path
         .strip_prefix(pinned.prefix.trim_end_matches('/'))
         .unwrap_or(full_path);
-    let headers = head.headers.iter().filter_map(|(name, value)| {
+    let shared = head
+        .headers
+        .iter()
+        .filter(|(name, _)| !SECRET_HEADERS.contains(&name.as_str()));
+    let headers = shared.filter_map(|(name, value)| {
         Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned()))
     });
     Incoming {
@@ -271,6 +307,7 @@ fn incoming(head: &request::Parts, pinned: &Pinned, id: String, accepted: Instan
         full_path: full_path.to_owned(),
         params: Vec::new(),
         query: paths::query_pairs(head.uri.query().unwrap_or("")),
+        principal: None,
         headers: headers.collect(),
         id,
         accepted,

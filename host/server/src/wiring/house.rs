@@ -148,6 +148,7 @@ impl House {
         let strategy = route.strategy.clone();
         Some(Pinned {
             config: Arc::clone(&wiring.config),
+            keys: Arc::clone(&wiring.keys),
             prefix: route.prefix.clone(),
             adapter: Arc::clone(&route.adapter),
             template: Arc::clone(&route.template),
