@@ -144,6 +144,77 @@ fn a_key_that_asks_too_much_is_told_when_to_come_back() {
 }
 
 #[test]
+fn a_web_page_may_ask_only_from_a_listed_origin() {
+    let config = format!(
+        "[access]\ncors_origins = [\"https://a.example\"]\n{}",
+        key("alice", "one", "")
+    );
+    let server = Server::start_with(&config);
+    let path = "/v1/chat/completions";
+    let preflight = |origin| {
+        let asks = [
+            ("origin", origin),
+            ("access-control-request-method", "POST"),
+            (
+                "access-control-request-headers",
+                "authorization,content-type",
+            ),
+        ];
+        send(&server, "OPTIONS", path, &asks)
+    };
+    let granted = preflight("https://a.example");
+    assert_eq!(granted.status, 204, "without a key: browsers send none");
+    let allow = "access-control-allow-origin";
+    assert_eq!(granted.header(allow), Some("https://a.example"));
+    let allowed = granted.header("access-control-allow-headers");
+    assert_eq!(allowed, Some("authorization,content-type"));
+    let refused = preflight("https://b.example");
+    assert_eq!((refused.status, refused.header(allow)), (403, None));
+
+    let from = |origin| ask(&server, &[("origin", origin), ("x-api-key", "one")]);
+    let answer = from("https://a.example");
+    answer.ok();
+    assert_eq!(answer.header(allow), Some("https://a.example"));
+    assert_eq!(answer.header("vary"), Some("origin"));
+    let unreadable = from("https://b.example");
+    assert_eq!((unreadable.status, unreadable.header(allow)), (200, None));
+    let denied = ask(&server, &[("origin", "https://a.example")]);
+    denied.error(401);
+    assert_eq!(
+        denied.header(allow),
+        Some("https://a.example"),
+        "errors too"
+    );
+}
+
+#[test]
+fn ids_and_traces_are_taken_over_and_logged_as_json() {
+    let server = Server::start_with("[server]\nlog_format = \"json\"\n");
+    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let answer = ask(
+        &server,
+        &[("x-request-id", "mine-1"), ("traceparent", trace)],
+    );
+    answer.ok();
+    assert_eq!(answer.header("x-request-id"), Some("mine-1"));
+    let line = until("the request is logged", || {
+        let log = server.logged();
+        let line = log.lines().find(|line| line.contains("mine-1"))?;
+        serde_json::from_str::<serde_json::Value>(line).ok()
+    });
+    let fields = &line["fields"];
+    assert_eq!(fields["request"], "mine-1", "{line}");
+    assert_eq!(fields["traceparent"], trace, "{line}");
+    let broken = ask(
+        &server,
+        &[("x-request-id", "no good"), ("traceparent", "x")],
+    );
+    broken.ok();
+    let id = broken.header("x-request-id").expect("a fresh one");
+    assert!(id.starts_with("req-"), "{id}");
+}
+
+#[test]
 fn an_open_address_without_keys_is_warned_of() {
     let open = |config: &str| {
         let folder = tempfile::tempdir().expect("a folder");

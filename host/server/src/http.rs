@@ -3,9 +3,11 @@
 
 pub mod body;
 pub mod connections;
+mod cors;
 pub mod error;
 pub mod form;
 pub mod gate;
 pub mod keys;
 pub mod paths;
 pub mod routes;
+mod trace;

@@ -242,6 +242,7 @@ fn note(house: &House, pinned: &Pinned, incoming: &Incoming, ended: Ended, trace
         method = %incoming.method,
         path = %incoming.full_path,
         principal = incoming.principal,
+        traceparent = incoming.traceparent,
         status,
         outcome = outcome.as_str(),
         ms = record.total_us / 1000,

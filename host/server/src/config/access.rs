@@ -12,6 +12,8 @@ pub struct AccessConfig {
     pub requests_in_flight_max: u32,
     /// Whether `/stats` and `/metrics` need a key as well, once there are any.
     pub stats_need_key: bool,
+    /// Origins whose web pages may ask, such as `https://app.example.org`; `*` is all.
+    pub cors_origins: Vec<String>,
     /// Keys, by name.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<KeyConfig>,
@@ -23,6 +25,7 @@ impl Default for AccessConfig {
             requests_per_minute: 0,
             requests_in_flight_max: 0,
             stats_need_key: true,
+            cors_origins: Vec::new(),
             keys: Vec::new(),
         }
     }

@@ -118,6 +118,17 @@ fn check_server(config: &Config, found: &mut Found) {
 }
 
 fn check_access(access: &AccessConfig, found: &mut Found) {
+    for (index, listed) in access.cors_origins.iter().enumerate() {
+        // As a browser writes it: scheme, host, and a port that is not the scheme's own.
+        let origin = url::Url::parse(listed).map(|url| url.origin().ascii_serialization());
+        if listed != "*" && origin.as_deref() != Ok(listed) {
+            found.add(
+                format!("access.cors_origins.{index}"),
+                format!("`{listed}` is no origin"),
+                "scheme and host, such as https://app.example.org, without a path; `*` for all",
+            );
+        }
+    }
     for (index, key) in access.keys.iter().enumerate() {
         let at = |name: &str| format!("access.keys.{index}.{name}");
         let before = &access.keys[..index];

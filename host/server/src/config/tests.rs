@@ -271,3 +271,28 @@ fn a_mistaken_key_is_named_and_never_repeated() {
     let issue = mistake("[[access.keys]]\nname = \"alice\"\n");
     assert!(issue.message.contains("sha256"), "{issue:?}");
 }
+
+#[test]
+fn origins_are_written_as_browsers_have_them() {
+    let origins = |one: &str| format!("[access]\ncors_origins = [\"{one}\"]\n");
+    for good in [
+        "*",
+        "https://a.example",
+        "http://localhost:3000",
+        "http://[::1]:8080",
+    ] {
+        parse(&origins(good)).unwrap();
+    }
+    for bad in [
+        "a.example",
+        "https://a.example/",
+        "https://A.example",
+        "https://a.example:443",
+        "null",
+        "https://a.example/app",
+        "",
+    ] {
+        let found = parse(&origins(bad)).map_err(|error| error.issues[0].key.clone());
+        assert_eq!(found, Err("access.cors_origins.0".to_owned()), "{bad}");
+    }
+}

@@ -7,6 +7,7 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header, request};
+use axum::middleware::{self, Next};
 use axum::routing::get;
 use tokio::runtime::Handle;
 use visor_engine::CancelToken;
@@ -15,7 +16,7 @@ use visor_sandbox::ErrorCode;
 use super::body::{self, Held};
 use super::gate::{Gate, Permit};
 use super::keys::{Key, SECRET_HEADERS};
-use super::{error, paths};
+use super::{cors, error, paths, trace};
 use crate::pipeline::{self, Call, CancelOnDrop, Failure, Incoming, Reply, ReplyReceiver};
 use crate::wiring::{House, Pinned};
 
@@ -46,7 +47,20 @@ pub fn router(house: Arc<House>, gate: Arc<Gate>) -> Router {
         .route("/stats", get(stats))
         .route("/metrics", get(metrics))
         .fallback(exchange)
+        .layer(middleware::from_fn_with_state(http.clone(), pages))
         .with_state(http)
+}
+
+/// Around every path: which web pages may ask.
+async fn pages(State(http): State<Http>, request: Request<Body>, next: Next) -> Response<Body> {
+    let origin = cors::origin(request.headers(), &http.house.config().access.cors_origins);
+    let answered = cors::preflight(request.method(), request.headers(), &origin);
+    let mut response = match answered {
+        Some(response) => response,
+        None => next.run(request).await,
+    };
+    cors::grant(&mut response, origin);
+    response
 }
 
 /// Alive: the process answers.
@@ -308,6 +322,7 @@ fn incoming(head: &request::Parts, pinned: &Pinned, id: String, accepted: Instan
         params: Vec::new(),
         query: paths::query_pairs(head.uri.query().unwrap_or("")),
         principal: None,
+        traceparent: trace::parent(&head.headers),
         headers: headers.collect(),
         id,
         accepted,

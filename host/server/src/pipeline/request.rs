@@ -175,6 +175,7 @@ mod tests {
             full_path: "/v1/x".to_owned(),
             params: Vec::new(),
             query: Vec::new(),
+            traceparent: None,
             principal: None,
             headers: vec![("content-type".to_owned(), content_type.to_owned())],
             id: "r".to_owned(),

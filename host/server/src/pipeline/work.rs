@@ -22,6 +22,8 @@ pub struct Incoming {
     pub params: Vec<(String, String)>,
     /// Decoded query parameters.
     pub query: Vec<(String, String)>,
+    /// The caller's `traceparent`, well formed.
+    pub traceparent: Option<String>,
     /// Name of the key it was asked with; none is anybody.
     pub principal: Option<String>,
     /// Header names in lower case, and values, without those that carry secrets.
