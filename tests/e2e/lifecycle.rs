@@ -80,6 +80,20 @@ fn a_signal_drains_what_is_in_flight_and_then_ends() {
 }
 
 #[test]
+fn what_is_not_done_when_the_drain_is_over_is_cut_off() {
+    let mut server = Server::start_with("[server]\ndrain_s = 1\n");
+    let body = with(
+        chat(&[text("go on")]),
+        json!({"max_tokens": 3500, "stream": true}),
+    );
+    let mut stream = server.open_chat(&body);
+    stream.piece().expect("it has begun");
+    server.signal("TERM");
+    server.wait_logged("cut off");
+    assert!(server.wait_exit().success(), "it was asked to end, and did");
+}
+
+#[test]
 fn a_second_interrupt_stops_at_once() {
     let mut server = Server::start();
     let body = with(

@@ -23,4 +23,5 @@ mod lifecycle;
 mod overload;
 mod reload;
 mod server;
+mod sockets;
 mod stream;

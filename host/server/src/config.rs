@@ -103,6 +103,8 @@ impl Config {
 pub struct ServerConfig {
     /// Address and port to listen on. Port 0 takes a free one. Needs a restart.
     pub listen: String,
+    /// Connections open at once; more are closed at once.
+    pub connections_max: usize,
     /// Largest request head (request line and headers), in bytes. Needs a restart.
     pub request_head_bytes_max: u64,
     /// Largest request body, in bytes.
@@ -121,7 +123,7 @@ pub struct ServerConfig {
     pub drain_s: u64,
     /// Seconds one request may take from its head to its last byte.
     pub request_timeout_s: u64,
-    /// Seconds a client may take to send the head of a request. Needs a restart.
+    /// Seconds a client may take to send the head of a request, and be silent between two. Needs a restart.
     pub head_read_timeout_s: u64,
     /// Seconds a client may take to send the body of a request.
     pub body_read_timeout_s: u64,
@@ -140,6 +142,7 @@ impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             listen: "127.0.0.1:8080".to_owned(),
+            connections_max: 1024,
             request_head_bytes_max: 64 << 10,
             request_body_bytes_max: 32 << 20,
             json_depth_max: 64,

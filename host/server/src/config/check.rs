@@ -61,6 +61,7 @@ fn check_server(config: &Config, found: &mut Found) {
         );
     }
     let rows = [
+        ("connections_max", server.connections_max as u64, 1, 65_536),
         (
             "request_head_bytes_max",
             server.request_head_bytes_max,

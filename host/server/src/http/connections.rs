@@ -2,6 +2,7 @@
 
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use axum::Router;
@@ -12,7 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::gate::Gate;
+use super::gate::{Gate, Permit};
 use crate::config::ServerConfig;
 use crate::wiring::House;
 
@@ -37,6 +38,9 @@ pub async fn run(
     let connections = Connections {
         router,
         http: builder(&house.config().server),
+        open: Arc::default(),
+        full: AtomicBool::new(false),
+        house: Arc::clone(&house),
         closing: CancellationToken::new(),
         tracker: TaskTracker::new(),
     };
@@ -80,6 +84,11 @@ fn builder(config: &ServerConfig) -> http1::Builder {
 struct Connections {
     router: Router,
     http: http1::Builder,
+    /// Counts the open connections.
+    open: Arc<Gate>,
+    /// Whether the last connection was one too many, so that a flood is logged once.
+    full: AtomicBool,
+    house: Arc<House>,
     closing: CancellationToken,
     tracker: TaskTracker,
 }
@@ -97,13 +106,31 @@ impl Connections {
         }
     }
 
+    fn place(&self) -> Option<Permit> {
+        let connections_max = self.house.config().server.connections_max;
+        let place = self.open.enter(connections_max);
+        let full = place.is_none();
+        if full && !self.full.swap(full, Relaxed) {
+            tracing::warn!(
+                connections_max,
+                "connections are closed at once: server.connections_max are open"
+            );
+        }
+        self.full.store(full, Relaxed);
+        place
+    }
+
     fn serve(&self, stream: TcpStream) {
+        let Some(place) = self.place() else {
+            return;
+        };
         // A stream of small pieces must not wait for a full segment.
         _ = stream.set_nodelay(true);
         let service = TowerToHyperService::new(self.router.clone());
         let connection = self.http.serve_connection(TokioIo::new(stream), service);
         let closing = self.closing.clone();
         self.tracker.spawn(async move {
+            let _place = place;
             let mut connection = pin!(connection);
             let ended = tokio::select! {
                 ended = connection.as_mut() => ended,
