@@ -25,3 +25,4 @@ mod reload;
 mod server;
 mod sockets;
 mod stream;
+mod tls;

@@ -103,6 +103,11 @@ impl Config {
 pub struct ServerConfig {
     /// Address and port to listen on. Port 0 takes a free one. Needs a restart.
     pub listen: String,
+    /// File with the certificate chain in PEM, the server's own first; empty serves without TLS. Needs a
+    /// restart.
+    pub tls_cert_file: PathBuf,
+    /// File with the certificate's private key in PEM. Needs a restart.
+    pub tls_key_file: PathBuf,
     /// Connections open at once; more are closed at once.
     pub connections_max: usize,
     /// Largest request head (request line and headers), in bytes. Needs a restart.
@@ -142,6 +147,8 @@ impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             listen: "127.0.0.1:8080".to_owned(),
+            tls_cert_file: PathBuf::new(),
+            tls_key_file: PathBuf::new(),
             connections_max: 1024,
             request_head_bytes_max: 64 << 10,
             request_body_bytes_max: 32 << 20,

@@ -10,4 +10,5 @@ pub mod gate;
 pub mod keys;
 pub mod paths;
 pub mod routes;
+pub mod tls;
 mod trace;

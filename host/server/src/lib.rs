@@ -19,13 +19,12 @@ pub mod wiring;
 
 use std::sync::Arc;
 
-use tokio::net::TcpListener;
-
+use http::connections::Listener;
 use http::gate::Gate;
 use wiring::House;
 
 /// Serves until `shutdown` resolves, then drains: refuses new work, finishes what is in flight within
 /// `server.drain_s`, and returns.
-pub async fn serve(listener: TcpListener, house: Arc<House>, shutdown: impl Future<Output = ()>) {
+pub async fn serve(listener: Listener, house: Arc<House>, shutdown: impl Future<Output = ()>) {
     http::connections::run(listener, house, Arc::new(Gate::default()), shutdown).await;
 }

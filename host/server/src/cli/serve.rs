@@ -8,6 +8,8 @@ use tokio::sync::Notify;
 use super::signals::{Signals, obey};
 use super::start::{config_source, open_house, start_log};
 use super::{EXIT_DONE, Failure, ServeArgs, progress};
+use crate::http::connections::Listener;
+use crate::http::tls;
 use crate::wiring::House;
 
 /// Threads for sockets; exchanges run on blocking threads, the model on its own.
@@ -37,6 +39,8 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
                 "cannot listen on {address}: {error} (see --listen)"
             ))
         })?;
+        let tls = tls::acceptor(&config.server).map_err(Failure::start)?;
+        let listener = Listener { tcp: listener, tls };
         let house = open_house(config, Some(source))?;
         greet(&house, &listener)?;
         tell_when_ready(&house);
@@ -48,9 +52,10 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
 }
 
 /// The first lines: where, what, and a command to paste.
-fn greet(house: &House, listener: &TcpListener) -> Result<(), Failure> {
-    let address = listener.local_addr().map_err(Failure::start)?;
-    progress::line(&format!("listening on http://{address}"));
+fn greet(house: &House, listener: &Listener) -> Result<(), Failure> {
+    let address = listener.tcp.local_addr().map_err(Failure::start)?;
+    let scheme = listener.tls.as_ref().map_or("http", |_| "https");
+    progress::line(&format!("listening on {scheme}://{address}"));
     if !address.ip().is_loopback() && house.config().access.keys.is_empty() {
         tracing::warn!(
             %address,
@@ -83,7 +88,7 @@ fn greet(house: &House, listener: &TcpListener) -> Result<(), Failure> {
     }
     if let Some(path) = house.find_path("POST", "/chat/completions") {
         progress::line(&format!(
-            "try: curl http://{address}{path} -H 'Content-Type: application/json' \
+            "try: curl {scheme}://{address}{path} -H 'Content-Type: application/json' \
              -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"Hello\"}}],\"max_tokens\":16}}'"
         ));
     }

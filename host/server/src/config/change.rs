@@ -3,8 +3,10 @@
 use super::Config;
 
 /// Keys that are read once, at start. Everything else is applied live.
-const RESTART_KEYS: [&str; 10] = [
+const RESTART_KEYS: [&str; 12] = [
     "server.listen",
+    "server.tls_cert_file",
+    "server.tls_key_file",
     "server.request_head_bytes_max",
     "server.queue_requests_max",
     "server.head_read_timeout_s",
@@ -49,6 +51,11 @@ pub fn keep_restart_keys(running: &Config, new: &Config) -> Config {
     let mut applied = new.clone();
     let server = &running.server;
     applied.server.listen.clone_from(&server.listen);
+    applied
+        .server
+        .tls_cert_file
+        .clone_from(&server.tls_cert_file);
+    applied.server.tls_key_file.clone_from(&server.tls_key_file);
     applied.server.request_head_bytes_max = server.request_head_bytes_max;
     applied.server.queue_requests_max = server.queue_requests_max;
     applied.server.head_read_timeout_s = server.head_read_timeout_s;
@@ -131,6 +138,8 @@ mod tests {
         let old = Config::default();
         let mut new = old.clone();
         new.server.listen = "0.0.0.0:1".to_owned();
+        new.server.tls_cert_file = "cert.pem".into();
+        new.server.tls_key_file = "key.pem".into();
         new.server.request_head_bytes_max += 1;
         new.server.queue_requests_max += 1;
         new.server.head_read_timeout_s += 1;

@@ -7,7 +7,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::Path;
 
 use super::report::Issue;
-use super::{AccessConfig, Config, FetchConfig, PluginLimits, RouteConfig};
+use super::{AccessConfig, Config, FetchConfig, PluginLimits, RouteConfig, ServerConfig};
 
 /// Positions of the longest context Phi-3.5 was trained for.
 const CONTEXT_TOKENS_MAX: u32 = 131_072;
@@ -51,8 +51,7 @@ impl Found {
     }
 }
 
-fn check_server(config: &Config, found: &mut Found) {
-    let server = &config.server;
+fn check_listener(server: &ServerConfig, found: &mut Found) {
     if server.listen.parse::<SocketAddr>().is_err() && server.listen.to_socket_addrs().is_err() {
         found.add(
             "server.listen",
@@ -60,6 +59,18 @@ fn check_server(config: &Config, found: &mut Found) {
             "IP:PORT, [IPV6]:PORT or HOST:PORT, such as 127.0.0.1:8080",
         );
     }
+    if server.tls_cert_file.as_os_str().is_empty() != server.tls_key_file.as_os_str().is_empty() {
+        found.add(
+            "server.tls_cert_file",
+            "a certificate without its key, or a key without its certificate",
+            "server.tls_cert_file and server.tls_key_file together, or neither",
+        );
+    }
+}
+
+fn check_server(config: &Config, found: &mut Found) {
+    let server = &config.server;
+    check_listener(server, found);
     let rows = [
         ("connections_max", server.connections_max as u64, 1, 65_536),
         (
