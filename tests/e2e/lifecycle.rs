@@ -32,7 +32,12 @@ fn stats_and_metrics_tell_of_requests_plugins_and_memory() {
     ] {
         assert!(text.contains(told), "{told} is missing: {text}");
     }
-    let metrics = server.get("/metrics");
+    // The record of a request is written just after its last byte.
+    let metrics = until("the request is counted", || {
+        let metrics = server.get("/metrics");
+        let counted = metrics.text().contains("vllm:request_success_total");
+        counted.then_some(metrics)
+    });
     assert!(
         metrics
             .header("content-type")
