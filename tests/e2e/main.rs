@@ -11,6 +11,7 @@
 )]
 
 mod access;
+mod admin;
 mod chat;
 mod client;
 mod demo;

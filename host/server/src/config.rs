@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use access::{AccessConfig, KeyConfig};
+pub use access::{AccessConfig, AdminConfig, KeyConfig};
 pub use images::{FetchConfig, ImagesConfig};
 pub use plugins::{PluginConfig, PluginLimits, PluginsConfig};
 pub use report::{ConfigError, Issue};
@@ -34,6 +34,8 @@ pub struct Config {
     pub server: ServerConfig,
     /// Who may ask, and how much.
     pub access: AccessConfig,
+    /// Where the server is administered.
+    pub admin: AdminConfig,
     /// Which weights, on which device, with how much context.
     pub model: ModelSection,
     /// What a request gets that does not say, and the most it may ask for.
@@ -55,6 +57,7 @@ impl Default for Config {
         Self {
             server: ServerConfig::default(),
             access: AccessConfig::default(),
+            admin: AdminConfig::default(),
             model: ModelSection::default(),
             generation: GenerationConfig::default(),
             images: ImagesConfig::default(),

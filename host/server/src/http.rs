@@ -1,6 +1,7 @@
 //! Sockets, paths, headers and bodies. The only rooms that know axum, and they know nothing else:
 //! what an exchange does is `pipeline`'s.
 
+pub mod admin;
 pub mod body;
 pub mod connections;
 mod cors;

@@ -1,4 +1,4 @@
-//! `[access]`: who may ask, and how much.
+//! `[access]` and `[admin]`: who may ask, how much, and who runs the server.
 
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +31,14 @@ impl Default for AccessConfig {
     }
 }
 
+/// `[admin]`: a listener of its own for whoever runs the server.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdminConfig {
+    /// IP address and port to listen on; empty opens none. Needs a restart.
+    pub listen: String,
+}
+
 /// One `[[access.keys]]` entry. The key itself is written nowhere.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -39,6 +47,9 @@ pub struct KeyConfig {
     pub name: String,
     /// SHA-256 of the key, in 64 hexadecimal digits.
     pub sha256: String,
+    /// Whether the key opens the admin listener.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub admin: bool,
     /// Requests this key may begin in a minute; 0 sets no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests_per_minute: Option<u32>,

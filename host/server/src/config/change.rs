@@ -3,7 +3,7 @@
 use super::Config;
 
 /// Keys that are read once, at start. Everything else is applied live.
-const RESTART_KEYS: [&str; 12] = [
+const RESTART_KEYS: [&str; 13] = [
     "server.listen",
     "server.tls_cert_file",
     "server.tls_key_file",
@@ -12,6 +12,7 @@ const RESTART_KEYS: [&str; 12] = [
     "server.head_read_timeout_s",
     "server.log_format",
     "server.log_filter",
+    "admin",
     "model",
     "plugins.folder",
     "plugins.poll_s",
@@ -61,6 +62,7 @@ pub fn keep_restart_keys(running: &Config, new: &Config) -> Config {
     applied.server.head_read_timeout_s = server.head_read_timeout_s;
     applied.server.log_format = server.log_format;
     applied.server.log_filter.clone_from(&server.log_filter);
+    applied.admin = running.admin.clone();
     applied.model = running.model.clone();
     applied.plugins.folder.clone_from(&running.plugins.folder);
     applied.plugins.poll_s = running.plugins.poll_s;
@@ -145,6 +147,7 @@ mod tests {
         new.server.head_read_timeout_s += 1;
         new.server.log_format = super::super::LogFormat::Json;
         new.server.log_filter = "debug".to_owned();
+        new.admin.listen = "127.0.0.1:1".to_owned();
         new.model.aliases.push("x".to_owned());
         new.plugins.folder = "other".into();
         new.plugins.poll_s += 1;

@@ -23,6 +23,7 @@ pub fn check(config: &Config) -> Vec<Issue> {
     let mut found = Found::default();
     check_server(config, &mut found);
     check_access(&config.access, &mut found);
+    check_admin(config, &mut found);
     check_model(config, &mut found);
     check_generation(config, &mut found);
     check_images(config, &mut found);
@@ -162,6 +163,27 @@ fn check_access(access: &AccessConfig, found: &mut Found) {
                 "64 hexadecimal digits: printf %s \"$KEY\" | sha256sum",
             );
         }
+    }
+}
+
+fn check_admin(config: &Config, found: &mut Found) {
+    let listen = &config.admin.listen;
+    if listen.is_empty() {
+        return;
+    }
+    let has_key = config.access.keys.iter().any(|key| key.admin);
+    match listen.parse::<SocketAddr>() {
+        Err(_) => found.add(
+            "admin.listen",
+            format!("`{listen}` is not an IP address with a port"),
+            "IP:PORT or [IPV6]:PORT, such as 127.0.0.1:8081; empty opens none",
+        ),
+        Ok(address) if !address.ip().is_loopback() && !has_key => found.add(
+            "admin.listen",
+            format!("{address} is reached from other machines, and no key guards it"),
+            "a loopback address, or a key with admin = true in [[access.keys]]",
+        ),
+        Ok(_) => {}
     }
 }
 

@@ -56,6 +56,7 @@ fn the_documented_file_has_every_key_and_says_why() {
     let commented = [
         "[server]",
         "[access]",
+        "[admin]",
         "[model]",
         "[generation]",
         "[images]",
@@ -295,4 +296,23 @@ fn origins_are_written_as_browsers_have_them() {
         let found = parse(&origins(bad)).map_err(|error| error.issues[0].key.clone());
         assert_eq!(found, Err("access.cors_origins.0".to_owned()), "{bad}");
     }
+}
+
+#[test]
+fn the_admin_listener_is_local_or_guarded() {
+    let admin = |listen: &str| format!("[admin]\nlisten = \"{listen}\"\n");
+    let key = |admin: bool| {
+        let hash = "0123456789abcdef".repeat(4);
+        format!("[[access.keys]]\nname = \"root\"\nsha256 = \"{hash}\"\nadmin = {admin}\n")
+    };
+    for local in ["127.0.0.1:1", "[::1]:1", "127.3.2.1:0"] {
+        parse(&admin(local)).unwrap();
+    }
+    for open in ["0.0.0.0:1", "[::]:1", "192.168.0.1:1"] {
+        assert_eq!(mistake(&admin(open)).key, "admin.listen");
+        let guarded = parse(&(admin(open) + &key(true))).unwrap();
+        assert_eq!(parse(&guarded.to_toml()).unwrap(), guarded);
+        assert_eq!(mistake(&(admin(open) + &key(false))).key, "admin.listen");
+    }
+    assert_eq!(mistake(&admin("localhost:1")).key, "admin.listen");
 }

@@ -36,6 +36,17 @@ pub struct Listener {
     pub tls: Option<TlsAcceptor>,
 }
 
+/// Serves the admin listener for ever; whoever drops this ends it.
+pub async fn administer(listener: Listener, house: Arc<House>) {
+    let local = listener
+        .tcp
+        .local_addr()
+        .is_ok_and(|address| address.ip().is_loopback());
+    let router = super::admin::router(Arc::clone(&house), local);
+    let connections = Connections::new(router, listener.tls, house);
+    connections.accept_from(&listener.tcp).await;
+}
+
 /// Accepts connections until `shutdown` resolves; then refuses new work, lets what is in flight
 /// finish for at most `server.drain_s`, and returns.
 pub async fn run(
@@ -45,19 +56,8 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) {
     let router = super::routes::router(Arc::clone(&house), Arc::clone(&gate));
-    let server = house.config();
     let Listener { tcp, tls } = listener;
-    let connections = Connections {
-        router,
-        tls,
-        handshake: Duration::from_secs(server.server.head_read_timeout_s),
-        http: builder(&server.server),
-        open: Arc::default(),
-        full: AtomicBool::new(false),
-        house: Arc::clone(&house),
-        closing: CancellationToken::new(),
-        tracker: TaskTracker::new(),
-    };
+    let connections = Connections::new(router, tls, Arc::clone(&house));
     {
         let mut shutdown = pin!(shutdown);
         let serving = connections.accept_from(&tcp);
@@ -111,6 +111,21 @@ struct Connections {
 }
 
 impl Connections {
+    fn new(router: Router, tls: Option<TlsAcceptor>, house: Arc<House>) -> Self {
+        let server = &house.config().server;
+        Self {
+            router,
+            tls,
+            handshake: Duration::from_secs(server.head_read_timeout_s),
+            http: builder(server),
+            open: Arc::default(),
+            full: AtomicBool::new(false),
+            house,
+            closing: CancellationToken::new(),
+            tracker: TaskTracker::new(),
+        }
+    }
+
     async fn accept_from(&self, listener: &TcpListener) {
         loop {
             match listener.accept().await {

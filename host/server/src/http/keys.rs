@@ -37,6 +37,8 @@ pub struct KeyRing {
 pub struct Key {
     /// Its name in the configuration.
     pub name: String,
+    /// Whether it opens the admin listener.
+    admin: bool,
     digest: [u8; 32],
     requests_per_minute: u32,
     requests_in_flight_max: u32,
@@ -70,6 +72,7 @@ impl KeyRing {
         let keys = access.keys.iter().filter_map(|key| {
             Some(Arc::new(Key {
                 name: key.name.clone(),
+                admin: key.admin,
                 digest: key.digest()?,
                 requests_per_minute: key
                     .requests_per_minute
@@ -109,6 +112,21 @@ impl KeyRing {
         found
             .map(Some)
             .ok_or_else(|| unauthorized("this API key is not known here"))
+    }
+
+    /// Whether a request may administer the server: with an admin key, or without any from this
+    /// machine while there is none.
+    ///
+    /// # Errors
+    /// An admin key is needed, and this is none.
+    pub fn may_administer(&self, headers: &HeaderMap, local: bool) -> Result<(), Failure> {
+        if local && !self.keys.iter().any(|key| key.admin) {
+            return Ok(());
+        }
+        match self.find(headers)? {
+            Some(key) if key.admin => Ok(()),
+            _ => Err(unauthorized("only a key with admin = true administers")),
+        }
     }
 }
 
@@ -271,6 +289,27 @@ mod tests {
             let message = name(&ring, &[("authorization", wrong)]).unwrap_err();
             assert!(message.contains("not known"), "{message}");
             assert!(!message.contains(&wrong[7..]), "{message}");
+        }
+    }
+
+    #[test]
+    fn only_admin_keys_administer_and_nobody_from_afar_without_one() {
+        let plain = [("x-api-key", "one")];
+        let may = |ring: &KeyRing, pairs: &[(&'static str, &str)], local| {
+            ring.may_administer(&headers(pairs), local).is_ok()
+        };
+        let none = KeyRing::default();
+        assert!(may(&none, &[], true) && !may(&none, &plain, false));
+        let clients = ring(vec![key("alice", "one")]);
+        assert!(may(&clients, &[], true) && !may(&clients, &plain, false));
+        let root = KeyConfig {
+            admin: true,
+            ..key("root", "two")
+        };
+        let both = ring(vec![key("alice", "one"), root]);
+        for local in [true, false] {
+            assert!(!may(&both, &[], local) && !may(&both, &plain, local));
+            assert!(may(&both, &[("x-api-key", "two")], local));
         }
     }
 

@@ -117,7 +117,7 @@ fn may_look(http: &Http, headers: &HeaderMap) -> Result<(), Failure> {
     Ok(())
 }
 
-fn json(status: StatusCode, value: &serde_json::Value) -> Response<Body> {
+pub(super) fn json(status: StatusCode, value: &serde_json::Value) -> Response<Body> {
     let mut response = Response::new(Body::from(value.to_string()));
     *response.status_mut() = status;
     response.headers_mut().insert(
@@ -293,7 +293,7 @@ async fn pass_on(receiver: ReplyReceiver, held: Held) -> Response<Body> {
     }
 }
 
-fn whole(response: visor_sandbox::Response) -> Response<Body> {
+pub(super) fn whole(response: visor_sandbox::Response) -> Response<Body> {
     let mut answer = Response::new(Body::from(response.body));
     *answer.status_mut() =
         StatusCode::from_u16(response.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
