@@ -135,6 +135,8 @@ pub struct ServerConfig {
     pub head_read_timeout_s: u64,
     /// Seconds a client may take to send the body of a request.
     pub body_read_timeout_s: u64,
+    /// Seconds a client may take nothing of its answer. Needs a restart.
+    pub write_timeout_s: u64,
     /// Seconds of silence in a stream after which a keep-alive is sent; 0 sends none.
     pub keep_alive_s: u64,
     /// Pieces of a stream that may wait for a slow client before its request waits too.
@@ -164,6 +166,7 @@ impl Default for ServerConfig {
             request_timeout_s: 600,
             head_read_timeout_s: 10,
             body_read_timeout_s: 60,
+            write_timeout_s: 60,
             keep_alive_s: 15,
             stream_buffer_pieces: 32,
             log_format: LogFormat::Text,

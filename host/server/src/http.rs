@@ -10,6 +10,7 @@ pub mod form;
 pub mod gate;
 pub mod keys;
 pub mod paths;
+mod patience;
 pub mod routes;
 pub mod tls;
 mod trace;

@@ -3,13 +3,14 @@
 use super::Config;
 
 /// Keys that are read once, at start. Everything else is applied live.
-const RESTART_KEYS: [&str; 13] = [
+const RESTART_KEYS: [&str; 14] = [
     "server.listen",
     "server.tls_cert_file",
     "server.tls_key_file",
     "server.request_head_bytes_max",
     "server.queue_requests_max",
     "server.head_read_timeout_s",
+    "server.write_timeout_s",
     "server.log_format",
     "server.log_filter",
     "admin",
@@ -60,6 +61,7 @@ pub fn keep_restart_keys(running: &Config, new: &Config) -> Config {
     applied.server.request_head_bytes_max = server.request_head_bytes_max;
     applied.server.queue_requests_max = server.queue_requests_max;
     applied.server.head_read_timeout_s = server.head_read_timeout_s;
+    applied.server.write_timeout_s = server.write_timeout_s;
     applied.server.log_format = server.log_format;
     applied.server.log_filter.clone_from(&server.log_filter);
     applied.admin = running.admin.clone();
@@ -145,6 +147,7 @@ mod tests {
         new.server.request_head_bytes_max += 1;
         new.server.queue_requests_max += 1;
         new.server.head_read_timeout_s += 1;
+        new.server.write_timeout_s += 1;
         new.server.log_format = super::super::LogFormat::Json;
         new.server.log_filter = "debug".to_owned();
         new.admin.listen = "127.0.0.1:1".to_owned();

@@ -110,6 +110,7 @@ fn check_server(config: &Config, found: &mut Found) {
         ("request_timeout_s", server.request_timeout_s, 1, 86_400),
         ("head_read_timeout_s", server.head_read_timeout_s, 1, 600),
         ("body_read_timeout_s", server.body_read_timeout_s, 1, 3600),
+        ("write_timeout_s", server.write_timeout_s, 1, 3600),
         ("keep_alive_s", server.keep_alive_s, 0, 3600),
         (
             "stream_buffer_pieces",

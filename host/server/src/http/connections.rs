@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::gate::{Gate, Permit};
+use super::patience::Patient;
 use crate::config::ServerConfig;
 use crate::wiring::House;
 
@@ -100,6 +101,8 @@ struct Connections {
     tls: Option<TlsAcceptor>,
     /// How long a client may take until its connection is sealed.
     handshake: Duration,
+    /// How long a client may take nothing of its answer.
+    write: Duration,
     http: http1::Builder,
     /// Counts the open connections.
     open: Arc<Gate>,
@@ -117,6 +120,7 @@ impl Connections {
             router,
             tls,
             handshake: Duration::from_secs(server.head_read_timeout_s),
+            write: Duration::from_secs(server.write_timeout_s),
             http: builder(server),
             open: Arc::default(),
             full: AtomicBool::new(false),
@@ -158,6 +162,7 @@ impl Connections {
         };
         // A stream of small pieces must not wait for a full segment.
         _ = stream.set_nodelay(true);
+        let stream = Patient::new(stream, self.write);
         let talk = Talk {
             router: self.router.clone(),
             http: self.http.clone(),
