@@ -1,9 +1,12 @@
 //! Who may ask, how much, and from which pages.
 
+use std::io::Write;
+use std::net::TcpStream;
+
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use crate::client::{self, Answer, Request};
+use crate::client::{self, Answer, Incoming, Request};
 use crate::server::{Server, chat, text, until, with};
 
 /// A key with further settings.
@@ -75,6 +78,28 @@ fn once_there_is_a_key_every_request_needs_one() {
         "{log}"
     );
     assert!(!log.contains("secret-of-"), "no key is logged");
+}
+
+/// A picture is on its way before the server has said no, and most clients read only when they have written.
+#[test]
+fn a_client_that_writes_much_still_reads_why_it_was_turned_away() {
+    let server = Server::start_with(&key("slow", "slow", "requests_per_minute = 1"));
+    let much = vec![b' '; 24 << 20];
+    let send = |header: &str| {
+        let mut stream = TcpStream::connect(server.address).expect("the server accepts");
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n{header}connection: close\r\ncontent-length: {}\r\n\r\n",
+            much.len()
+        );
+        stream
+            .write_all(head.as_bytes())
+            .expect("the head is taken");
+        stream.write_all(&much).expect("and the body, to its end");
+        Incoming::read_head(stream).finish()
+    };
+    send("").error(401);
+    ask(&server, &[("x-api-key", "slow")]).ok();
+    send("x-api-key: slow\r\n").error(429);
 }
 
 #[test]

@@ -141,7 +141,10 @@ async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<
                     incoming.principal = key.as_ref().map(|key| key.name.clone());
                     serve(&http, pinned, (incoming, key), body).await
                 }
-                Err(failure) => refuse(&http, pinned, incoming, failure).await,
+                Err(failure) => {
+                    discard(&pinned, body).await;
+                    refuse(&http, pinned, incoming, failure).await
+                }
             };
             body::add_header(&mut response, "x-visor-plugins", &plugins);
             response
@@ -182,7 +185,10 @@ async fn serve(
     };
     let permit = match key.map(|key| key.enter()).transpose() {
         Ok(own) => own.into_iter().fold(permit, Permit::with),
-        Err(failure) => return reject(http, pinned, incoming, failure, permit).await,
+        Err(failure) => {
+            discard(&pinned, body).await;
+            return reject(http, pinned, incoming, failure, permit).await;
+        }
     };
     let checked = match paths::find(pinned.adapter.routes(), &incoming.method, &incoming.path) {
         paths::Match::Found {
@@ -214,6 +220,14 @@ async fn serve(
         Ok(bytes) => work(http, pinned, incoming, bytes, permit).await,
         Err(failure) => reject(http, pinned, incoming, failure, permit).await,
     }
+}
+
+/// Lets a caller who is turned away finish writing, for as long as a head may take: a stranger gets no
+/// more of the server's patience.
+async fn discard(pinned: &Pinned, body: Body) {
+    let server = &pinned.config.server;
+    let patience = Duration::from_secs(server.head_read_timeout_s);
+    body::discard(body, server.request_body_bytes_max, patience).await;
 }
 
 /// Hands the exchange to a thread of its own and passes on what comes back.
