@@ -199,23 +199,6 @@ fn a_bomb_is_refused_by_its_header() {
 }
 
 #[test]
-fn addresses_are_refused_with_the_reason() {
-    let server = shared();
-    for url in ["http://127.0.0.1:1/a.png", "https://example.org/a.png"] {
-        let error = refused(&server, url, 400);
-        assert!(
-            error["message"]
-                .as_str()
-                .expect("a message")
-                .contains("does not fetch"),
-            "{error}"
-        );
-    }
-    refused(&server, "file:///etc/passwd", 400);
-    refused(&server, "/etc/passwd", 400);
-}
-
-#[test]
 fn too_many_pictures_are_refused() {
     let url = data_url("image/png", &golden("tiny_20x20"));
     let answer = shared().chat(&chat(&[pictures(&vec![url; 9], "what are these?")]));

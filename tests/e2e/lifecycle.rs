@@ -32,7 +32,12 @@ fn stats_and_metrics_tell_of_requests_plugins_and_memory() {
     ] {
         assert!(text.contains(told), "{told} is missing: {text}");
     }
-    let metrics = server.get("/metrics");
+    // The record of a request is written just after its last byte.
+    let metrics = until("the request is counted", || {
+        let metrics = server.get("/metrics");
+        let counted = metrics.text().contains("vllm:request_success_total");
+        counted.then_some(metrics)
+    });
     assert!(
         metrics
             .header("content-type")
@@ -77,6 +82,20 @@ fn a_signal_drains_what_is_in_flight_and_then_ends() {
         );
         assert!(server.wait_exit().success(), "{signal}");
     }
+}
+
+#[test]
+fn what_is_not_done_when_the_drain_is_over_is_cut_off() {
+    let mut server = Server::start_with("[server]\ndrain_s = 1\n");
+    let body = with(
+        chat(&[text("go on")]),
+        json!({"max_tokens": 3500, "stream": true}),
+    );
+    let mut stream = server.open_chat(&body);
+    stream.piece().expect("it has begun");
+    server.signal("TERM");
+    server.wait_logged("cut off");
+    assert!(server.wait_exit().success(), "it was asked to end, and did");
 }
 
 #[test]

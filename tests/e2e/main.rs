@@ -10,11 +10,14 @@
     reason = "a test binary: a panic is its verdict, and nothing is outside of it"
 )]
 
+mod access;
+mod admin;
 mod chat;
 mod client;
 mod demo;
 mod errors;
 mod eval;
+mod fetching;
 mod hostile;
 mod images;
 mod lifecycle;
@@ -22,5 +25,7 @@ mod overload;
 mod reload;
 mod server;
 mod soak;
+mod sockets;
 mod stream;
+mod tls;
 mod together;

@@ -112,7 +112,7 @@ impl Server {
             let log = Arc::clone(&log);
             move || read_log(stderr, &log)
         });
-        let address = log.wait("listening on http://", listening);
+        let address = log.wait("listening on", listening);
         Self {
             child,
             address,
@@ -237,7 +237,8 @@ fn read_log(stderr: impl Read, log: &Log) {
 }
 
 fn listening(log: &str) -> Option<SocketAddr> {
-    let (_, rest) = log.split_once("listening on http://")?;
+    let (_, rest) = log.split_once("listening on ")?;
+    let (_, rest) = rest.split_once("://")?;
     let address: String = rest
         .chars()
         .take_while(|c| c.is_ascii_digit() || matches!(c, '.' | ':'))

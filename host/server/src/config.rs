@@ -4,8 +4,10 @@
 //! equal. This room knows TOML and numbers. It must not know sockets, plugins or the model:
 //! [`check`] says whether the numbers make sense together, [`change`] what differs between two.
 
+pub mod access;
 pub mod change;
 pub mod check;
+pub mod images;
 pub mod plugins;
 pub mod report;
 pub mod sandbox;
@@ -14,6 +16,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use access::{AccessConfig, AdminConfig, KeyConfig};
+pub use images::{FetchConfig, ImagesConfig};
 pub use plugins::{PluginConfig, PluginLimits, PluginsConfig};
 pub use report::{ConfigError, Issue};
 pub use sandbox::SandboxConfig;
@@ -28,11 +32,15 @@ pub const DOCUMENTED: &str = include_str!("../../../config/visor.toml");
 pub struct Config {
     /// The HTTP side: address, sizes, counts, times.
     pub server: ServerConfig,
+    /// Who may ask, and how much.
+    pub access: AccessConfig,
+    /// Where the server is administered.
+    pub admin: AdminConfig,
     /// Which weights, on which device, with how much context.
     pub model: ModelSection,
     /// What a request gets that does not say, and the most it may ask for.
     pub generation: GenerationConfig,
-    /// Limits on the pictures clients send.
+    /// Limits on the pictures clients send, and which are fetched.
     pub images: ImagesConfig,
     /// Sizes of the host's caches.
     pub cache: CacheConfig,
@@ -48,6 +56,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             server: ServerConfig::default(),
+            access: AccessConfig::default(),
+            admin: AdminConfig::default(),
             model: ModelSection::default(),
             generation: GenerationConfig::default(),
             images: ImagesConfig::default(),
@@ -96,6 +106,13 @@ impl Config {
 pub struct ServerConfig {
     /// Address and port to listen on. Port 0 takes a free one. Needs a restart.
     pub listen: String,
+    /// File with the certificate chain in PEM, the server's own first; empty serves without TLS. Needs a
+    /// restart.
+    pub tls_cert_file: PathBuf,
+    /// File with the certificate's private key in PEM. Needs a restart.
+    pub tls_key_file: PathBuf,
+    /// Connections open at once; more are closed at once.
+    pub connections_max: usize,
     /// Largest request head (request line and headers), in bytes. Needs a restart.
     pub request_head_bytes_max: u64,
     /// Largest request body, in bytes.
@@ -116,10 +133,12 @@ pub struct ServerConfig {
     pub drain_s: u64,
     /// Seconds one request may take from its head to its last byte.
     pub request_timeout_s: u64,
-    /// Seconds a client may take to send the head of a request. Needs a restart.
+    /// Seconds a client may take to send the head of a request, and be silent between two. Needs a restart.
     pub head_read_timeout_s: u64,
     /// Seconds a client may take to send the body of a request.
     pub body_read_timeout_s: u64,
+    /// Seconds a client may take nothing of its answer. Needs a restart.
+    pub write_timeout_s: u64,
     /// Seconds of silence in a stream after which a keep-alive is sent; 0 sends none.
     pub keep_alive_s: u64,
     /// Pieces of a stream that may wait for a slow client before its request waits too.
@@ -135,6 +154,9 @@ impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             listen: "127.0.0.1:8080".to_owned(),
+            tls_cert_file: PathBuf::new(),
+            tls_key_file: PathBuf::new(),
+            connections_max: 1024,
             request_head_bytes_max: 64 << 10,
             request_body_bytes_max: 32 << 20,
             json_depth_max: 64,
@@ -147,6 +169,7 @@ impl Default for ServerConfig {
             request_timeout_s: 600,
             head_read_timeout_s: 10,
             body_read_timeout_s: 60,
+            write_timeout_s: 60,
             keep_alive_s: 15,
             stream_buffer_pieces: 32,
             log_format: LogFormat::Text,
@@ -237,37 +260,6 @@ impl Default for GenerationConfig {
             temperature: 0.0,
             top_p: 1.0,
             top_k: 0,
-        }
-    }
-}
-
-/// `[images]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ImagesConfig {
-    /// Largest encoded image, in bytes.
-    pub bytes_max: u64,
-    /// Most pixels of one image, read from its header before anything is decoded.
-    pub pixels_max: u64,
-    /// Longest side of one image, in pixels.
-    pub side_px_max: u32,
-    /// Longest side over shortest side.
-    pub aspect_ratio_max: u32,
-    /// Images of one request.
-    pub count_max: u32,
-    /// Whether photos are turned as their EXIF tag says.
-    pub apply_exif_orientation: bool,
-}
-
-impl Default for ImagesConfig {
-    fn default() -> Self {
-        Self {
-            bytes_max: 20 << 20,
-            pixels_max: 40_000_000,
-            side_px_max: 16_384,
-            aspect_ratio_max: 100,
-            count_max: 8,
-            apply_exif_orientation: true,
         }
     }
 }

@@ -1,10 +1,16 @@
 //! Sockets, paths, headers and bodies. The only rooms that know axum, and they know nothing else:
 //! what an exchange does is `pipeline`'s.
 
+pub mod admin;
 pub mod body;
 pub mod connections;
+mod cors;
 pub mod error;
 pub mod form;
 pub mod gate;
+pub mod keys;
 pub mod paths;
+mod patience;
 pub mod routes;
+pub mod tls;
+mod trace;

@@ -1,19 +1,46 @@
 //! From a source that an adapter names to a decoded picture, under the operator's limits.
 //!
-//! This server fetches nothing: not from the network, not from its own disk. A picture is what came
-//! with the request, and a URL that points elsewhere is refused with the reason, because a picture
-//! that is silently left out turns into a made-up answer.
+//! A picture comes with the request. One that only has an address is fetched where the operator
+//! allows it (`fetch`, `files`), and refused with the reason elsewhere, because a picture that is
+//! silently left out turns into a made-up answer.
 
+mod address;
 pub mod data_url;
+pub mod fetch;
+#[cfg(unix)]
+mod files;
+mod permit;
 
 use bytes::Bytes;
 use visor_model::image::{ImageError, ImageLimits, SourceImage, decode};
 use visor_sandbox::{ErrorCode, GuestError, Source};
 
 use crate::config::ImagesConfig;
+use fetch::{FetchError, Fetcher, Patience};
 
 /// Longest piece of a client's URL that is repeated in an error, in characters.
 const URL_SHOWN_CHARS: usize = 60;
+/// What a client can do whatever the operator allows.
+const INSTEAD: &str = "send the image itself as data:image/jpeg;base64,...";
+
+/// What loading needs beside the source.
+pub struct Loading<'a> {
+    /// The operator's limits.
+    pub config: &'a ImagesConfig,
+    /// The way out.
+    pub fetcher: &'a Fetcher,
+    /// How long anybody waits.
+    pub patience: Patience<'a>,
+}
+
+/// Why there is no picture.
+#[derive(Debug, Clone)]
+pub enum LoadError {
+    /// The client is told why.
+    Refused(GuestError),
+    /// The client has left.
+    Gone,
+}
 
 /// The operator's limits in the model's terms.
 pub fn limits(config: &ImagesConfig) -> ImageLimits {
@@ -25,17 +52,19 @@ pub fn limits(config: &ImagesConfig) -> ImageLimits {
     }
 }
 
-/// The decoded picture of a source.
+/// The decoded picture of a source. What its bytes are is seen in them, whatever anybody says.
 ///
 /// # Errors
 /// A URL that is not carried out, bytes that are no picture, or a picture over a limit.
-pub fn load(source: &Source, config: &ImagesConfig) -> Result<SourceImage, GuestError> {
-    let bytes = encoded(source)?;
-    decode(&bytes, &limits(config), config.apply_exif_orientation).map_err(|error| refusal(&error))
+pub fn load(source: &Source, loading: &Loading<'_>) -> Result<SourceImage, LoadError> {
+    let bytes = encoded(source, loading)?;
+    let config = loading.config;
+    decode(&bytes, &limits(config), config.apply_exif_orientation)
+        .map_err(|error| LoadError::Refused(refusal(&error)))
 }
 
 /// The encoded bytes of a source.
-fn encoded(source: &Source) -> Result<Bytes, GuestError> {
+fn encoded(source: &Source, loading: &Loading<'_>) -> Result<Bytes, LoadError> {
     let url = match source {
         Source::Blob(blob) if blob.content_type == data_url::BROKEN_CONTENT_TYPE => {
             // A lifted data URL that could not be decoded kept its text: say what is wrong with it.
@@ -47,30 +76,55 @@ fn encoded(source: &Source) -> Result<Bytes, GuestError> {
     if data_url::is_data_url(url) {
         return data_url::parse(url)
             .map(|parsed| parsed.bytes)
-            .map_err(|error| invalid(error.to_string()));
+            .map_err(|error| refused(ErrorCode::InvalidRequest, error.to_string()));
     }
-    Err(not_fetched(url))
-}
-
-fn not_fetched(url: &str) -> GuestError {
-    const INSTEAD: &str = "send the image itself as data:image/jpeg;base64,...";
     let scheme = url
         .split_once(':')
         .map(|(scheme, _)| scheme.to_ascii_lowercase())
         .unwrap_or_default();
-    let message = match scheme.as_str() {
-        "http" | "https" => {
-            format!("this server does not fetch images from the network; {INSTEAD}")
-        }
-        "file" => format!("this server does not read files that clients name; {INSTEAD}"),
+    match scheme.as_str() {
+        "http" | "https" => fetched(url, loading),
+        "file" => read_file(url, loading.config),
         _ => {
             let shown: String = url.chars().take(URL_SHOWN_CHARS).collect();
-            return invalid(format!(
-                "{shown:?} is not an image URL this server knows; {INSTEAD}"
-            ));
+            Err(refused(
+                ErrorCode::InvalidRequest,
+                format!("{shown:?} is not an image URL this server knows; {INSTEAD}"),
+            ))
         }
-    };
-    GuestError::new(ErrorCode::Unsupported, message)
+    }
+}
+
+fn fetched(url: &str, loading: &Loading<'_>) -> Result<Bytes, LoadError> {
+    let got = loading
+        .fetcher
+        .fetch(url, loading.config, &loading.patience);
+    got.map_err(|error| match error {
+        FetchError::Refused(why) => refused(ErrorCode::Unsupported, format!("{why}; {INSTEAD}")),
+        FetchError::TooLarge(why) => refused(ErrorCode::TooLarge, why),
+        FetchError::Gone => LoadError::Gone,
+    })
+}
+
+#[cfg(unix)]
+fn read_file(url: &str, config: &ImagesConfig) -> Result<Bytes, LoadError> {
+    let read = files::read(url, &config.files_root, config.bytes_max);
+    read.map_err(|error| match error {
+        files::FileError::Refused(why) => {
+            refused(ErrorCode::Unsupported, format!("{why}; {INSTEAD}"))
+        }
+        files::FileError::TooLarge(why) => refused(ErrorCode::TooLarge, why),
+    })
+}
+
+#[cfg(not(unix))]
+fn read_file(_: &str, _: &ImagesConfig) -> Result<Bytes, LoadError> {
+    let why = format!("this server does not read files that clients name; {INSTEAD}");
+    Err(refused(ErrorCode::Unsupported, why))
+}
+
+fn refused(code: ErrorCode, message: String) -> LoadError {
+    LoadError::Refused(GuestError::new(code, message))
 }
 
 fn refusal(error: &ImageError) -> GuestError {
@@ -84,17 +138,28 @@ fn refusal(error: &ImageError) -> GuestError {
     GuestError::new(code, error.to_string())
 }
 
-fn invalid(message: String) -> GuestError {
-    GuestError::new(ErrorCode::InvalidRequest, message)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use visor_sandbox::Blob;
 
+    fn load_with(source: &Source, config: &ImagesConfig) -> Result<SourceImage, GuestError> {
+        let loading = Loading {
+            config,
+            fetcher: &Fetcher::system(),
+            patience: Patience {
+                deadline: std::time::Instant::now(),
+                gone: &|| false,
+            },
+        };
+        load(source, &loading).map_err(|error| match error {
+            LoadError::Refused(error) => error,
+            LoadError::Gone => panic!("nobody left"),
+        })
+    }
+
     fn check(source: Source, code: ErrorCode, says: &str) {
-        let error = load(&source, &ImagesConfig::default()).expect_err(says);
+        let error = load_with(&source, &ImagesConfig::default()).expect_err(says);
         assert_eq!(error.code, code, "{error}");
         assert!(error.message.contains(says), "{error}");
     }
@@ -105,12 +170,17 @@ mod tests {
 
     #[test]
     fn nothing_is_fetched_and_the_reason_is_said() {
-        for address in ["http://127.0.0.1/a.png", "HTTPS://example.org/a.png"] {
-            check(
-                url(address),
-                ErrorCode::Unsupported,
-                "does not fetch images from the network",
-            );
+        for (address, says) in [
+            (
+                "http://127.0.0.1/a.png",
+                "does not fetch images from http: URLs (images.fetch.http ",
+            ),
+            (
+                "HTTPS://example.org/a.png",
+                "(images.fetch.https turns that on); send the image itself",
+            ),
+        ] {
+            check(url(address), ErrorCode::Unsupported, says);
         }
         check(
             url("file:///etc/passwd"),
@@ -123,6 +193,23 @@ mod tests {
             "not an image URL",
         );
         check(url(""), ErrorCode::InvalidRequest, "not an image URL");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_below_the_root_is_a_picture_like_any_other() {
+        let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/images");
+        let root = std::fs::canonicalize(root).expect("the goldens are there");
+        let config = ImagesConfig {
+            files_root: root.clone(),
+            ..ImagesConfig::default()
+        };
+        let file = |name: &str| url(&format!("file://{}/{name}", root.display()));
+        let image = load_with(&file("tiny_20x20.png"), &config).expect("a picture");
+        assert_eq!((image.width_px(), image.height_px()), (20, 20));
+        let outside = load_with(&file("../README.md"), &config).expect_err("outside");
+        assert_eq!(outside.code, ErrorCode::Unsupported);
+        assert!(outside.message.contains("images.files_root"), "{outside}");
     }
 
     #[test]
@@ -164,10 +251,10 @@ mod tests {
             bytes,
             content_type: "image/jpeg".to_owned(),
         });
-        let error = load(&blob, &small).expect_err("16 pixels");
+        let error = load_with(&blob, &small).expect_err("16 pixels");
         assert_eq!(error.code, ErrorCode::TooLarge);
         assert!(error.message.contains("4x4"), "{error}");
-        let image = load(&blob, &ImagesConfig::default())
+        let image = load_with(&blob, &ImagesConfig::default())
             .expect("a small picture, whatever its declared type");
         assert_eq!((image.width_px(), image.height_px()), (4, 4));
     }

@@ -19,13 +19,28 @@ pub mod wiring;
 
 use std::sync::Arc;
 
-use tokio::net::TcpListener;
+use tokio_util::task::AbortOnDropHandle;
 
+use http::connections::Listener;
 use http::gate::Gate;
 use wiring::House;
 
+/// Where a server is reached.
+pub struct Listeners {
+    /// By clients.
+    pub api: Listener,
+    /// By whoever runs it; none is nowhere.
+    pub admin: Option<Listener>,
+}
+
 /// Serves until `shutdown` resolves, then drains: refuses new work, finishes what is in flight within
 /// `server.drain_s`, and returns.
-pub async fn serve(listener: TcpListener, house: Arc<House>, shutdown: impl Future<Output = ()>) {
-    http::connections::run(listener, house, Arc::new(Gate::default()), shutdown).await;
+pub async fn serve(listeners: Listeners, house: Arc<House>, shutdown: impl Future<Output = ()>) {
+    // Ends with this function: it is of use for as long as requests are.
+    let _admin = listeners.admin.map(|admin| {
+        let administering = http::connections::administer(admin, Arc::clone(&house));
+        AbortOnDropHandle::new(tokio::spawn(administering))
+    });
+    let gate = Arc::new(Gate::default());
+    http::connections::run(listeners.api, house, gate, shutdown).await;
 }

@@ -37,7 +37,7 @@ use visor_sandbox::{ErrorCode, Step};
 
 pub use cached::Answer;
 pub use cancel::CancelOnDrop;
-pub use failure::Failure;
+pub use failure::{Denied, Failure};
 pub use record::{Outcome, RequestRecord, Stage, StageTimes, TokenTotals};
 pub use reply::{Piece, Reply, ReplyBody, ReplyHead, ReplyReceiver, SendError};
 pub use work::{Call, Incoming};
@@ -195,7 +195,8 @@ fn tell(work: &mut Work, reply: &mut Reply, failure: &Failure) -> Result<(), Sen
         return reply.end(deadline);
     }
     let mut response = response.unwrap_or_else(|()| error::fallback_response(failure));
-    if !failure.allow.is_empty() || !(400..=599).contains(&response.status) {
+    let ours = !failure.allow.is_empty() || failure.denied.is_some();
+    if ours || !(400..=599).contains(&response.status) {
         response.status = error::status_of(failure);
     }
     for (name, value) in error::headers_of(failure) {
@@ -240,6 +241,8 @@ fn note(house: &House, pinned: &Pinned, incoming: &Incoming, ended: Ended, trace
         request = %incoming.id,
         method = %incoming.method,
         path = %incoming.full_path,
+        principal = incoming.principal,
+        traceparent = incoming.traceparent,
         status,
         outcome = outcome.as_str(),
         ms = record.total_us / 1000,

@@ -21,6 +21,7 @@ use visor_sandbox::{
 use crate::config::check::GENERATIONS_PER_REQUEST_MAX;
 use crate::config::sandbox::RoleView;
 use crate::config::{Config, RouteConfig};
+use crate::http::keys::KeyRing;
 use crate::strategy::SandboxStrategy;
 
 pub use house::{House, HouseOptions};
@@ -36,6 +37,8 @@ pub struct Wiring {
     pub plugins: Arc<PluginSet>,
     /// Longest prefix first.
     pub routes: Vec<WiredRoute>,
+    /// Who may ask.
+    pub keys: Arc<KeyRing>,
     /// The strategy that steers the caches: that of the first route in the configuration.
     pub steering: Option<Arc<SandboxStrategy>>,
 }
@@ -76,6 +79,8 @@ impl WiredRoute {
 pub struct Pinned {
     /// The configuration in force when the request came.
     pub config: Arc<Config>,
+    /// Who may ask.
+    pub keys: Arc<KeyRing>,
     /// Prefix of the route that serves it.
     pub prefix: String,
     /// Speaks the dialect.
@@ -129,6 +134,10 @@ pub fn wire(
         config: Arc::clone(config),
         plugins: Arc::clone(plugins),
         routes,
+        keys: Arc::new(KeyRing::new(
+            &config.access,
+            previous.map(|wiring| &*wiring.keys),
+        )),
         steering,
     })
 }

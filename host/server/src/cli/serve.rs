@@ -8,6 +8,10 @@ use tokio::sync::Notify;
 use super::signals::{Signals, obey};
 use super::start::{config_source, open_house, start_log};
 use super::{EXIT_DONE, Failure, ServeArgs, progress};
+use crate::Listeners;
+use crate::config::Config;
+use crate::http::connections::Listener;
+use crate::http::tls;
 use crate::wiring::House;
 
 /// Threads for sockets; exchanges run on blocking threads, the model on its own.
@@ -31,26 +35,53 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
         .map_err(Failure::start)?;
     runtime.block_on(async {
         // Bound before the model loads: a taken address is said at once, and probes get an answer.
-        let address = config.server.listen.clone();
-        let listener = TcpListener::bind(&address).await.map_err(|error| {
-            Failure::start(anyhow::anyhow!(
-                "cannot listen on {address}: {error} (see --listen)"
-            ))
-        })?;
+        let listeners = bind(&config).await?;
         let house = open_house(config, Some(source))?;
-        greet(&house, &listener)?;
+        greet(&house, &listeners)?;
         tell_when_ready(&house);
         let shutdown = stop_signal()?;
-        crate::serve(listener, Arc::clone(&house), shutdown).await;
+        crate::serve(listeners, Arc::clone(&house), shutdown).await;
         house.stop();
         Ok(EXIT_DONE)
     })
 }
 
+async fn bind(config: &Config) -> Result<Listeners, Failure> {
+    let tls = tls::acceptor(&config.server).map_err(Failure::start)?;
+    let listen = async |address: &str, key: &str| {
+        let tcp = TcpListener::bind(address).await.map_err(|error| {
+            Failure::start(anyhow::anyhow!(
+                "cannot listen on {address}: {error} (see {key})"
+            ))
+        })?;
+        Ok::<_, Failure>(Listener {
+            tcp,
+            tls: tls.clone(),
+        })
+    };
+    let api = listen(&config.server.listen, "--listen").await?;
+    let admin = match config.admin.listen.as_str() {
+        "" => None,
+        address => Some(listen(address, "admin.listen").await?),
+    };
+    Ok(Listeners { api, admin })
+}
+
 /// The first lines: where, what, and a command to paste.
-fn greet(house: &House, listener: &TcpListener) -> Result<(), Failure> {
-    let address = listener.local_addr().map_err(Failure::start)?;
-    progress::line(&format!("listening on http://{address}"));
+fn greet(house: &House, listeners: &Listeners) -> Result<(), Failure> {
+    let address = listeners.api.tcp.local_addr().map_err(Failure::start)?;
+    let scheme = listeners.api.tls.as_ref().map_or("http", |_| "https");
+    progress::line(&format!("listening on {scheme}://{address}"));
+    if let Some(admin) = &listeners.admin {
+        let address = admin.tcp.local_addr().map_err(Failure::start)?;
+        progress::line(&format!("administered at {scheme}://{address}"));
+    }
+    if !address.ip().is_loopback() && house.config().access.keys.is_empty() {
+        tracing::warn!(
+            %address,
+            "everybody who can reach this address may ask: there are no keys in [access], and this is not loopback"
+        );
+    }
     let demo = if house.model_is_demo() {
         ": a small demo inside the binary that knows simple pictures; serve a real one with --model PATH"
     } else {
@@ -77,7 +108,7 @@ fn greet(house: &House, listener: &TcpListener) -> Result<(), Failure> {
     }
     if let Some(path) = house.find_path("POST", "/chat/completions") {
         progress::line(&format!(
-            "try: curl http://{address}{path} -H 'Content-Type: application/json' \
+            "try: curl {scheme}://{address}{path} -H 'Content-Type: application/json' \
              -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"Hello\"}}],\"max_tokens\":16}}'"
         ));
     }

@@ -3,14 +3,18 @@
 use super::Config;
 
 /// Keys that are read once, at start. Everything else is applied live.
-const RESTART_KEYS: [&str; 11] = [
+const RESTART_KEYS: [&str; 15] = [
     "server.listen",
+    "server.tls_cert_file",
+    "server.tls_key_file",
     "server.request_head_bytes_max",
     "server.queue_requests_max",
     "server.queue_tokens_max",
     "server.head_read_timeout_s",
+    "server.write_timeout_s",
     "server.log_format",
     "server.log_filter",
+    "admin",
     "model",
     "plugins.folder",
     "plugins.poll_s",
@@ -50,12 +54,19 @@ pub fn keep_restart_keys(running: &Config, new: &Config) -> Config {
     let mut applied = new.clone();
     let server = &running.server;
     applied.server.listen.clone_from(&server.listen);
+    applied
+        .server
+        .tls_cert_file
+        .clone_from(&server.tls_cert_file);
+    applied.server.tls_key_file.clone_from(&server.tls_key_file);
     applied.server.request_head_bytes_max = server.request_head_bytes_max;
     applied.server.queue_requests_max = server.queue_requests_max;
     applied.server.queue_tokens_max = server.queue_tokens_max;
     applied.server.head_read_timeout_s = server.head_read_timeout_s;
+    applied.server.write_timeout_s = server.write_timeout_s;
     applied.server.log_format = server.log_format;
     applied.server.log_filter.clone_from(&server.log_filter);
+    applied.admin = running.admin.clone();
     applied.model = running.model.clone();
     applied.plugins.folder.clone_from(&running.plugins.folder);
     applied.plugins.poll_s = running.plugins.poll_s;
@@ -133,11 +144,15 @@ mod tests {
         let old = Config::default();
         let mut new = old.clone();
         new.server.listen = "0.0.0.0:1".to_owned();
+        new.server.tls_cert_file = "cert.pem".into();
+        new.server.tls_key_file = "key.pem".into();
         new.server.request_head_bytes_max += 1;
         new.server.queue_requests_max += 1;
         new.server.head_read_timeout_s += 1;
+        new.server.write_timeout_s += 1;
         new.server.log_format = super::super::LogFormat::Json;
         new.server.log_filter = "debug".to_owned();
+        new.admin.listen = "127.0.0.1:1".to_owned();
         new.model.aliases.push("x".to_owned());
         new.plugins.folder = "other".into();
         new.plugins.poll_s += 1;

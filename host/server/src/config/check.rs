@@ -4,9 +4,10 @@
 
 use std::collections::HashMap;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::Path;
 
 use super::report::Issue;
-use super::{Config, PluginLimits, RouteConfig};
+use super::{AccessConfig, Config, FetchConfig, PluginLimits, RouteConfig, ServerConfig};
 
 /// Positions of the longest context Phi-3.5 was trained for.
 const CONTEXT_TOKENS_MAX: u32 = 131_072;
@@ -21,6 +22,8 @@ pub const GENERATIONS_PER_REQUEST_MAX: u32 = 128;
 pub fn check(config: &Config) -> Vec<Issue> {
     let mut found = Found::default();
     check_server(config, &mut found);
+    check_access(&config.access, &mut found);
+    check_admin(config, &mut found);
     check_model(config, &mut found);
     check_generation(config, &mut found);
     check_images(config, &mut found);
@@ -49,8 +52,7 @@ impl Found {
     }
 }
 
-fn check_server(config: &Config, found: &mut Found) {
-    let server = &config.server;
+fn check_listener(server: &ServerConfig, found: &mut Found) {
     if server.listen.parse::<SocketAddr>().is_err() && server.listen.to_socket_addrs().is_err() {
         found.add(
             "server.listen",
@@ -58,7 +60,20 @@ fn check_server(config: &Config, found: &mut Found) {
             "IP:PORT, [IPV6]:PORT or HOST:PORT, such as 127.0.0.1:8080",
         );
     }
+    if server.tls_cert_file.as_os_str().is_empty() != server.tls_key_file.as_os_str().is_empty() {
+        found.add(
+            "server.tls_cert_file",
+            "a certificate without its key, or a key without its certificate",
+            "server.tls_cert_file and server.tls_key_file together, or neither",
+        );
+    }
+}
+
+fn check_server(config: &Config, found: &mut Found) {
+    let server = &config.server;
+    check_listener(server, found);
     let rows = [
+        ("connections_max", server.connections_max as u64, 1, 65_536),
         (
             "request_head_bytes_max",
             server.request_head_bytes_max,
@@ -96,6 +111,7 @@ fn check_server(config: &Config, found: &mut Found) {
         ("request_timeout_s", server.request_timeout_s, 1, 86_400),
         ("head_read_timeout_s", server.head_read_timeout_s, 1, 600),
         ("body_read_timeout_s", server.body_read_timeout_s, 1, 3600),
+        ("write_timeout_s", server.write_timeout_s, 1, 3600),
         ("keep_alive_s", server.keep_alive_s, 0, 3600),
         (
             "stream_buffer_pieces",
@@ -113,6 +129,63 @@ fn check_server(config: &Config, found: &mut Found) {
             error.to_string(),
             "error, warn, info, debug, trace, or directives such as info,visor_engine=debug",
         );
+    }
+}
+
+fn check_access(access: &AccessConfig, found: &mut Found) {
+    for (index, listed) in access.cors_origins.iter().enumerate() {
+        // As a browser writes it: scheme, host, and a port that is not the scheme's own.
+        let origin = url::Url::parse(listed).map(|url| url.origin().ascii_serialization());
+        if listed != "*" && origin.as_deref() != Ok(listed) {
+            found.add(
+                format!("access.cors_origins.{index}"),
+                format!("`{listed}` is no origin"),
+                "scheme and host, such as https://app.example.org, without a path; `*` for all",
+            );
+        }
+    }
+    for (index, key) in access.keys.iter().enumerate() {
+        let at = |name: &str| format!("access.keys.{index}.{name}");
+        let before = &access.keys[..index];
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.@".contains(c);
+        let shaped = (1..=64).contains(&key.name.len()) && key.name.chars().all(plain);
+        if !shaped || before.iter().any(|other| other.name == key.name) {
+            found.add(
+                at("name"),
+                format!("`{}` is no name, or the name of another key", key.name),
+                "one name each: 1 to 64 letters, digits, `-`, `_`, `.`, `@`",
+            );
+        }
+        // The wrong text may be the key itself, so it is not repeated.
+        let digest = key.digest();
+        if digest.is_none() || before.iter().any(|other| other.digest() == digest) {
+            found.add(
+                at("sha256"),
+                "no SHA-256, or that of another key",
+                "64 hexadecimal digits: printf %s \"$KEY\" | sha256sum",
+            );
+        }
+    }
+}
+
+fn check_admin(config: &Config, found: &mut Found) {
+    let listen = &config.admin.listen;
+    if listen.is_empty() {
+        return;
+    }
+    let has_key = config.access.keys.iter().any(|key| key.admin);
+    match listen.parse::<SocketAddr>() {
+        Err(_) => found.add(
+            "admin.listen",
+            format!("`{listen}` is not an IP address with a port"),
+            "IP:PORT or [IPV6]:PORT, such as 127.0.0.1:8081; empty opens none",
+        ),
+        Ok(address) if !address.ip().is_loopback() && !has_key => found.add(
+            "admin.listen",
+            format!("{address} is reached from other machines, and no key guards it"),
+            "a loopback address, or a key with admin = true in [[access.keys]]",
+        ),
+        Ok(_) => {}
     }
 }
 
@@ -196,6 +269,62 @@ fn check_images(config: &Config, found: &mut Found) {
         65_535,
     );
     found.range("images.count_max", images.count_max, 0, 256);
+    check_files_root(&images.files_root, found);
+    check_fetch(&images.fetch, found);
+}
+
+fn check_files_root(root: &Path, found: &mut Found) {
+    if root.as_os_str().is_empty() {
+        return;
+    }
+    if !cfg!(unix) {
+        let message = "files cannot be opened without following links on this system";
+        found.add("images.files_root", message, "empty");
+    } else if !root.is_absolute() || !root.is_dir() {
+        found.add(
+            "images.files_root",
+            format!("`{}` is not the absolute path of a folder", root.display()),
+            "a folder such as /srv/pictures; empty reads no files",
+        );
+    }
+}
+
+fn check_fetch(fetch: &FetchConfig, found: &mut Found) {
+    found.range("images.fetch.redirects_max", fetch.redirects_max, 0, 10);
+    found.range("images.fetch.timeout_s", fetch.timeout_s, 1, 300);
+    for (index, pattern) in fetch.hosts.iter().enumerate() {
+        let name = pattern.strip_prefix("*.").unwrap_or(pattern);
+        // As a URL's host is compared: lower case, punycode, addresses in their one spelling.
+        let canonical = url::Host::parse(name).map(|host| host.to_string());
+        let good = canonical.as_deref() == Ok(name) && !name.contains('*');
+        if pattern != "*" && !good {
+            let meant = match canonical {
+                Ok(canonical) if canonical != name => {
+                    format!("`{canonical}`, as it is written in a URL")
+                }
+                _ => "a host name without scheme, port or path, `*.suffix`, or `*`".to_owned(),
+            };
+            found.add(
+                format!("images.fetch.hosts.{index}"),
+                format!("`{pattern}` is not a host"),
+                &meant,
+            );
+        }
+    }
+    if (fetch.https || fetch.http) && fetch.hosts.is_empty() {
+        found.add(
+            "images.fetch.hosts",
+            "empty: every URL would be refused",
+            "the hosts that may be fetched from; `*` for all",
+        );
+    }
+    if fetch.ports.is_empty() || fetch.ports.contains(&0) {
+        found.add(
+            "images.fetch.ports",
+            "empty, or port 0",
+            "the ports that may be connected to, such as [443, 80]",
+        );
+    }
 }
 
 fn check_sandbox(config: &Config, found: &mut Found) {

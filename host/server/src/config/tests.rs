@@ -55,6 +55,8 @@ fn the_documented_file_has_every_key_and_says_why() {
     let lines: Vec<&str> = DOCUMENTED.lines().collect();
     let commented = [
         "[server]",
+        "[access]",
+        "[admin]",
         "[model]",
         "[generation]",
         "[images]",
@@ -208,4 +210,109 @@ fn a_file_that_is_not_there_says_so() {
         error.to_string().contains("no-such-folder/visor.toml"),
         "{error}"
     );
+}
+
+#[test]
+fn hosts_are_written_as_urls_have_them() {
+    let hosts = |hosts: &str| format!("[images.fetch]\nhttps = true\nhosts = [{hosts}]\n");
+    let good = r#""*", "a.example", "*.b.example", "93.184.216.34", "[2606:4700::1111]", "xn--bcher-kva.example""#;
+    parse(&hosts(good)).unwrap();
+    for bad in [
+        "A.example",
+        "https://a.example",
+        "a.example:443",
+        "a.example/x",
+        "bücher.example",
+        "0x7f.1",
+        "*",
+        "*.*",
+        "",
+        "a.*",
+        "2606:4700::1111",
+    ] {
+        let text = hosts(&format!("\"a.example\", \"*.{bad}\""));
+        assert_eq!(mistake(&text).key, "images.fetch.hosts.1", "*.{bad}");
+        if bad != "*" {
+            let text = hosts(&format!("\"{bad}\""));
+            assert_eq!(mistake(&text).key, "images.fetch.hosts.0", "{bad}");
+        }
+    }
+    let issue = mistake(&hosts(""));
+    assert_eq!(issue.key, "images.fetch.hosts");
+    let issue = mistake("[images]\nfiles_root = \"pictures\"\n");
+    assert_eq!(issue.key, "images.files_root");
+}
+
+#[test]
+fn a_mistaken_key_is_named_and_never_repeated() {
+    let hash = "0123456789abcdef".repeat(4);
+    let keys = |keys: &[(&str, &str)]| {
+        let one = |(name, hash): &(&str, &str)| {
+            format!("[[access.keys]]\nname = \"{name}\"\nsha256 = \"{hash}\"\n")
+        };
+        keys.iter().map(one).collect::<String>()
+    };
+    let config = parse(&keys(&[("alice", &hash), ("bob", &hash.replace('0', "1"))])).unwrap();
+    assert_eq!(parse(&config.to_toml()).unwrap(), config);
+    for name in ["", "al ice", "al\\nice", &"x".repeat(65)] {
+        let issue = mistake(&keys(&[(name, &hash)]));
+        assert_eq!(issue.key, "access.keys.0.name", "{name}");
+    }
+    let issue = mistake(&keys(&[
+        ("alice", &hash),
+        ("alice", &hash.replace('0', "1")),
+    ]));
+    assert_eq!(issue.key, "access.keys.1.name");
+    let issue = mistake(&keys(&[("alice", &hash), ("bob", &hash.to_uppercase())]));
+    assert_eq!(issue.key, "access.keys.1.sha256");
+    let secret = "sk-not-a-hash";
+    let error = parse(&keys(&[("alice", secret)])).expect_err("the key itself");
+    assert_eq!(error.issues[0].key, "access.keys.0.sha256");
+    assert!(!error.one_line().contains(secret), "{}", error.one_line());
+    let issue = mistake("[[access.keys]]\nname = \"alice\"\n");
+    assert!(issue.message.contains("sha256"), "{issue:?}");
+}
+
+#[test]
+fn origins_are_written_as_browsers_have_them() {
+    let origins = |one: &str| format!("[access]\ncors_origins = [\"{one}\"]\n");
+    for good in [
+        "*",
+        "https://a.example",
+        "http://localhost:3000",
+        "http://[::1]:8080",
+    ] {
+        parse(&origins(good)).unwrap();
+    }
+    for bad in [
+        "a.example",
+        "https://a.example/",
+        "https://A.example",
+        "https://a.example:443",
+        "null",
+        "https://a.example/app",
+        "",
+    ] {
+        let found = parse(&origins(bad)).map_err(|error| error.issues[0].key.clone());
+        assert_eq!(found, Err("access.cors_origins.0".to_owned()), "{bad}");
+    }
+}
+
+#[test]
+fn the_admin_listener_is_local_or_guarded() {
+    let admin = |listen: &str| format!("[admin]\nlisten = \"{listen}\"\n");
+    let key = |admin: bool| {
+        let hash = "0123456789abcdef".repeat(4);
+        format!("[[access.keys]]\nname = \"root\"\nsha256 = \"{hash}\"\nadmin = {admin}\n")
+    };
+    for local in ["127.0.0.1:1", "[::1]:1", "127.3.2.1:0"] {
+        parse(&admin(local)).unwrap();
+    }
+    for open in ["0.0.0.0:1", "[::]:1", "192.168.0.1:1"] {
+        assert_eq!(mistake(&admin(open)).key, "admin.listen");
+        let guarded = parse(&(admin(open) + &key(true))).unwrap();
+        assert_eq!(parse(&guarded.to_toml()).unwrap(), guarded);
+        assert_eq!(mistake(&(admin(open) + &key(false))).key, "admin.listen");
+    }
+    assert_eq!(mistake(&admin("localhost:1")).key, "admin.listen");
 }

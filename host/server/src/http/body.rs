@@ -33,6 +33,22 @@ pub async fn read(body: Body, bytes_max: u64, patience: Duration) -> Result<Byte
     }
 }
 
+/// Reads a body that nobody wants, at most `bytes_max` bytes of it, so that a client which writes before
+/// it reads still sees why it was turned away.
+pub async fn discard(mut body: Body, bytes_max: u64, patience: Duration) {
+    let reading = async {
+        let mut seen: u64 = 0;
+        while let Some(Ok(piece)) = next(&mut body).await {
+            seen = seen.saturating_add(piece.len() as u64);
+            if seen > bytes_max {
+                break;
+            }
+        }
+    };
+    // Whether it ended or not, the answer is the same.
+    _ = tokio::time::timeout(patience, reading).await;
+}
+
 async fn collect(mut body: Body, announced: u64, bytes_max: u64) -> Result<Bytes, Failure> {
     let too_long = || {
         let message = format!("the body is larger than {bytes_max} bytes");

@@ -2,17 +2,21 @@
 
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::gate::Gate;
+use super::gate::{Gate, Permit};
+use super::patience::Patient;
 use crate::config::ServerConfig;
 use crate::wiring::House;
 
@@ -25,24 +29,39 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// Pause after a failed accept: running out of file descriptors must not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Where connections come in, sealed or not.
+pub struct Listener {
+    /// The socket.
+    pub tcp: TcpListener,
+    /// Seals connections; none speaks plain HTTP.
+    pub tls: Option<TlsAcceptor>,
+}
+
+/// Serves the admin listener for ever; whoever drops this ends it.
+pub async fn administer(listener: Listener, house: Arc<House>) {
+    let local = listener
+        .tcp
+        .local_addr()
+        .is_ok_and(|address| address.ip().is_loopback());
+    let router = super::admin::router(Arc::clone(&house), local);
+    let connections = Connections::new(router, listener.tls, house);
+    connections.accept_from(&listener.tcp).await;
+}
+
 /// Accepts connections until `shutdown` resolves; then refuses new work, lets what is in flight
 /// finish for at most `server.drain_s`, and returns.
 pub async fn run(
-    listener: TcpListener,
+    listener: Listener,
     house: Arc<House>,
     gate: Arc<Gate>,
     shutdown: impl Future<Output = ()>,
 ) {
     let router = super::routes::router(Arc::clone(&house), Arc::clone(&gate));
-    let connections = Connections {
-        router,
-        http: builder(&house.config().server),
-        closing: CancellationToken::new(),
-        tracker: TaskTracker::new(),
-    };
+    let Listener { tcp, tls } = listener;
+    let connections = Connections::new(router, tls, Arc::clone(&house));
     {
         let mut shutdown = pin!(shutdown);
-        let serving = connections.accept_from(&listener);
+        let serving = connections.accept_from(&tcp);
         tokio::select! {
             () = &mut shutdown => {}
             () = serving => {}
@@ -57,11 +76,11 @@ pub async fn run(
     );
     // Still accepting: probes and late clients are told to go elsewhere rather than left in the dark.
     tokio::select! {
-        () = connections.accept_from(&listener) => {}
+        () = connections.accept_from(&tcp) => {}
         () = gate.empty() => {}
         () = tokio::time::sleep(patience) => tracing::warn!("requests still in flight are cut off"),
     }
-    drop(listener);
+    drop(tcp);
     connections.closing.cancel();
     connections.tracker.close();
     _ = tokio::time::timeout(GOODBYE, connections.tracker.wait()).await;
@@ -79,12 +98,38 @@ fn builder(config: &ServerConfig) -> http1::Builder {
 
 struct Connections {
     router: Router,
+    tls: Option<TlsAcceptor>,
+    /// How long a client may take until its connection is sealed.
+    handshake: Duration,
+    /// How long a client may take nothing of its answer.
+    write: Duration,
     http: http1::Builder,
+    /// Counts the open connections.
+    open: Arc<Gate>,
+    /// Whether the last connection was one too many, so that a flood is logged once.
+    full: AtomicBool,
+    house: Arc<House>,
     closing: CancellationToken,
     tracker: TaskTracker,
 }
 
 impl Connections {
+    fn new(router: Router, tls: Option<TlsAcceptor>, house: Arc<House>) -> Self {
+        let server = &house.config().server;
+        Self {
+            router,
+            tls,
+            handshake: Duration::from_secs(server.head_read_timeout_s),
+            write: Duration::from_secs(server.write_timeout_s),
+            http: builder(server),
+            open: Arc::default(),
+            full: AtomicBool::new(false),
+            house,
+            closing: CancellationToken::new(),
+            tracker: TaskTracker::new(),
+        }
+    }
+
     async fn accept_from(&self, listener: &TcpListener) {
         loop {
             match listener.accept().await {
@@ -97,24 +142,72 @@ impl Connections {
         }
     }
 
+    fn place(&self) -> Option<Permit> {
+        let connections_max = self.house.config().server.connections_max;
+        let place = self.open.enter(connections_max);
+        let full = place.is_none();
+        if full && !self.full.swap(full, Relaxed) {
+            tracing::warn!(
+                connections_max,
+                "connections are closed at once: server.connections_max are open"
+            );
+        }
+        self.full.store(full, Relaxed);
+        place
+    }
+
     fn serve(&self, stream: TcpStream) {
+        let Some(place) = self.place() else {
+            return;
+        };
         // A stream of small pieces must not wait for a full segment.
         _ = stream.set_nodelay(true);
-        let service = TowerToHyperService::new(self.router.clone());
-        let connection = self.http.serve_connection(TokioIo::new(stream), service);
-        let closing = self.closing.clone();
+        let stream = Patient::new(stream, self.write);
+        let talk = Talk {
+            router: self.router.clone(),
+            http: self.http.clone(),
+            closing: self.closing.clone(),
+        };
+        let Some(tls) = self.tls.clone() else {
+            self.tracker.spawn(async move {
+                let _place = place;
+                talk.run(stream).await;
+            });
+            return;
+        };
+        let handshake = self.handshake;
         self.tracker.spawn(async move {
-            let mut connection = pin!(connection);
-            let ended = tokio::select! {
-                ended = connection.as_mut() => ended,
-                () = closing.cancelled() => {
-                    connection.as_mut().graceful_shutdown();
-                    connection.await
-                }
-            };
-            if let Err(error) = ended {
-                tracing::debug!(%error, "connection ended early");
+            let _place = place;
+            match tokio::time::timeout(handshake, tls.accept(stream)).await {
+                Ok(Ok(sealed)) => talk.run(sealed).await,
+                Ok(Err(error)) => tracing::debug!(%error, "no sealed connection"),
+                Err(_) => tracing::debug!("a handshake took too long"),
             }
         });
+    }
+}
+
+/// What one connection needs.
+struct Talk {
+    router: Router,
+    http: http1::Builder,
+    closing: CancellationToken,
+}
+
+impl Talk {
+    /// Answers requests until the client has had enough or the server is going.
+    async fn run(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        let service = TowerToHyperService::new(self.router);
+        let mut connection = pin!(self.http.serve_connection(TokioIo::new(stream), service));
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = self.closing.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(%error, "connection ended early");
+        }
     }
 }

@@ -3,12 +3,17 @@
 use serde_json::json;
 use visor_sandbox::{ErrorCode, Response};
 
-use crate::pipeline::Failure;
+use crate::pipeline::{Denied, Failure};
 
 /// The status a failure has when no adapter has an opinion.
 pub fn status_of(failure: &Failure) -> u16 {
     if !failure.allow.is_empty() {
         return 405;
+    }
+    match failure.denied {
+        Some(Denied::Unknown) => return 401,
+        Some(Denied::TooMany) => return 429,
+        None => {}
     }
     match failure.error.code {
         ErrorCode::InvalidRequest | ErrorCode::Unsupported | ErrorCode::ContextOverflow => 400,
@@ -26,6 +31,9 @@ pub fn headers_of(failure: &Failure) -> Vec<(String, String)> {
     if let Some(seconds) = failure.error.retry_after_s {
         headers.push(("retry-after".to_owned(), seconds.to_string()));
     }
+    if failure.denied == Some(Denied::Unknown) {
+        headers.push(("www-authenticate".to_owned(), "Bearer".to_owned()));
+    }
     if !failure.allow.is_empty() {
         headers.push(("allow".to_owned(), failure.allow.join(", ")));
     }
@@ -34,7 +42,7 @@ pub fn headers_of(failure: &Failure) -> Vec<(String, String)> {
 
 /// The error object of the OpenAI API with all four keys: the dialect of last resort.
 pub fn fallback_body(failure: &Failure) -> Vec<u8> {
-    let (kind, code) = match failure.error.code {
+    let by_code = match failure.error.code {
         ErrorCode::InvalidRequest => ("invalid_request_error", None),
         ErrorCode::Unsupported => ("invalid_request_error", Some("unsupported_value")),
         ErrorCode::ContextOverflow => ("invalid_request_error", Some("context_length_exceeded")),
@@ -43,6 +51,11 @@ pub fn fallback_body(failure: &Failure) -> Vec<u8> {
         ErrorCode::Overloaded => ("overloaded_error", Some("overloaded")),
         ErrorCode::Timeout => ("server_error", Some("timeout")),
         ErrorCode::Internal => ("server_error", Some("internal_error")),
+    };
+    let (kind, code) = match failure.denied {
+        Some(Denied::Unknown) => ("invalid_request_error", Some("invalid_api_key")),
+        Some(Denied::TooMany) => ("rate_limit_error", Some("rate_limit_exceeded")),
+        None => by_code,
     };
     let error = json!({
         "message": failure.error.message,

@@ -15,7 +15,22 @@ pub struct Gate {
 
 /// A place among the requests in flight, given back when dropped. Clones share one place.
 #[derive(Debug, Clone)]
-pub struct Permit(#[expect(dead_code, reason = "held for its drop")] Arc<Place>);
+pub struct Permit {
+    _place: Arc<Place>,
+    /// A second place, behind another gate.
+    _also: Option<Arc<Place>>,
+}
+
+impl Permit {
+    /// This place and that of another gate, given back together.
+    #[must_use]
+    pub fn with(self, other: Self) -> Self {
+        Self {
+            _also: Some(other._place),
+            ..self
+        }
+    }
+}
 
 #[derive(Debug)]
 struct Place(Arc<Gate>);
@@ -26,9 +41,10 @@ impl Gate {
         let entered = self.inside.fetch_update(SeqCst, SeqCst, |inside| {
             (inside < places_max).then_some(inside + 1)
         });
-        entered
-            .ok()
-            .map(|_| Permit(Arc::new(Place(Arc::clone(self)))))
+        entered.ok().map(|_| Permit {
+            _place: Arc::new(Place(Arc::clone(self))),
+            _also: None,
+        })
     }
 
     /// Nobody is to be let in any more: the server is stopping.

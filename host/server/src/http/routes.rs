@@ -7,6 +7,7 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header, request};
+use axum::middleware::{self, Next};
 use axum::routing::get;
 use tokio::runtime::Handle;
 use visor_engine::CancelToken;
@@ -14,7 +15,8 @@ use visor_sandbox::ErrorCode;
 
 use super::body::{self, Held};
 use super::gate::{Gate, Permit};
-use super::{error, paths};
+use super::keys::{Key, SECRET_HEADERS};
+use super::{cors, error, paths, trace};
 use crate::pipeline::{self, Call, CancelOnDrop, Failure, Incoming, Reply, ReplyReceiver};
 use crate::wiring::{House, Pinned};
 
@@ -45,7 +47,20 @@ pub fn router(house: Arc<House>, gate: Arc<Gate>) -> Router {
         .route("/stats", get(stats))
         .route("/metrics", get(metrics))
         .fallback(exchange)
+        .layer(middleware::from_fn_with_state(http.clone(), pages))
         .with_state(http)
+}
+
+/// Around every path: which web pages may ask.
+async fn pages(State(http): State<Http>, request: Request<Body>, next: Next) -> Response<Body> {
+    let origin = cors::origin(request.headers(), &http.house.config().access.cors_origins);
+    let answered = cors::preflight(request.method(), request.headers(), &origin);
+    let mut response = match answered {
+        Some(response) => response,
+        None => next.run(request).await,
+    };
+    cors::grant(&mut response, origin);
+    response
 }
 
 /// Alive: the process answers.
@@ -64,12 +79,18 @@ async fn ready(State(http): State<Http>) -> Response<Body> {
     }
 }
 
-async fn stats(State(http): State<Http>) -> Response<Body> {
+async fn stats(State(http): State<Http>, headers: HeaderMap) -> Response<Body> {
+    if let Err(failure) = may_look(&http, &headers) {
+        return whole(error::fallback_response(&failure));
+    }
     json(StatusCode::OK, &http.house.stats_json())
 }
 
 async fn metrics(State(http): State<Http>, headers: HeaderMap) -> Response<Body> {
     const OPENMETRICS: &str = "application/openmetrics-text";
+    if let Err(failure) = may_look(&http, &headers) {
+        return whole(error::fallback_response(&failure));
+    }
     let accept = headers
         .get(header::ACCEPT)
         .and_then(|value| value.to_str().ok())
@@ -87,7 +108,16 @@ async fn metrics(State(http): State<Http>, headers: HeaderMap) -> Response<Body>
     response
 }
 
-fn json(status: StatusCode, value: &serde_json::Value) -> Response<Body> {
+/// Whether a caller may see what is counted.
+fn may_look(http: &Http, headers: &HeaderMap) -> Result<(), Failure> {
+    let wiring = http.house.wiring();
+    if wiring.config.access.stats_need_key {
+        wiring.keys.find(headers)?;
+    }
+    Ok(())
+}
+
+pub(super) fn json(status: StatusCode, value: &serde_json::Value) -> Response<Body> {
     let mut response = Response::new(Body::from(value.to_string()));
     *response.status_mut() = status;
     response.headers_mut().insert(
@@ -105,17 +135,27 @@ async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<
     let mut response = match http.house.pin(head.uri.path()) {
         Some(pinned) => {
             let plugins = pipeline::plugins_header(&pinned);
-            let incoming = incoming(&head, &pinned, id.clone(), accepted);
-            let mut response = serve(&http, pinned, incoming, body).await;
+            let mut incoming = incoming(&head, &pinned, id.clone(), accepted);
+            let mut response = match pinned.keys.find(&head.headers) {
+                Ok(key) => {
+                    incoming.principal = key.as_ref().map(|key| key.name.clone());
+                    serve(&http, pinned, (incoming, key), body).await
+                }
+                Err(failure) => {
+                    discard(&pinned, body).await;
+                    refuse(&http, pinned, incoming, failure).await
+                }
+            };
             body::add_header(&mut response, "x-visor-plugins", &plugins);
             response
         }
         None => {
             let message = format!("no route serves {}", head.uri.path());
-            whole(error::fallback_response(&Failure::new(
-                ErrorCode::NotFound,
-                message,
-            )))
+            let known = http.house.wiring().keys.find(&head.headers);
+            let failure = known
+                .err()
+                .unwrap_or_else(|| Failure::new(ErrorCode::NotFound, message));
+            whole(error::fallback_response(&failure))
         }
     };
     body::add_header(&mut response, "x-request-id", &id);
@@ -123,7 +163,12 @@ async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<
 }
 
 /// One request that has a mount: in through the gate, matched, its body read, then worked on.
-async fn serve(http: &Http, pinned: Pinned, mut incoming: Incoming, body: Body) -> Response<Body> {
+async fn serve(
+    http: &Http,
+    pinned: Pinned,
+    (mut incoming, key): (Incoming, Option<Arc<Key>>),
+    body: Body,
+) -> Response<Body> {
     let config = Arc::clone(&pinned.config);
     if http.gate.is_closed() {
         let failure = Failure::new(ErrorCode::Overloaded, "the server is stopping")
@@ -137,6 +182,13 @@ async fn serve(http: &Http, pinned: Pinned, mut incoming: Incoming, body: Body) 
         );
         let failure = Failure::new(ErrorCode::Overloaded, message).retry_after(RETRY_AFTER_S);
         return refuse(http, pinned, incoming, failure).await;
+    };
+    let permit = match key.map(|key| key.enter()).transpose() {
+        Ok(own) => own.into_iter().fold(permit, Permit::with),
+        Err(failure) => {
+            discard(&pinned, body).await;
+            return reject(http, pinned, incoming, failure, permit).await;
+        }
     };
     let checked = match paths::find(pinned.adapter.routes(), &incoming.method, &incoming.path) {
         paths::Match::Found {
@@ -168,6 +220,14 @@ async fn serve(http: &Http, pinned: Pinned, mut incoming: Incoming, body: Body) 
         Ok(bytes) => work(http, pinned, incoming, bytes, permit).await,
         Err(failure) => reject(http, pinned, incoming, failure, permit).await,
     }
+}
+
+/// Lets a caller who is turned away finish writing, for as long as a head may take: a stranger gets no
+/// more of the server's patience.
+async fn discard(pinned: &Pinned, body: Body) {
+    let server = &pinned.config.server;
+    let patience = Duration::from_secs(server.head_read_timeout_s);
+    body::discard(body, server.request_body_bytes_max, patience).await;
 }
 
 /// Hands the exchange to a thread of its own and passes on what comes back.
@@ -247,7 +307,7 @@ async fn pass_on(receiver: ReplyReceiver, held: Held) -> Response<Body> {
     }
 }
 
-fn whole(response: visor_sandbox::Response) -> Response<Body> {
+pub(super) fn whole(response: visor_sandbox::Response) -> Response<Body> {
     let mut answer = Response::new(Body::from(response.body));
     *answer.status_mut() =
         StatusCode::from_u16(response.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
@@ -262,7 +322,11 @@ fn incoming(head: &request::Parts, pinned: &Pinned, id: String, accepted: Instan
     let below = full_path
         .strip_prefix(pinned.prefix.trim_end_matches('/'))
         .unwrap_or(full_path);
-    let headers = head.headers.iter().filter_map(|(name, value)| {
+    let shared = head
+        .headers
+        .iter()
+        .filter(|(name, _)| !SECRET_HEADERS.contains(&name.as_str()));
+    let headers = shared.filter_map(|(name, value)| {
         Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned()))
     });
     Incoming {
@@ -271,6 +335,8 @@ fn incoming(head: &request::Parts, pinned: &Pinned, id: String, accepted: Instan
         full_path: full_path.to_owned(),
         params: Vec::new(),
         query: paths::query_pairs(head.uri.query().unwrap_or("")),
+        principal: None,
+        traceparent: trace::parent(&head.headers),
         headers: headers.collect(),
         id,
         accepted,

@@ -132,7 +132,7 @@ fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
 /// greedy answers repeat.
 fn share(work: &mut Work, counted: &mut Counted) -> (Sharing, Option<CacheKey>) {
     let lookup = Lookup {
-        principal: work.call.incoming.principal(),
+        principal: work.call.incoming.principal.clone(),
         model: work.call.house.model.id.clone(),
         route: work.call.pinned.prefix.clone(),
         prompt_tokens: u32::try_from(counted.prompt.ids.len()).unwrap_or(u32::MAX),

@@ -12,7 +12,8 @@ use super::cached::Sharing;
 use super::failure::Failure;
 use super::record::Stage;
 use super::work::{Stop, Work};
-use crate::images;
+use crate::images::fetch::Patience;
+use crate::images::{self, LoadError, Loading};
 use crate::services::{HostImage, model_ops};
 
 /// A picture and the policy's decision on it.
@@ -26,7 +27,7 @@ pub(super) struct Planned {
     pub key: [u8; 32],
 }
 
-/// Decodes every picture, in order; the first that cannot be decoded ends the request.
+/// Fetches and decodes every picture, in order; the first that cannot be decoded ends the request.
 pub(super) fn decode(
     work: &mut Work,
     sources: &[Source],
@@ -37,9 +38,20 @@ pub(super) fn decode(
     for (index, source) in sources.iter().enumerate() {
         work.check()?;
         let began = Instant::now();
-        let image = images::load(source, &config.images);
+        let loading = Loading {
+            config: &config.images,
+            fetcher: &work.call.house.fetcher,
+            patience: Patience {
+                deadline: work.deadline,
+                gone: &|| work.call.cancel.is_cancelled(),
+            },
+        };
+        let image = images::load(source, &loading);
         work.trace.stages.add(Stage::Images, began.elapsed());
-        let image = image.map_err(|error| Failure::from(error).at(param(index, extensions)))?;
+        let image = image.map_err(|error| match error {
+            LoadError::Refused(error) => Failure::from(error).at(param(index, extensions)).into(),
+            LoadError::Gone => Stop::Gone,
+        })?;
         decoded.push(Arc::new(image));
     }
     work.trace.images += u32::try_from(decoded.len()).unwrap_or(u32::MAX);

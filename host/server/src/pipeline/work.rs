@@ -22,7 +22,11 @@ pub struct Incoming {
     pub params: Vec<(String, String)>,
     /// Decoded query parameters.
     pub query: Vec<(String, String)>,
-    /// Header names in lower case, and values.
+    /// The caller's `traceparent`, well formed.
+    pub traceparent: Option<String>,
+    /// Name of the key it was asked with; none is anybody.
+    pub principal: Option<String>,
+    /// Header names in lower case, and values, without those that carry secrets.
     pub headers: Vec<(String, String)>,
     /// Request id, the client's or ours.
     pub id: String,
@@ -37,11 +41,6 @@ impl Incoming {
             .iter()
             .find(|(key, _)| key == name)
             .map(|(_, value)| value.as_str())
-    }
-
-    /// Who is calling. There is no authentication in the house, so everyone is anonymous.
-    pub fn principal(&self) -> Option<String> {
-        None
     }
 }
 

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::config::change::{Change, keep_restart_keys};
 use crate::config::{CacheConfig, Config, ConfigError};
+use crate::images::fetch::Fetcher;
 use crate::metrics::Metrics;
 use crate::pipeline::Answer;
 use crate::services::{ServedModel, Services};
@@ -45,15 +46,20 @@ pub struct House {
     pub pixels: Arc<Cache<PixelValues>>,
     /// Whole answers.
     pub responses: Arc<Cache<Answer>>,
+    /// The way to pictures that only have an address.
+    pub fetcher: Fetcher,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     pub(super) current: Arc<Current>,
     pub(super) sandbox: Sandbox,
     pub(super) folder: PluginFolder,
     draining: AtomicBool,
+    /// Asked not to be given new work, by whoever runs the server.
+    aside: AtomicBool,
     pub(super) started: Instant,
     pub(super) reloads: Mutex<ReloadState>,
     watcher: Mutex<Option<ConfigWatcher>>,
+    source: Option<ConfigSource>,
 }
 
 /// The wiring in force and what a swap touches. Shared with the plugin folder's thread.
@@ -114,10 +120,13 @@ impl House {
             model,
             pixels: caches.pixels,
             responses: caches.responses,
+            fetcher: Fetcher::system(),
             current,
             sandbox,
             folder,
             draining: AtomicBool::new(false),
+            aside: AtomicBool::new(false),
+            source: options.source.clone(),
             started,
             reloads: Mutex::default(),
             watcher: Mutex::default(),
@@ -148,6 +157,7 @@ impl House {
         let strategy = route.strategy.clone();
         Some(Pinned {
             config: Arc::clone(&wiring.config),
+            keys: Arc::clone(&wiring.keys),
             prefix: route.prefix.clone(),
             adapter: Arc::clone(&route.adapter),
             template: Arc::clone(&route.template),
@@ -186,6 +196,9 @@ impl House {
         if self.draining.load(Relaxed) {
             return Err("the server is stopping".to_owned());
         }
+        if self.aside.load(Relaxed) {
+            return Err("the server was asked to step aside".to_owned());
+        }
         match self.engine.state() {
             EngineState::Ready { .. } => Ok(()),
             EngineState::Loading => Err("the model is still loading".to_owned()),
@@ -203,6 +216,31 @@ impl House {
             self.engine.wait_ready(READY_LOOK);
         }
         self.ready()
+    }
+
+    /// Whether `/ready` says no although the server goes on serving, so that a balancer turns away
+    /// before anything ends.
+    pub fn step_aside(&self, aside: bool) {
+        tracing::info!(aside, "asked to step aside, or back");
+        self.aside.store(aside, Relaxed);
+    }
+
+    /// Empties every cache.
+    pub fn forget(&self) {
+        let caches = &self.current.caches;
+        caches.pixels.invalidate_all();
+        caches.features.invalidate_all();
+        caches.responses.invalidate_all();
+        tracing::info!("the caches were emptied");
+    }
+
+    /// Reads the configuration and the plugin folder now; returns when what is there is in force or
+    /// refused, which the reports tell.
+    pub fn look_again(&self) {
+        if let Some(source) = &self.source {
+            self.take_config(source.read());
+        }
+        self.folder.scan();
     }
 
     /// From here on `/ready` says no; what is in flight goes on.

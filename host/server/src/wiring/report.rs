@@ -44,6 +44,19 @@ impl House {
         all
     }
 
+    /// What the admin listener tells: what is in service, and what is not and why.
+    #[must_use]
+    pub fn admin_json(&self) -> Value {
+        let wiring = self.wiring();
+        json!({
+            "wiring": { "revision": wiring.revision, "routes": stats::routes_json(&wiring) },
+            "plugins": self.plugins_json(),
+            "plugin_folder": stats::folder_json(&self.folder.status()),
+            "config": self.reload_state().to_json(),
+            "caches": self.caches_json(),
+        })
+    }
+
     fn sample(&self) -> Sample {
         let folder = self.folder.status();
         let config = self.reload_state();

@@ -181,7 +181,12 @@ fn asking_goes_through_the_plugins_and_repeats_itself_when_greedy() {
     };
     let first = ask();
     assert!(first.trim().len() > 1, "{first:?}");
-    assert_eq!(first, ask());
+    let key = format!(
+        "[[access.keys]]\nname = \"alice\"\nsha256 = \"{}\"\n",
+        "0".repeat(64)
+    );
+    std::fs::write(folder.path().join("visor.toml"), key).unwrap();
+    assert_eq!(first, ask(), "inside the process nobody needs a key");
 }
 
 #[test]

@@ -1,0 +1,131 @@
+//! Which web pages may ask: none, unless their origin is listed.
+//!
+//! A browser asks before it lets a page of another origin read an answer. Nobody else minds these
+//! headers, so this keeps out pages, not programs; keys do that.
+
+use axum::body::Body;
+use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
+
+/// What a page may send, whatever the adapters serve.
+const METHODS: HeaderValue = HeaderValue::from_static("GET, POST, PUT, PATCH, DELETE");
+/// What a page may read of an answer's head.
+const EXPOSED: HeaderValue = HeaderValue::from_static("retry-after, x-request-id, x-visor-plugins");
+/// Seconds that a browser may keep the answer to its question.
+const MAX_AGE_S: HeaderValue = HeaderValue::from_static("600");
+/// Longest list of headers that is granted, in bytes.
+const HEADERS_BYTES_MAX: usize = 1024;
+
+/// What the origin of a request gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// The request names none: it comes from no page, or from one of this server's.
+    None,
+    /// It may read the answer.
+    Listed(HeaderValue),
+    /// It may not.
+    Unlisted,
+}
+
+/// Looks an origin up in `access.cors_origins`.
+pub(super) fn origin(headers: &HeaderMap, listed: &[String]) -> Origin {
+    let Some(origin) = headers.get(header::ORIGIN) else {
+        return Origin::None;
+    };
+    let covers = |listed: &String| listed == "*" || listed.as_bytes() == origin.as_bytes();
+    if listed.iter().any(covers) {
+        Origin::Listed(origin.clone())
+    } else {
+        Origin::Unlisted
+    }
+}
+
+/// The answer to a browser's question whether a page may ask; none when this is no such question.
+pub(super) fn preflight(
+    method: &Method,
+    headers: &HeaderMap,
+    origin: &Origin,
+) -> Option<Response<Body>> {
+    let asks = headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+    if *method != Method::OPTIONS || !asks || *origin == Origin::None {
+        return None;
+    }
+    let mut response = Response::new(Body::empty());
+    if *origin == Origin::Unlisted {
+        // Without the headers below the answer is no, whatever the status.
+        *response.status_mut() = StatusCode::FORBIDDEN;
+        return Some(response);
+    }
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    let granted = response.headers_mut();
+    granted.insert(header::ACCESS_CONTROL_ALLOW_METHODS, METHODS);
+    granted.insert(header::ACCESS_CONTROL_MAX_AGE, MAX_AGE_S);
+    let asked = headers.get(header::ACCESS_CONTROL_REQUEST_HEADERS);
+    if let Some(asked) = asked.filter(|asked| asked.len() <= HEADERS_BYTES_MAX) {
+        granted.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, asked.clone());
+    }
+    Some(response)
+}
+
+/// Lets a listed origin read the answer.
+pub(super) fn grant(response: &mut Response<Body>, origin: Origin) {
+    let headers = response.headers_mut();
+    if let Origin::Listed(origin) = origin {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, EXPOSED);
+    }
+    headers.append(header::VARY, HeaderValue::from_static("origin"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(header::HeaderName, &'static str)]) -> HeaderMap {
+        let pairs = pairs.iter().cloned();
+        pairs
+            .map(|(name, value)| (name, HeaderValue::from_static(value)))
+            .collect()
+    }
+
+    #[test]
+    fn origins_are_compared_whole() {
+        let listed = vec!["https://a.example".to_owned()];
+        let of = |text| origin(&headers(&[(header::ORIGIN, text)]), &listed);
+        let granted = HeaderValue::from_static("https://a.example");
+        assert_eq!(of("https://a.example"), Origin::Listed(granted));
+        for other in [
+            "http://a.example",
+            "https://a.example:8443",
+            "https://a.example.evil.example",
+            "https://b.a.example",
+            "null",
+        ] {
+            assert_eq!(of(other), Origin::Unlisted, "{other}");
+        }
+        assert_eq!(origin(&HeaderMap::new(), &listed), Origin::None);
+        let any = origin(&headers(&[(header::ORIGIN, "null")]), &["*".to_owned()]);
+        assert_eq!(any, Origin::Listed(HeaderValue::from_static("null")));
+    }
+
+    #[test]
+    fn only_a_browsers_question_is_answered_here() {
+        let asks = headers(&[
+            (header::ACCESS_CONTROL_REQUEST_METHOD, "POST"),
+            (
+                header::ACCESS_CONTROL_REQUEST_HEADERS,
+                "authorization, x-stainless-os",
+            ),
+        ]);
+        let listed = Origin::Listed(HeaderValue::from_static("https://a.example"));
+        let granted = preflight(&Method::OPTIONS, &asks, &listed).expect("a question");
+        assert_eq!(granted.status(), StatusCode::NO_CONTENT);
+        let allowed = &granted.headers()[header::ACCESS_CONTROL_ALLOW_HEADERS];
+        assert_eq!(allowed, "authorization, x-stainless-os");
+        let refused = preflight(&Method::OPTIONS, &asks, &Origin::Unlisted).expect("a question");
+        assert_eq!(refused.status(), StatusCode::FORBIDDEN);
+        assert!(refused.headers().is_empty());
+        assert!(preflight(&Method::POST, &asks, &listed).is_none());
+        assert!(preflight(&Method::OPTIONS, &HeaderMap::new(), &listed).is_none());
+        assert!(preflight(&Method::OPTIONS, &asks, &Origin::None).is_none());
+    }
+}

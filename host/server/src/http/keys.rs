@@ -1,0 +1,361 @@
+//! API keys: who is asking, and whether they asked for too much.
+//!
+//! Keys are known by their SHA-256 only. A plain hash is enough for what nobody can guess: keys are
+//! random, not passwords.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use axum::http::{HeaderMap, header};
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+use visor_sandbox::ErrorCode;
+
+use super::gate::{Gate, Permit};
+use crate::config::AccessConfig;
+use crate::pipeline::{Denied, Failure};
+
+/// Headers that may carry a key, in lower case, and others that are nobody else's business: plugins
+/// never see them.
+pub const SECRET_HEADERS: [&str; 4] = [
+    "authorization",
+    "x-api-key",
+    "cookie",
+    "proxy-authorization",
+];
+/// Seconds after which a client with too many requests at once may come back.
+const BUSY_RETRY_AFTER_S: u32 = 1;
+
+/// The keys in force.
+#[derive(Debug, Default)]
+pub struct KeyRing {
+    keys: Vec<Arc<Key>>,
+}
+
+/// One key: whose it is and what it may do.
+#[derive(Debug)]
+pub struct Key {
+    /// Its name in the configuration.
+    pub name: String,
+    /// Whether it opens the admin listener.
+    admin: bool,
+    digest: [u8; 32],
+    requests_per_minute: u32,
+    requests_in_flight_max: u32,
+    usage: Arc<Usage>,
+}
+
+/// What a key is doing; it outlives changes of the configuration.
+#[derive(Debug)]
+struct Usage {
+    in_flight: Arc<Gate>,
+    allowance: Mutex<Allowance>,
+}
+
+/// A bucket that holds one minute's requests and fills steadily.
+#[derive(Debug, Clone, Copy)]
+struct Allowance {
+    requests: f64,
+    filled: Instant,
+}
+
+impl KeyRing {
+    /// The keys of a configuration; those that `previous` has by the same name go on counting.
+    #[must_use]
+    pub fn new(access: &AccessConfig, previous: Option<&Self>) -> Self {
+        let usage = |name: &str| {
+            let known = previous.into_iter().flat_map(|ring| &ring.keys);
+            let known = known.into_iter().find(|key| key.name == name);
+            known.map_or_else(Usage::new, |key| Arc::clone(&key.usage))
+        };
+        // The configuration was checked: every digest is one.
+        let keys = access.keys.iter().filter_map(|key| {
+            Some(Arc::new(Key {
+                name: key.name.clone(),
+                admin: key.admin,
+                digest: key.digest()?,
+                requests_per_minute: key
+                    .requests_per_minute
+                    .unwrap_or(access.requests_per_minute),
+                requests_in_flight_max: key
+                    .requests_in_flight_max
+                    .unwrap_or(access.requests_in_flight_max),
+                usage: usage(&key.name),
+            }))
+        });
+        Self {
+            keys: keys.collect(),
+        }
+    }
+
+    /// The key that a request shows; none when the server has no keys and everybody may ask.
+    ///
+    /// # Errors
+    /// A key is needed and there is none, or not this one.
+    pub fn find(&self, headers: &HeaderMap) -> Result<Option<Arc<Key>>, Failure> {
+        if self.keys.is_empty() {
+            return Ok(None);
+        }
+        let Some(shown) = shown(headers) else {
+            return Err(unauthorized(
+                "this server needs an API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`",
+            ));
+        };
+        let digest: [u8; 32] = Sha256::digest(shown).into();
+        // All are compared, all in the same time: how long it takes tells nothing.
+        let mut found = None;
+        for key in &self.keys {
+            if bool::from(key.digest.ct_eq(&digest)) {
+                found = Some(Arc::clone(key));
+            }
+        }
+        found
+            .map(Some)
+            .ok_or_else(|| unauthorized("this API key is not known here"))
+    }
+
+    /// Whether a request may administer the server: with an admin key, or without any from this
+    /// machine while there is none.
+    ///
+    /// # Errors
+    /// An admin key is needed, and this is none.
+    pub fn may_administer(&self, headers: &HeaderMap, local: bool) -> Result<(), Failure> {
+        if local && !self.keys.iter().any(|key| key.admin) {
+            return Ok(());
+        }
+        match self.find(headers)? {
+            Some(key) if key.admin => Ok(()),
+            _ => Err(unauthorized("only a key with admin = true administers")),
+        }
+    }
+}
+
+impl Key {
+    /// A place for one more request of this key.
+    ///
+    /// # Errors
+    /// Too many at once, or too many in the last minute; when to come back is said.
+    pub fn enter(&self) -> Result<Permit, Failure> {
+        let places = match self.requests_in_flight_max {
+            0 => usize::MAX,
+            max => max as usize,
+        };
+        let Some(permit) = self.usage.in_flight.enter(places) else {
+            let message = format!("{places} requests of this key are in flight already");
+            return Err(too_many(message, BUSY_RETRY_AFTER_S));
+        };
+        self.usage
+            .take(self.requests_per_minute, Instant::now())
+            .map_err(|wait_s| {
+                let message = format!(
+                    "this key may begin {} requests a minute",
+                    self.requests_per_minute
+                );
+                too_many(message, wait_s)
+            })?;
+        Ok(permit)
+    }
+}
+
+impl Usage {
+    fn new() -> Arc<Self> {
+        let full = Allowance {
+            requests: f64::INFINITY,
+            filled: Instant::now(),
+        };
+        Arc::new(Self {
+            in_flight: Arc::default(),
+            allowance: Mutex::new(full),
+        })
+    }
+
+    /// Takes one request out of the minute's; on an error, the seconds until there is one.
+    fn take(&self, per_minute: u32, now: Instant) -> Result<(), u32> {
+        if per_minute == 0 {
+            return Ok(());
+        }
+        let (most, per_second) = (f64::from(per_minute), f64::from(per_minute) / 60.0);
+        let mut allowance = self
+            .allowance
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let passed = now.saturating_duration_since(allowance.filled);
+        let requests = (allowance.requests + passed.as_secs_f64() * per_second).min(most);
+        let enough = requests >= 1.0;
+        *allowance = Allowance {
+            requests: if enough { requests - 1.0 } else { requests },
+            filled: allowance.filled.max(now),
+        };
+        if enough {
+            return Ok(());
+        }
+        // At most 60 s, for one request a minute.
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "between 1 and 60"
+        )]
+        Err(((1.0 - requests) / per_second).ceil().clamp(1.0, 60.0) as u32)
+    }
+}
+
+/// The key of a request, from either of the two headers that carry one.
+fn shown(headers: &HeaderMap) -> Option<&[u8]> {
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| {
+        let value = value.as_bytes();
+        let (scheme, key) = value.split_at_checked(b"Bearer ".len())?;
+        scheme.eq_ignore_ascii_case(b"Bearer ").then_some(key)
+    });
+    let plain = || headers.get("x-api-key").map(|value| value.as_bytes());
+    bearer
+        .or_else(plain)
+        .map(<[u8]>::trim_ascii)
+        .filter(|key| !key.is_empty())
+}
+
+fn unauthorized(message: &str) -> Failure {
+    Failure::new(ErrorCode::InvalidRequest, message).denied(Denied::Unknown)
+}
+
+fn too_many(message: String, retry_after_s: u32) -> Failure {
+    Failure::new(ErrorCode::Overloaded, message)
+        .retry_after(retry_after_s)
+        .denied(Denied::TooMany)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::KeyConfig;
+
+    fn key(name: &str, secret: &str) -> KeyConfig {
+        let digest: [u8; 32] = Sha256::digest(secret).into();
+        KeyConfig {
+            name: name.to_owned(),
+            sha256: digest.iter().map(|byte| format!("{byte:02X}")).collect(),
+            ..KeyConfig::default()
+        }
+    }
+
+    fn ring(keys: Vec<KeyConfig>) -> KeyRing {
+        let access = AccessConfig {
+            keys,
+            ..AccessConfig::default()
+        };
+        KeyRing::new(&access, None)
+    }
+
+    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+        let pairs = pairs.iter();
+        pairs
+            .map(|(name, value)| {
+                (
+                    header::HeaderName::from_static(name),
+                    value.parse().expect("a value"),
+                )
+            })
+            .collect()
+    }
+
+    fn name(ring: &KeyRing, pairs: &[(&'static str, &str)]) -> Result<Option<String>, String> {
+        let found = ring.find(&headers(pairs));
+        found
+            .map(|key| key.map(|key| key.name.clone()))
+            .map_err(|failure| failure.error.message)
+    }
+
+    #[test]
+    fn a_key_is_found_in_either_header_and_names_its_owner() {
+        let ring = ring(vec![key("alice", "one"), key("bob", "two")]);
+        for pairs in [
+            &[("authorization", "Bearer two")][..],
+            &[("authorization", "bearer  two ")],
+            &[("x-api-key", "two")],
+            &[("authorization", "Basic eDp5"), ("x-api-key", "two")],
+        ] {
+            assert_eq!(name(&ring, pairs), Ok(Some("bob".to_owned())), "{pairs:?}");
+        }
+        for pairs in [
+            &[][..],
+            &[("authorization", "Bearer ")],
+            &[("authorization", "two")],
+            &[("x-api-key", "")],
+        ] {
+            assert!(name(&ring, pairs).unwrap_err().contains("needs an API key"));
+        }
+        for wrong in ["Bearer three", "Bearer tw", "Bearer two2", "Bearer Two"] {
+            let message = name(&ring, &[("authorization", wrong)]).unwrap_err();
+            assert!(message.contains("not known"), "{message}");
+            assert!(!message.contains(&wrong[7..]), "{message}");
+        }
+    }
+
+    #[test]
+    fn only_admin_keys_administer_and_nobody_from_afar_without_one() {
+        let plain = [("x-api-key", "one")];
+        let may = |ring: &KeyRing, pairs: &[(&'static str, &str)], local| {
+            ring.may_administer(&headers(pairs), local).is_ok()
+        };
+        let none = KeyRing::default();
+        assert!(may(&none, &[], true) && !may(&none, &plain, false));
+        let clients = ring(vec![key("alice", "one")]);
+        assert!(may(&clients, &[], true) && !may(&clients, &plain, false));
+        let root = KeyConfig {
+            admin: true,
+            ..key("root", "two")
+        };
+        let both = ring(vec![key("alice", "one"), root]);
+        for local in [true, false] {
+            assert!(!may(&both, &[], local) && !may(&both, &plain, local));
+            assert!(may(&both, &[("x-api-key", "two")], local));
+        }
+    }
+
+    #[test]
+    fn without_keys_everybody_may_ask() {
+        let anyone = [("authorization", "Bearer x")];
+        assert_eq!(name(&KeyRing::default(), &anyone), Ok(None));
+    }
+
+    #[test]
+    fn a_minutes_requests_come_back_steadily() {
+        let (usage, start) = (Usage::new(), Instant::now());
+        let at = |seconds| usage.take(6, start + Duration::from_secs(seconds));
+        for _ in 0..6 {
+            assert_eq!(at(0), Ok(()));
+        }
+        assert_eq!(at(0), Err(10), "one every ten seconds");
+        assert_eq!(at(4), Err(6));
+        assert_eq!(at(10), Ok(()));
+        assert_eq!(at(10), Err(10));
+        assert_eq!(
+            at(5),
+            Err(10),
+            "a clock that seems to go back gives nothing"
+        );
+        for _ in 0..6 {
+            assert_eq!(at(3600), Ok(()));
+        }
+        assert_eq!(at(3600), Err(10), "an hour fills no more than a minute");
+    }
+
+    #[test]
+    fn requests_at_once_are_counted_across_a_change_of_the_configuration() {
+        let access = |max| AccessConfig {
+            requests_in_flight_max: max,
+            keys: vec![key("alice", "one")],
+            ..AccessConfig::default()
+        };
+        let shown = headers(&[("x-api-key", "one")]);
+        let old = KeyRing::new(&access(1), None);
+        let held = old.find(&shown).unwrap().unwrap().enter().unwrap();
+        let new = KeyRing::new(&access(1), Some(&old));
+        let busy = new.find(&shown).unwrap().unwrap().enter().unwrap_err();
+        assert_eq!(busy.denied, Some(Denied::TooMany));
+        assert_eq!(busy.error.retry_after_s, Some(1));
+        drop(held);
+        assert!(new.find(&shown).unwrap().unwrap().enter().is_ok());
+    }
+}

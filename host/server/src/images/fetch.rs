@@ -1,0 +1,364 @@
+//! Pictures over HTTP, without letting a client choose what this server talks to.
+//!
+//! One hop is: check the URL, look its host up once, check every address, connect to one of exactly
+//! these, ask, read under limits. A redirect starts over with the first check. There is no proxy, no
+//! cookie, no connection kept for later: what is not there cannot be led astray.
+
+use std::future::{Future, poll_fn};
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body::Body as _;
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper::header::{self, HeaderValue};
+use hyper::{Request, Response, StatusCode, Uri};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::runtime::Handle;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use tokio_util::task::AbortOnDropHandle;
+use url::Host;
+
+use super::address;
+use super::permit::{self, Target};
+use crate::config::{FetchConfig, ImagesConfig};
+
+/// Largest head of an answer, in bytes: what hyper needs at least, and room for long cookies.
+const HEAD_BYTES_MAX: usize = 32 << 10;
+/// Most headers of an answer.
+const HEADERS_MAX: usize = 100;
+/// How long one address may take to accept, so that the next one gets its turn.
+const CONNECT_MAX: Duration = Duration::from_secs(3);
+/// How often a fetch looks whether its client has left.
+const CLIENT_LOOK: Duration = Duration::from_millis(100);
+
+type Lookup = Pin<Box<dyn Future<Output = std::io::Result<Vec<IpAddr>>> + Send>>;
+
+/// What fetching needs of the world. The server has one, [`Fetcher::system`].
+pub struct Fetcher {
+    /// Addresses of a name.
+    look_up: Box<dyn Fn(String) -> Lookup + Send + Sync>,
+    /// Whether an address may be connected to, or what it is instead.
+    judge: Box<dyn Fn(SocketAddr) -> Result<(), &'static str> + Send + Sync>,
+    /// Who is believed to be who they say, read when the first `https:` image comes.
+    trust: OnceLock<Result<Arc<ClientConfig>, String>>,
+}
+
+/// Why there is no picture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FetchError {
+    /// It may not be fetched, or could not be; the client is told why.
+    Refused(String),
+    /// It is longer than `images.bytes_max`.
+    TooLarge(String),
+    /// The client has left.
+    Gone,
+}
+
+/// When a fetch has to be over, whatever the server at the other end does.
+pub struct Patience<'a> {
+    /// The end of the request's own time.
+    pub deadline: Instant,
+    /// Whether the client has left.
+    pub gone: &'a (dyn Fn() -> bool + Sync),
+}
+
+enum Hop {
+    Picture(Bytes),
+    Elsewhere(String),
+}
+
+impl Fetcher {
+    /// Looks names up as the system does and connects to public addresses only.
+    #[must_use]
+    pub fn system() -> Self {
+        Self {
+            look_up: Box::new(|name| Box::pin(look_up(name))),
+            judge: Box::new(|address| address::public(address.ip())),
+            trust: OnceLock::new(),
+        }
+    }
+
+    /// The bytes behind a URL, not looked at. Blocks the thread, which must belong to a runtime.
+    ///
+    /// # Errors
+    /// What is refused or went wrong, and which key it is about.
+    pub fn fetch(
+        &self,
+        url: &str,
+        images: &ImagesConfig,
+        patience: &Patience<'_>,
+    ) -> Result<Bytes, FetchError> {
+        let target = permit::parse(url, &images.fetch).map_err(FetchError::Refused)?;
+        let own = Duration::from_secs(images.fetch.timeout_s);
+        let left = patience
+            .deadline
+            .saturating_duration_since(Instant::now())
+            .min(own);
+        Handle::current().block_on(async {
+            tokio::select! {
+                got = self.follow(target, images) => got,
+                () = tokio::time::sleep(left) => Err(FetchError::Refused(format!(
+                    "the image was not fetched within {} s (images.fetch.timeout_s)",
+                    left.as_secs()
+                ))),
+                () = until(patience.gone) => Err(FetchError::Gone),
+            }
+        })
+    }
+
+    async fn follow(&self, mut target: Target, images: &ImagesConfig) -> Result<Bytes, FetchError> {
+        for _ in 0..=images.fetch.redirects_max {
+            match self.hop(&target, images.bytes_max).await? {
+                Hop::Picture(bytes) => return Ok(bytes),
+                Hop::Elsewhere(location) => {
+                    target = redirected(&target, &location, &images.fetch)?;
+                }
+            }
+        }
+        Err(FetchError::Refused(format!(
+            "the image URL redirects more than {} times (images.fetch.redirects_max)",
+            images.fetch.redirects_max
+        )))
+    }
+
+    async fn hop(&self, target: &Target, bytes_max: u64) -> Result<Hop, FetchError> {
+        let addresses = self.addresses(target).await?;
+        let stream = connect(target, &addresses).await?;
+        if !target.tls {
+            return ask(stream, target, bytes_max).await;
+        }
+        let trust = self.trust.get_or_init(system_trust).clone();
+        let connector = TlsConnector::from(trust.map_err(FetchError::Refused)?);
+        let tls = connector.connect(server_name(&target.host)?, stream).await;
+        let stream = tls.map_err(|error| {
+            let name = target.name();
+            FetchError::Refused(format!("no trusted connection to {name}: {error}"))
+        })?;
+        ask(stream, target, bytes_max).await
+    }
+
+    /// Every address of the host, all of which must be good: one bad one is a name that plays games.
+    async fn addresses(&self, target: &Target) -> Result<Vec<SocketAddr>, FetchError> {
+        let name = target.name();
+        let found = match &target.host {
+            Host::Ipv4(address) => vec![IpAddr::V4(*address)],
+            Host::Ipv6(address) => vec![IpAddr::V6(*address)],
+            Host::Domain(domain) => (self.look_up)(domain.clone()).await.map_err(|error| {
+                tracing::debug!(%name, %error, "no address");
+                FetchError::Refused(format!("the host {name} is not known"))
+            })?,
+        };
+        if found.is_empty() {
+            return Err(FetchError::Refused(format!(
+                "the host {name} has no address"
+            )));
+        }
+        let with_port = found.into_iter().map(|ip| SocketAddr::new(ip, target.port));
+        let found: Vec<SocketAddr> = with_port.collect();
+        for address in &found {
+            (self.judge)(*address).map_err(|kind| {
+                tracing::warn!(%name, %address, kind, "an image URL pointed at an address that is not public");
+                FetchError::Refused(format!(
+                    "the host {name} has an address that is not public ({kind}), and images are fetched \
+                     from public addresses only; no key changes that"
+                ))
+            })?;
+        }
+        Ok(found)
+    }
+}
+
+async fn look_up(name: String) -> std::io::Result<Vec<IpAddr>> {
+    let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
+    Ok(found.map(|address| address.ip()).collect())
+}
+
+async fn until(gone: &(dyn Fn() -> bool + Sync)) {
+    while !gone() {
+        tokio::time::sleep(CLIENT_LOOK).await;
+    }
+}
+
+fn redirected(from: &Target, location: &str, config: &FetchConfig) -> Result<Target, FetchError> {
+    let name = from.name();
+    let url = from
+        .url
+        .join(location)
+        .map_err(|error| FetchError::Refused(format!("{name} redirects to no URL: {error}")))?;
+    permit::check(url, config)
+        .map_err(|why| FetchError::Refused(format!("{name} redirects where it may not: {why}")))
+}
+
+/// Connects to one of these very addresses: nothing is looked up again.
+async fn connect(target: &Target, addresses: &[SocketAddr]) -> Result<TcpStream, FetchError> {
+    let mut why = "took too long to accept".to_owned();
+    for address in addresses {
+        match tokio::time::timeout(CONNECT_MAX, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => why = error.to_string(),
+            Err(_) => {}
+        }
+    }
+    let (name, port) = (target.name(), target.port);
+    Err(FetchError::Refused(format!(
+        "no connection to port {port} of {name}: {why}"
+    )))
+}
+
+fn server_name(host: &Host<String>) -> Result<ServerName<'static>, FetchError> {
+    match host {
+        Host::Domain(name) => ServerName::try_from(name.clone()).map_err(|_| {
+            FetchError::Refused("the host of the image URL cannot have a certificate".to_owned())
+        }),
+        Host::Ipv4(address) => Ok(IpAddr::V4(*address).into()),
+        Host::Ipv6(address) => Ok(IpAddr::V6(*address).into()),
+    }
+}
+
+/// The certificates that the system trusts, so that an operator's own authority counts too.
+fn system_trust() -> Result<Arc<ClientConfig>, String> {
+    let found = rustls_native_certs::load_native_certs();
+    for error in &found.errors {
+        tracing::warn!(%error, "a trusted certificate of the system cannot be read");
+    }
+    let mut roots = RootCertStore::empty();
+    let (added, _) = roots.add_parsable_certificates(found.certs);
+    if added == 0 {
+        return Err(
+            "this machine trusts no certificates: install ca-certificates, or name a file in \
+                    the environment variable SSL_CERT_FILE"
+                .to_owned(),
+        );
+    }
+    Ok(trusting(roots))
+}
+
+fn trusting(roots: RootCertStore) -> Arc<ClientConfig> {
+    let client = ClientConfig::builder().with_root_certificates(roots);
+    Arc::new(client.with_no_client_auth())
+}
+
+/// One request on a fresh connection, which ends with it.
+async fn ask(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    target: &Target,
+    bytes_max: u64,
+) -> Result<Hop, FetchError> {
+    let name = target.name();
+    let broken = |error: hyper::Error| {
+        FetchError::Refused(format!("{name} did not answer in proper HTTP: {error}"))
+    };
+    let (mut sender, connection) = http1::Builder::new()
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(broken)?;
+    // Ends with this function, however it ends.
+    let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+    let response = sender
+        .send_request(request(target)?)
+        .await
+        .map_err(broken)?;
+    if let Some(location) = location(&response) {
+        return Ok(Hop::Elsewhere(location));
+    }
+    if response.status() != StatusCode::OK {
+        let status = response.status().as_u16();
+        return Err(FetchError::Refused(format!(
+            "{name} answered the request for the image with {status}"
+        )));
+    }
+    let encoding = response.headers().get(header::CONTENT_ENCODING);
+    if encoding.is_some_and(|encoding| encoding != "identity") {
+        return Err(FetchError::Refused(format!(
+            "{name} sent the image compressed once more, which it was not asked to"
+        )));
+    }
+    read(response.into_body(), bytes_max)
+        .await
+        .map_err(|error| match error {
+            ReadError::Broken(error) => broken(error),
+            ReadError::TooLong => FetchError::TooLarge(format!(
+                "the image at {name} is larger than {bytes_max} bytes (images.bytes_max)"
+            )),
+        })
+        .map(Hop::Picture)
+}
+
+fn request(target: &Target) -> Result<Request<String>, FetchError> {
+    let url = &target.url;
+    let host = match url.port() {
+        Some(port) => format!("{}:{port}", target.host),
+        None => target.host.to_string(),
+    };
+    let path = match url.query() {
+        Some(query) => format!("{}?{query}", url.path()),
+        None => url.path().to_owned(),
+    };
+    let unsent = || FetchError::Refused("the image URL cannot be asked for".to_owned());
+    Request::get(path.parse::<Uri>().map_err(|_| unsent())?)
+        .header(header::HOST, host)
+        .header(header::ACCEPT, "image/jpeg, image/png, image/webp")
+        .header(header::ACCEPT_ENCODING, "identity")
+        .header(
+            header::USER_AGENT,
+            concat!("visor/", env!("CARGO_PKG_VERSION")),
+        )
+        .header(header::CONNECTION, "close")
+        .body(String::new())
+        .map_err(|_| unsent())
+}
+
+fn location(response: &Response<Incoming>) -> Option<String> {
+    const REDIRECTS: [StatusCode; 5] = [
+        StatusCode::MOVED_PERMANENTLY,
+        StatusCode::FOUND,
+        StatusCode::SEE_OTHER,
+        StatusCode::TEMPORARY_REDIRECT,
+        StatusCode::PERMANENT_REDIRECT,
+    ];
+    if !REDIRECTS.contains(&response.status()) {
+        return None;
+    }
+    let location: &HeaderValue = response.headers().get(header::LOCATION)?;
+    std::str::from_utf8(location.as_bytes())
+        .ok()
+        .map(str::to_owned)
+}
+
+enum ReadError {
+    Broken(hyper::Error),
+    TooLong,
+}
+
+/// The whole body, given up at the first byte too many; an announced length is believed only when
+/// it is too long.
+async fn read(mut body: Incoming, bytes_max: u64) -> Result<Bytes, ReadError> {
+    if body.size_hint().lower() > bytes_max {
+        return Err(ReadError::TooLong);
+    }
+    let mut whole = Vec::new();
+    while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
+        let frame = frame.map_err(ReadError::Broken)?;
+        let Ok(piece) = frame.into_data() else {
+            continue;
+        };
+        if (whole.len() + piece.len()) as u64 > bytes_max {
+            return Err(ReadError::TooLong);
+        }
+        whole.extend_from_slice(&piece);
+    }
+    Ok(Bytes::from(whole))
+}
+
+#[cfg(test)]
+mod tests;

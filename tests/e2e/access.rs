@@ -1,0 +1,257 @@
+//! Who may ask, how much, and from which pages.
+
+use std::io::Write;
+use std::net::TcpStream;
+
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+use crate::client::{self, Answer, Incoming, Request};
+use crate::server::{Server, chat, text, until, with};
+
+/// A key with further settings.
+fn key(name: &str, secret: &str, more: &str) -> String {
+    let digest: [u8; 32] = Sha256::digest(secret).into();
+    let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("[[access.keys]]\nname = \"{name}\"\nsha256 = \"{hex}\"\n{more}\n")
+}
+
+fn send(server: &Server, method: &str, path: &str, headers: &[(&str, &str)]) -> Answer {
+    let body = chat(&[text("hello")]).to_string();
+    let request = Request {
+        method,
+        path,
+        headers,
+        body: if method == "POST" {
+            body.as_bytes()
+        } else {
+            b""
+        },
+    };
+    client::send(server.address, &request)
+}
+
+fn ask(server: &Server, headers: &[(&str, &str)]) -> Answer {
+    send(server, "POST", "/v1/chat/completions", headers)
+}
+
+#[test]
+fn once_there_is_a_key_every_request_needs_one() {
+    let server = Server::start_with(&key("alice", "secret-of-alice", ""));
+    for (wrong, says) in [
+        (&[][..], "needs an API key"),
+        (&[("authorization", "Bearer secret-of-bob")], "not known"),
+        (&[("x-api-key", "secret-of-bob")], "not known"),
+        (
+            &[("authorization", "Basic secret-of-alice")],
+            "needs an API key",
+        ),
+    ] {
+        let answer = ask(&server, wrong);
+        let error = answer.error(401);
+        assert!(
+            error["message"].as_str().expect("a message").contains(says),
+            "{error}"
+        );
+        assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
+        assert!(answer.header("x-request-id").is_some());
+        for path in ["/v1/models", "/stats", "/metrics", "/nowhere"] {
+            send(&server, "GET", path, wrong).error(401);
+        }
+    }
+    for right in [
+        ("authorization", "Bearer secret-of-alice"),
+        ("x-api-key", "secret-of-alice"),
+    ] {
+        ask(&server, &[right]).ok();
+        for path in ["/v1/models", "/stats", "/metrics"] {
+            assert_eq!(send(&server, "GET", path, &[right]).status, 200, "{path}");
+        }
+        send(&server, "GET", "/nowhere", &[right]).error(404);
+    }
+    for path in ["/health", "/ready"] {
+        assert_eq!(server.get(path).status, 200, "{path} is open");
+    }
+    let log = server.logged();
+    assert!(
+        log.contains("principal=\"alice\"") || log.contains("principal=alice"),
+        "{log}"
+    );
+    assert!(!log.contains("secret-of-"), "no key is logged");
+}
+
+/// A picture is on its way before the server has said no, and most clients read only when they have written.
+#[test]
+fn a_client_that_writes_much_still_reads_why_it_was_turned_away() {
+    let server = Server::start_with(&key("slow", "slow", "requests_per_minute = 1"));
+    let much = vec![b' '; 24 << 20];
+    let send = |header: &str| {
+        let mut stream = TcpStream::connect(server.address).expect("the server accepts");
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n{header}connection: close\r\ncontent-length: {}\r\n\r\n",
+            much.len()
+        );
+        stream
+            .write_all(head.as_bytes())
+            .expect("the head is taken");
+        stream.write_all(&much).expect("and the body, to its end");
+        Incoming::read_head(stream).finish()
+    };
+    send("").error(401);
+    ask(&server, &[("x-api-key", "slow")]).ok();
+    send("x-api-key: slow\r\n").error(429);
+}
+
+#[test]
+fn keys_come_and_go_while_the_server_runs() {
+    let config = format!("{}\n[access]\nstats_need_key = false\n", "");
+    let server = Server::start_with(&config);
+    ask(&server, &[]).ok();
+    let with_key = format!(
+        "[access]\nstats_need_key = false\n{}",
+        key("alice", "one", "")
+    );
+    std::fs::write(server.folder().join("visor.toml"), with_key).expect("written");
+    until("a key is needed", || {
+        (ask(&server, &[]).status == 401).then_some(())
+    });
+    ask(&server, &[("x-api-key", "one")]).ok();
+    assert_eq!(
+        server.get("/stats").status,
+        200,
+        "open when the configuration says so"
+    );
+    std::fs::write(server.folder().join("visor.toml"), config).expect("written");
+    until("nobody needs one", || {
+        (ask(&server, &[]).status == 200).then_some(())
+    });
+}
+
+#[test]
+fn a_key_that_asks_too_much_is_told_when_to_come_back() {
+    let keys = key("slow", "slow", "requests_per_minute = 2")
+        + &key("narrow", "narrow", "requests_in_flight_max = 1")
+        + &key("free", "free", "");
+    let server = Server::start_with(&keys);
+    let slow = [("x-api-key", "slow")];
+    ask(&server, &slow).ok();
+    ask(&server, &slow).ok();
+    let refused = ask(&server, &slow);
+    refused.error(429);
+    let seconds = refused.header("retry-after").expect("it says when");
+    assert!(
+        (1..=30).contains(&seconds.parse::<u32>().expect("seconds")),
+        "{seconds}"
+    );
+
+    let narrow = [("x-api-key", "narrow")];
+    let long = with(
+        chat(&[text("on and on")]),
+        json!({"max_tokens": 3000, "stream": true}),
+    );
+    let long = long.to_string();
+    let request = Request {
+        method: "POST",
+        path: "/v1/chat/completions",
+        headers: &narrow,
+        body: long.as_bytes(),
+    };
+    let mut stream = client::open(server.address, &request);
+    stream.piece().expect("it has begun");
+    let refused = ask(&server, &narrow);
+    refused.error(429);
+    assert!(refused.header("retry-after").is_some());
+    ask(&server, &[("x-api-key", "free")]).ok();
+    drop(stream);
+    until("its place is free again", || {
+        (ask(&server, &narrow).status == 200).then_some(())
+    });
+}
+
+#[test]
+fn a_web_page_may_ask_only_from_a_listed_origin() {
+    let config = format!(
+        "[access]\ncors_origins = [\"https://a.example\"]\n{}",
+        key("alice", "one", "")
+    );
+    let server = Server::start_with(&config);
+    let path = "/v1/chat/completions";
+    let preflight = |origin| {
+        let asks = [
+            ("origin", origin),
+            ("access-control-request-method", "POST"),
+            (
+                "access-control-request-headers",
+                "authorization,content-type",
+            ),
+        ];
+        send(&server, "OPTIONS", path, &asks)
+    };
+    let granted = preflight("https://a.example");
+    assert_eq!(granted.status, 204, "without a key: browsers send none");
+    let allow = "access-control-allow-origin";
+    assert_eq!(granted.header(allow), Some("https://a.example"));
+    let allowed = granted.header("access-control-allow-headers");
+    assert_eq!(allowed, Some("authorization,content-type"));
+    let refused = preflight("https://b.example");
+    assert_eq!((refused.status, refused.header(allow)), (403, None));
+
+    let from = |origin| ask(&server, &[("origin", origin), ("x-api-key", "one")]);
+    let answer = from("https://a.example");
+    answer.ok();
+    assert_eq!(answer.header(allow), Some("https://a.example"));
+    assert_eq!(answer.header("vary"), Some("origin"));
+    let unreadable = from("https://b.example");
+    assert_eq!((unreadable.status, unreadable.header(allow)), (200, None));
+    let denied = ask(&server, &[("origin", "https://a.example")]);
+    denied.error(401);
+    assert_eq!(
+        denied.header(allow),
+        Some("https://a.example"),
+        "errors too"
+    );
+}
+
+#[test]
+fn ids_and_traces_are_taken_over_and_logged_as_json() {
+    let server = Server::start_with("[server]\nlog_format = \"json\"\n");
+    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let answer = ask(
+        &server,
+        &[("x-request-id", "mine-1"), ("traceparent", trace)],
+    );
+    answer.ok();
+    assert_eq!(answer.header("x-request-id"), Some("mine-1"));
+    let line = until("the request is logged", || {
+        let log = server.logged();
+        let line = log.lines().find(|line| line.contains("mine-1"))?;
+        serde_json::from_str::<serde_json::Value>(line).ok()
+    });
+    let fields = &line["fields"];
+    assert_eq!(fields["request"], "mine-1", "{line}");
+    assert_eq!(fields["traceparent"], trace, "{line}");
+    let broken = ask(
+        &server,
+        &[("x-request-id", "no good"), ("traceparent", "x")],
+    );
+    broken.ok();
+    let id = broken.header("x-request-id").expect("a fresh one");
+    assert!(id.starts_with("req-"), "{id}");
+}
+
+#[test]
+fn an_open_address_without_keys_is_warned_of() {
+    let open = |config: &str| {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join("visor.toml"), config).expect("written");
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_visor"));
+        command.args(["serve", "--listen", "0.0.0.0:0"]);
+        let server = Server::spawn(command, folder);
+        server.wait_logged("is served by");
+        server.logged()
+    };
+    let says = "everybody who can reach this address may ask";
+    assert!(open("").contains(says));
+    assert!(!open(&key("alice", "one", "")).contains(says));
+    assert!(!Server::start().logged().contains(says));
+}
