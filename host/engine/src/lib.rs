@@ -23,6 +23,7 @@ mod shared;
 mod slot;
 mod stats;
 mod stop;
+mod token_infos;
 
 pub use cache::{
     Access, Algorithm, Cache, CacheBytes, CacheEntry, CacheEvent, CacheKey, CacheStats,
@@ -34,7 +35,7 @@ pub use error::EngineError;
 pub use model::{CheckpointLoader, Model, ModelLoader};
 pub use request::{
     Answer, CacheAccess, CancelToken, Event, EventReceiver, Finish, GenerateRequest, RecvError,
-    Sampling, Timings, Usage,
+    Sampling, Timings, TokenChance, TokenInfo, Usage,
 };
 pub use shared::EngineState;
 pub use stats::{EngineStats, StageStats};

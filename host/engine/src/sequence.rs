@@ -12,8 +12,8 @@ use crate::guard::{Trouble, guarded};
 use crate::job::{Job, Outlet, count, micros};
 use crate::model::Model;
 use crate::output::Output;
-use crate::request::{Event, Finish, GenerateRequest, Timings, Usage};
-use crate::sampler::Sampler;
+use crate::request::{Event, Finish, GenerateRequest, Timings, TokenInfo, Usage};
+use crate::sampler::{Sampled, Sampler};
 
 /// What is being computed.
 enum Phase<M: Model> {
@@ -66,7 +66,7 @@ impl<M: Model> Sequence<M> {
         };
         let sequence = Self {
             phase: Phase::Vision(Vec::new()),
-            sampler: Sampler::new(&request.sampling),
+            sampler: Sampler::new(&request.sampling, &request.prompt.ids),
             output: Output::new(Arc::clone(tokenizer), stop_strings),
             tokens: Vec::new(),
             tokens_unsent: 0,
@@ -175,9 +175,10 @@ impl<M: Model> Sequence<M> {
         let Some(logits) = logits else {
             return Ok(Progress::More);
         };
-        let token = self.sampler.sample(logits);
-        let token = token.map_err(|error| Trouble::Broken(Box::new(error)))?;
-        let progress = self.accept(token);
+        let sampled = self.sampler.sample(logits);
+        let sampled = sampled.map_err(|error| Trouble::Broken(Box::new(error)))?;
+        let token = sampled.token;
+        let progress = self.accept(sampled);
         if matches!(progress, Progress::More) {
             match guarded(|| bench.model.push(state, token)) {
                 // The model's own end comes before the one that was asked for.
@@ -191,14 +192,15 @@ impl<M: Model> Sequence<M> {
     }
 
     /// Takes a generated token: text to the client, and whether the answer ends with it.
-    fn accept(&mut self, token: u32) -> Progress {
+    fn accept(&mut self, sampled: Sampled) -> Progress {
+        let token = sampled.token;
         self.tokens.push(token);
         self.tokens_unsent += 1;
         if self.request.stop_ids.contains(&token) {
             return Progress::Done(Finish::Stop, None);
         }
-        let passed = self.output.push(token);
-        self.send_delta(passed.text);
+        let passed = self.output.push(sampled);
+        self.send_delta(passed.text, passed.infos);
         if passed.stop.is_some() {
             return Progress::Done(Finish::Stop, passed.stop);
         }
@@ -208,18 +210,22 @@ impl<M: Model> Sequence<M> {
         Progress::More
     }
 
-    fn send_delta(&mut self, text: String) {
+    fn send_delta(&mut self, text: String, infos: Vec<TokenInfo>) {
         if !text.is_empty() {
             let tokens = std::mem::take(&mut self.tokens_unsent);
-            self.outlet.send(Event::Delta { text, tokens });
+            self.outlet.send(Event::Delta {
+                text,
+                tokens,
+                infos,
+            });
         }
     }
 
     /// The terminal event of an answer, behind the text that was held back for a stop string.
     pub(crate) fn finish(mut self, reason: Finish, matched_stop: Option<String>) {
         if matched_stop.is_none() {
-            let rest = self.output.finish();
-            self.send_delta(rest);
+            let (rest, infos) = self.output.finish();
+            self.send_delta(rest, infos);
         }
         self.outlet.send(Event::Finished {
             reason,

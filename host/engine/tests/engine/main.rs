@@ -9,5 +9,6 @@ mod features;
 mod limits;
 mod random;
 mod real;
+mod sampling;
 mod scripted;
 mod stops;

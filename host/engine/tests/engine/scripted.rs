@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use visor_engine::{
     CacheBytes, Caches, Engine, EngineError, EngineOptions, EngineState, Event, EventReceiver,
-    Finish, GenerateRequest, Model, ModelLoader, Usage,
+    Finish, GenerateRequest, Model, ModelLoader, TokenInfo, Usage,
 };
 use visor_model::image::PixelValues;
 use visor_model::{DeviceKind, ModelError, Prompt, Tokenizer};
@@ -335,6 +335,7 @@ pub(crate) struct Heard {
     pub(crate) started: bool,
     pub(crate) text: String,
     pub(crate) deltas: Vec<String>,
+    pub(crate) infos: Vec<TokenInfo>,
     pub(crate) end: End,
 }
 
@@ -381,6 +382,7 @@ impl Heard {
 /// Reads a request to its end and checks the order of its events.
 pub(crate) fn hear(events: &EventReceiver) -> Heard {
     let (mut started, mut deltas, mut delta_tokens) = (false, Vec::new(), 0);
+    let mut infos = Vec::new();
     let end = loop {
         match events.recv_timeout(PATIENCE).expect("an event") {
             Event::Started { .. } => {
@@ -390,11 +392,16 @@ pub(crate) fn hear(events: &EventReceiver) -> Heard {
                 );
                 started = true;
             }
-            Event::Delta { text, tokens } => {
+            Event::Delta {
+                text,
+                tokens,
+                infos: more,
+            } => {
                 assert!(started, "a delta before Started");
                 assert!(!text.is_empty(), "an empty delta");
                 delta_tokens += tokens;
                 deltas.push(text);
+                infos.extend(more);
             }
             Event::Finished {
                 reason,
@@ -420,6 +427,7 @@ pub(crate) fn hear(events: &EventReceiver) -> Heard {
         started,
         text: deltas.concat(),
         deltas,
+        infos,
         end,
     }
 }

@@ -164,6 +164,7 @@ fn sampling(wishes: &Wishes, defaults: &GenerationConfig) -> Result<Sampling, Fa
             .into(),
         top_k: wishes.top_k.unwrap_or(defaults.top_k),
         seed: wishes.seed,
+        ..Sampling::default()
     })
 }
 
