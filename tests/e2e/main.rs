@@ -20,5 +20,6 @@ mod images;
 mod lifecycle;
 mod overload;
 mod reload;
+mod sampling;
 mod server;
 mod stream;
