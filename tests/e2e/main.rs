@@ -13,6 +13,7 @@
 mod chat;
 mod client;
 mod demo;
+mod dialects;
 mod errors;
 mod eval;
 mod hostile;

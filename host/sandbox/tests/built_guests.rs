@@ -177,6 +177,9 @@ fn lookup(route: &str) -> Lookup {
 fn every_shipped_plugin_loads_is_small_and_needs_no_wasi() {
     for (name, role) in [
         ("openai", Role::Adapter),
+        ("responses", Role::Adapter),
+        ("anthropic", Role::Adapter),
+        ("ollama", Role::Adapter),
         ("phi3", Role::Template),
         ("hd", Role::ImagePolicy),
         ("lru", Role::CacheStrategy),

@@ -66,6 +66,9 @@ pub(crate) const SETS: [Set; 2] = [
         built: "plugins/built",
         guests: &[
             adapter("openai", "visor-plugin-openai", "plugins/openai"),
+            adapter("responses", "visor-plugin-responses", "plugins/responses"),
+            adapter("anthropic", "visor-plugin-anthropic", "plugins/anthropic"),
+            adapter("ollama", "visor-plugin-ollama", "plugins/ollama"),
             plugin("phi3", "visor-plugin-phi3", "plugins/phi3"),
             plugin("hd", "visor-plugin-hd", "plugins/hd"),
             plugin("lru", "visor-plugin-lru", "plugins/lru"),
