@@ -194,6 +194,24 @@ fn complete(body: &Value) -> crate::client::Answer {
     shared().send("POST", "/v1/completions", body.to_string().as_bytes())
 }
 
+/// Biased towards a word with a space before it: the space is part of what goes on with a text.
+#[test]
+fn what_goes_on_with_a_text_keeps_its_first_space() {
+    let server = shared();
+    let bare = json!({"prompt": "the", "add_special_tokens": false});
+    let ids = server.send("POST", "/v1/tokenize", bare.to_string().as_bytes());
+    let bias = json!({ids.ok()["tokens"][0].to_string(): 100});
+    let sampling = json!({"max_tokens": 1, "temperature": 0, "logit_bias": bias});
+    let text = complete(&with(json!({"prompt": "I see"}), sampling.clone())).ok();
+    assert_eq!(text["choices"][0]["text"], " the");
+    let answer = server.chat(&story(sampling)).ok();
+    assert_eq!(
+        content(&answer),
+        "the",
+        "an answer begins with its first word"
+    );
+}
+
 #[test]
 fn a_text_is_gone_on_with() {
     let body = json!({"prompt": "I see", "max_tokens": 6, "temperature": 0, "logprobs": 2});

@@ -27,10 +27,15 @@ pub(crate) struct Passed {
 }
 
 impl Output {
-    pub(crate) fn new(tokenizer: Arc<Tokenizer>, stop_strings: Vec<String>) -> Self {
+    /// `continues` as in [`crate::GenerateRequest`].
+    pub(crate) fn new(
+        tokenizer: Arc<Tokenizer>,
+        stop_strings: Vec<String>,
+        continues: bool,
+    ) -> Self {
         Self {
-            infos: TokenInfos::new(Arc::clone(&tokenizer)),
-            detokenizer: Detokenizer::new(tokenizer),
+            infos: TokenInfos::new(Arc::clone(&tokenizer), continues),
+            detokenizer: Detokenizer::new(tokenizer, continues),
             stops: StopMatcher::new(stop_strings),
         }
     }

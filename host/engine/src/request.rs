@@ -157,6 +157,9 @@ pub struct GenerateRequest {
     pub prompt: Prompt,
     /// The pictures, by slot index.
     pub images: Vec<Arc<PixelValues>>,
+    /// Whether the answer goes on with the text that ends the prompt. Then a space it begins with
+    /// is part of it; otherwise a first space only begins the first word, and is left out.
+    pub continues: bool,
     /// How tokens are drawn.
     pub sampling: Sampling,
     /// Most tokens of the answer; cut to what the context leaves.
@@ -180,6 +183,7 @@ impl GenerateRequest {
         Self {
             prompt,
             images: Vec::new(),
+            continues: false,
             sampling: Sampling::default(),
             tokens_max,
             stop_ids: Vec::new(),

@@ -67,7 +67,7 @@ impl<M: Model> Sequence<M> {
         let sequence = Self {
             phase: Phase::Vision(Vec::new()),
             sampler: Sampler::new(&request.sampling, &request.prompt.ids),
-            output: Output::new(Arc::clone(tokenizer), stop_strings),
+            output: Output::new(Arc::clone(tokenizer), stop_strings, request.continues),
             tokens: Vec::new(),
             tokens_unsent: 0,
             timings,

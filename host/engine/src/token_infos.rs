@@ -5,11 +5,9 @@ use std::sync::Arc;
 
 use visor_model::{TokenKind, Tokenizer};
 
+use crate::detokenizer::before;
 use crate::request::{TokenChance, TokenInfo};
 use crate::sampler::Sampled;
-
-/// A text that is one piece of every vocabulary: what stands behind it keeps its first space.
-const ANCHOR: &str = "a";
 
 /// Collects what is told of tokens until their text is.
 pub(crate) struct TokenInfos {
@@ -25,11 +23,12 @@ pub(crate) struct TokenInfos {
 }
 
 impl TokenInfos {
-    pub(crate) fn new(tokenizer: Arc<Tokenizer>) -> Self {
+    /// `continues` a text that came before: its first space is kept.
+    pub(crate) fn new(tokenizer: Arc<Tokenizer>, continues: bool) -> Self {
         Self {
             tokenizer,
             waiting: VecDeque::new(),
-            begun: false,
+            begun: continues,
             bytes: 0,
             told_bytes: 0,
         }
@@ -84,8 +83,7 @@ impl TokenInfos {
             TokenKind::Skipped => self.tokenizer.decode(&[token], false).into_bytes(),
             TokenKind::Text if !self.begun => self.tokenizer.decode(&[token], true).into_bytes(),
             TokenKind::Text => {
-                let mut ids = self.tokenizer.encode_text(ANCHOR);
-                let anchor_bytes = self.tokenizer.decode(&ids, true).len();
+                let (mut ids, anchor_bytes) = before(&self.tokenizer);
                 ids.push(token);
                 let text = self.tokenizer.decode(&ids, true);
                 text.as_bytes()
@@ -115,8 +113,16 @@ mod tests {
 
     /// Text and tokens as told, up to a stop string.
     fn told(tokens: &[u32], stops: &[&str]) -> Vec<(String, Vec<TokenInfo>)> {
+        told_behind(false, tokens, stops)
+    }
+
+    fn told_behind(
+        continues: bool,
+        tokens: &[u32],
+        stops: &[&str],
+    ) -> Vec<(String, Vec<TokenInfo>)> {
         let stops = stops.iter().map(ToString::to_string).collect();
-        let mut output = Output::new(tokenizer(), stops);
+        let mut output = Output::new(tokenizer(), stops, continues);
         let mut told = Vec::new();
         for token in tokens {
             let passed = output.push(sampled(*token));
@@ -137,14 +143,14 @@ mod tests {
             "naïve café, 日本語",
             "🦀🦀 family: 👨‍👩‍👧‍👦!",
         ] {
-            let told = told(&tokenizer().encode_text(text), &[]);
-            let bytes: Vec<u8> = told
-                .iter()
-                .flat_map(|(_, infos)| infos)
-                .flat_map(|info| info.chosen.bytes.clone())
-                .collect();
-            let whole: String = told.iter().map(|(text, _)| text.as_str()).collect();
-            assert_eq!(String::from_utf8(bytes).unwrap(), whole, "{text}");
+            for continues in [false, true] {
+                let told = told_behind(continues, &tokenizer().encode_text(text), &[]);
+                let infos = told.iter().flat_map(|(_, infos)| infos);
+                let bytes: Vec<u8> = infos.flat_map(|info| info.chosen.bytes.clone()).collect();
+                let whole: String = told.iter().map(|(text, _)| text.as_str()).collect();
+                assert_eq!(String::from_utf8(bytes).unwrap(), whole, "{text}");
+                assert_eq!(whole.starts_with(' '), continues || text.starts_with(' '));
+            }
         }
     }
 
@@ -186,7 +192,7 @@ mod tests {
 
     #[test]
     fn nothing_is_told_of_control_tokens_or_unasked() {
-        let mut infos = TokenInfos::new(tokenizer());
+        let mut infos = TokenInfos::new(tokenizer(), false);
         infos.push(sampled(32007));
         infos.push(Sampled {
             token: byte_token(b'a'),

@@ -64,6 +64,8 @@ pub(super) struct AnswerKey<'a> {
     pub model_digest: &'a str,
     /// The prompt.
     pub prompt: &'a Prompt,
+    /// Whether the answer goes on with the prompt's text.
+    pub continues: bool,
     /// Keys of its pictures, in order.
     pub image_keys: &'a [[u8; 32]],
     /// Most output tokens.
@@ -91,6 +93,7 @@ impl AnswerKey<'_> {
             .ids
             .iter()
             .for_each(|id| sha.update(id.to_le_bytes()));
+        sha.update([u8::from(self.continues)]);
         count(&mut sha, self.image_keys.len());
         self.image_keys.iter().for_each(|key| sha.update(key));
         sha.update(self.tokens_max.to_le_bytes());

@@ -91,6 +91,7 @@ pub(super) fn start(work: &mut Work, generation: Generation, index: u32) -> Resu
 struct Counted {
     planned: Vec<Planned>,
     prompt: Prompt,
+    continues: bool,
     sampling: Sampling,
     tokens_max: u32,
     stop_strings: Vec<String>,
@@ -136,6 +137,7 @@ fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
         tokens_max: plan::output_tokens(&rendered.prompt, &wish, &config, &model)?,
         planned,
         prompt: rendered.prompt,
+        continues: rendered.continues,
         sampling: wish.sampling,
         stop_strings: wish.stop.into_iter().chain(rendered.stop_strings).collect(),
         stop_ids: rendered.stop_ids,
@@ -166,6 +168,7 @@ fn share(work: &mut Work, counted: &mut Counted) -> (Sharing, Option<CacheKey>) 
             pinned: &work.call.pinned,
             model_digest: &work.call.house.model.facts.digest,
             prompt: &counted.prompt,
+            continues: counted.continues,
             image_keys: &image_keys,
             tokens_max: counted.tokens_max,
             stop_strings: &counted.stop_strings,
@@ -190,6 +193,7 @@ fn submit(
     let mut request = GenerateRequest {
         prompt: counted.prompt,
         images,
+        continues: counted.continues,
         sampling: counted.sampling,
         tokens_max: counted.tokens_max,
         stop_ids: counted.stop_ids,
