@@ -79,14 +79,12 @@ fn what_this_server_does_not_do_is_said_and_not_ignored() {
     let server = shared();
     let tool = json!({"type": "function", "function": {"name": "f", "parameters": {}}});
     for (wish, param) in [
-        (json!({"n": 2}), "n"),
-        (json!({"logprobs": true}), "logprobs"),
+        (json!({"tool_choice": "required"}), "tool_choice"),
         (json!({"tools": [tool]}), "tools"),
         (
             json!({"response_format": {"type": "json_object"}}),
             "response_format",
         ),
-        (json!({"presence_penalty": 1.0}), "presence_penalty"),
     ] {
         let error = server
             .chat(&with(chat(&[text("x")]), wish.clone()))
@@ -95,6 +93,34 @@ fn what_this_server_does_not_do_is_said_and_not_ignored() {
     }
     let neutral = json!({"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "response_format": {"type": "text"}});
     server.chat(&with(chat(&[text("x")]), neutral)).ok();
+}
+
+#[test]
+fn sampling_out_of_range_is_400_and_names_the_key() {
+    let server = shared();
+    for (wish, param) in [
+        (json!({"n": 5}), "n"),
+        (json!({"n": 1_000_000}), "n"),
+        (json!({"top_logprobs": 2}), "top_logprobs"),
+        (
+            json!({"logprobs": true, "top_logprobs": 21}),
+            "top_logprobs",
+        ),
+        (json!({"min_p": 2}), "min_p"),
+        (json!({"repetition_penalty": 1e9}), "repetition_penalty"),
+        (json!({"presence_penalty": 2.5}), "presence_penalty"),
+        (json!({"frequency_penalty": -3}), "frequency_penalty"),
+        (json!({"logit_bias": {"1": 200}}), "logit_bias.1"),
+        (json!({"logit_bias": {"4000000": 1}}), "logit_bias"),
+        (json!({"stop": ["1", "2", "3", "4", "5"]}), "stop"),
+    ] {
+        let error = server
+            .chat(&with(chat(&[text("x")]), wish.clone()))
+            .error(400);
+        assert_eq!(error["param"], param, "{wish}: {error}");
+    }
+    let faults = &server.stats()["requests"]["outcomes"]["guest_fault"];
+    assert!([json!(0), Value::Null].contains(faults), "{faults}");
 }
 
 #[test]

@@ -152,6 +152,7 @@ fn generate(text: String, lie: bool) -> Step {
             repetition_penalty: none,
             presence_penalty: none,
             frequency_penalty: none,
+            logit_bias: Vec::new(),
             seed: None,
             logprobs: None,
         },

@@ -9,6 +9,9 @@ use std::sync::Arc;
 
 use visor_model::{TokenKind, Tokenizer};
 
+/// A text that is one piece of every vocabulary: what stands behind it keeps its first space.
+const BEFORE: &str = "a";
+
 pub(crate) struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     /// The last text token, if any, then the run of byte tokens since.
@@ -20,11 +23,17 @@ pub(crate) struct Detokenizer {
 }
 
 impl Detokenizer {
-    pub(crate) fn new(tokenizer: Arc<Tokenizer>) -> Self {
+    /// `continues` a text that came before: its first space is kept.
+    pub(crate) fn new(tokenizer: Arc<Tokenizer>, continues: bool) -> Self {
+        let (window, anchor_bytes) = if continues {
+            before(&tokenizer)
+        } else {
+            (Vec::new(), 0)
+        };
         Self {
             tokenizer,
-            window: Vec::new(),
-            anchor_bytes: 0,
+            window,
+            anchor_bytes,
             run: Vec::new(),
         }
     }
@@ -80,6 +89,13 @@ impl Detokenizer {
     }
 }
 
+/// A text token to stand before others, and the length of its own text in bytes.
+pub(crate) fn before(tokenizer: &Tokenizer) -> (Vec<u32>, usize) {
+    let ids = tokenizer.encode_text(BEFORE);
+    let bytes = tokenizer.decode(&ids, true).len();
+    (ids, bytes)
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -100,7 +116,7 @@ pub(crate) mod tests {
     }
 
     fn deltas(tokens: &[u32]) -> Vec<String> {
-        let mut detokenizer = Detokenizer::new(tokenizer());
+        let mut detokenizer = Detokenizer::new(tokenizer(), false);
         let mut deltas: Vec<String> = tokens.iter().map(|t| detokenizer.push(*t)).collect();
         deltas.push(detokenizer.finish());
         deltas
@@ -157,8 +173,18 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn what_goes_on_with_a_text_keeps_its_first_space() {
+        let ids = tokenizer().encode_text("the end");
+        for (continues, text) in [(false, "the end"), (true, " the end")] {
+            let mut detokenizer = Detokenizer::new(tokenizer(), continues);
+            let deltas: String = ids.iter().map(|id| detokenizer.push(*id)).collect();
+            assert_eq!(deltas + &detokenizer.finish(), text);
+        }
+    }
+
+    #[test]
     fn a_character_over_several_tokens_comes_whole() {
-        let mut detokenizer = Detokenizer::new(tokenizer());
+        let mut detokenizer = Detokenizer::new(tokenizer(), false);
         let crab = "🦀".as_bytes();
         for byte in &crab[..3] {
             assert_eq!(detokenizer.push(byte_token(*byte)), "");
@@ -174,7 +200,7 @@ pub(crate) mod tests {
     #[test]
     fn a_broken_run_is_never_taken_back() {
         let tokens = [byte_token(b'a'), byte_token(0xFF)];
-        let mut detokenizer = Detokenizer::new(tokenizer());
+        let mut detokenizer = Detokenizer::new(tokenizer(), false);
         detokenizer.push(tokens[0]);
         assert_eq!(detokenizer.tentative(), "a");
         detokenizer.push(tokens[1]);

@@ -12,7 +12,7 @@ use crate::features::FeatureStore;
 use crate::job::Job;
 use crate::model::{Model, ModelLoader};
 use crate::prefix_cache::PrefixStore;
-use crate::request::{EventReceiver, GenerateRequest, Sampling};
+use crate::request::{EventReceiver, GenerateRequest};
 use crate::scheduler::{Scheduler, Slices, Stores, Wake};
 use crate::shared::{EngineState, Shared};
 use crate::slot::{KvLimit, ModelSlot};
@@ -212,7 +212,7 @@ impl Limits {
         }
         let checks = [
             (prompt_tokens == 0).then(|| "the prompt is empty".to_string()),
-            bad_sampling(&request.sampling),
+            request.sampling.fault(),
             bad_slots(request),
             (request.stop_strings.len() > self.stop_strings_max)
                 .then(|| format!("more than {} stop strings", self.stop_strings_max)),
@@ -222,19 +222,6 @@ impl Limits {
             None => Ok(()),
         }
     }
-}
-
-fn bad_sampling(sampling: &Sampling) -> Option<String> {
-    let Sampling {
-        temperature, top_p, ..
-    } = *sampling;
-    if !(temperature.is_finite() && temperature >= 0.0) {
-        return Some(format!("temperature {temperature} is not a number from 0"));
-    }
-    if !(top_p > 0.0 && top_p <= 1.0) {
-        return Some(format!("top_p {top_p} is not above 0 and at most 1"));
-    }
-    None
 }
 
 /// Every picture has exactly the slots it needs, and every slot a picture.

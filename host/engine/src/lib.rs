@@ -25,6 +25,7 @@ mod shared;
 mod slot;
 mod stats;
 mod stop;
+mod token_infos;
 
 pub use cache::{
     Access, Algorithm, Cache, CacheBytes, CacheEntry, CacheEvent, CacheKey, CacheStats,
@@ -37,7 +38,7 @@ pub use model::{CheckpointLoader, KvFigures, Model, ModelLoader, Part};
 pub use prefix_cache::PrefixBlock;
 pub use request::{
     Answer, CacheAccess, CancelToken, Event, EventReceiver, Finish, GenerateRequest, RecvError,
-    Sampling, Timings, Usage,
+    Sampling, Timings, TokenChance, TokenInfo, Usage,
 };
 pub use shared::EngineState;
 pub use stats::{EngineStats, StageStats};

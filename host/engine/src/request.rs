@@ -13,7 +13,7 @@ use crate::cache::{Access, Scope, Scoping};
 use crate::error::EngineError;
 
 /// How a token is drawn from logits.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     /// 0 takes the likeliest token, the lowest id of equals; finite, at least 0.
     pub temperature: f64,
@@ -21,8 +21,20 @@ pub struct Sampling {
     pub top_p: f64,
     /// Likeliest tokens kept; 0 keeps all.
     pub top_k: u32,
+    /// Least probability kept, as a share of the likeliest token's, 0 to 1; 0 keeps all.
+    pub min_p: f64,
+    /// Divides the logits of tokens in the prompt or the answer; above 0, 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens in the answer; finite.
+    pub presence_penalty: f32,
+    /// Subtracted from the logit of a token as often as it is in the answer; finite.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens before anything else; finite.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Equal seeds draw equal tokens from equal logits; `None` draws a seed.
     pub seed: Option<u64>,
+    /// Tells every token's probability, and so many of the likeliest instead of it.
+    pub logprobs: Option<u8>,
 }
 
 impl Default for Sampling {
@@ -31,9 +43,60 @@ impl Default for Sampling {
             temperature: 0.0,
             top_p: 1.0,
             top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
             seed: None,
+            logprobs: None,
         }
     }
+}
+
+impl Sampling {
+    /// Which value no token can be drawn with, if there is one.
+    pub(crate) fn fault(&self) -> Option<String> {
+        let positive = |value: f32| value.is_finite() && value > 0.0;
+        let checks = [
+            (
+                "temperature",
+                self.temperature.is_finite() && self.temperature >= 0.0,
+            ),
+            ("top_p", self.top_p > 0.0 && self.top_p <= 1.0),
+            ("min_p", (0.0..=1.0).contains(&self.min_p)),
+            ("repetition_penalty", positive(self.repetition_penalty)),
+            ("presence_penalty", self.presence_penalty.is_finite()),
+            ("frequency_penalty", self.frequency_penalty.is_finite()),
+            (
+                "logit_bias",
+                self.logit_bias.iter().all(|(_, bias)| bias.is_finite()),
+            ),
+        ];
+        let wrong = checks.iter().find(|(_, fits)| !fits);
+        wrong.map(|(name, _)| format!("{name} is out of range in {self:?}"))
+    }
+}
+
+/// A token the model might say, and how likely it held it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenChance {
+    /// Its id.
+    pub token: u32,
+    /// What it adds to the text: a whole character or several, or some bytes of one. A control
+    /// token is spelled out.
+    pub bytes: Vec<u8>,
+    /// Natural logarithm of its probability at temperature 1, before bias and penalties.
+    pub logprob: f32,
+}
+
+/// A token of the answer, and what might have been in its place.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenInfo {
+    /// The token that was drawn.
+    pub chosen: TokenChance,
+    /// The likeliest tokens, the likeliest first, perhaps with the one that was drawn.
+    pub alternatives: Vec<TokenChance>,
 }
 
 /// What a request may read from and store in the engine's own caches.
@@ -97,6 +160,9 @@ pub struct GenerateRequest {
     pub prompt: Prompt,
     /// The pictures, by slot index.
     pub images: Vec<Arc<PixelValues>>,
+    /// Whether the answer goes on with the text that ends the prompt. Then a space it begins with
+    /// is part of it; otherwise a first space only begins the first word, and is left out.
+    pub continues: bool,
     /// How tokens are drawn.
     pub sampling: Sampling,
     /// Most tokens of the answer; cut to what the context leaves.
@@ -120,6 +186,7 @@ impl GenerateRequest {
         Self {
             prompt,
             images: Vec::new(),
+            continues: false,
             sampling: Sampling::default(),
             tokens_max,
             stop_ids: Vec::new(),
@@ -187,6 +254,10 @@ pub enum Event {
         text: String,
         /// Tokens since the last delta; 0 where an earlier token's text was held back until the end.
         tokens: u32,
+        /// The tokens of this text, if [`Sampling::logprobs`] asks for them. A token comes with the
+        /// text it begins in; the bytes of all of them are the bytes of the whole text, unless
+        /// that had characters no bytes make.
+        infos: Vec<TokenInfo>,
     },
     /// The answer is complete.
     Finished {

@@ -1,10 +1,17 @@
-//! Logits to a token.
+//! Logits to a token: adjusted as the request asks (`adjust`), drawn, and with the model's own
+//! probabilities where they are wanted (`chances`).
+
+mod adjust;
+mod chances;
 
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling as Kind};
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 
+pub(crate) use chances::Chances;
+
 use crate::request::Sampling;
+use adjust::Adjust;
 
 /// Below this, dividing by the temperature would only overflow: it is 0.
 const TEMPERATURE_MIN: f64 = 1e-6;
@@ -20,17 +27,60 @@ pub(crate) enum SamplerError {
     Draw(#[source] candle_core::Error),
 }
 
+/// A token, and how likely it was if that is to be told.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Sampled {
+    pub(crate) token: u32,
+    pub(crate) chances: Option<Chances>,
+}
+
 /// Draws the tokens of one sequence.
 pub(crate) struct Sampler {
+    adjust: Adjust,
     /// `None` takes the likeliest.
-    drawing: Option<LogitsProcessor>,
+    drawing: Option<Drawing>,
+    /// Likeliest tokens to tell of beside each one drawn, if its chances are told at all.
+    alternatives: Option<u8>,
 }
 
 impl Sampler {
-    pub(crate) fn new(sampling: &Sampling) -> Self {
+    /// `prompt_ids` as the engine has them: slots of pictures are negative.
+    pub(crate) fn new(sampling: &Sampling, prompt_ids: &[i64]) -> Self {
+        Self {
+            adjust: Adjust::new(sampling, prompt_ids),
+            drawing: Drawing::new(sampling),
+            alternatives: sampling.logprobs,
+        }
+    }
+
+    /// The next token from (vocab_size) logits. A refusal draws nothing: the seed's sequence goes
+    /// on where it was.
+    pub(crate) fn sample(&mut self, mut logits: Vec<f32>) -> Result<Sampled, SamplerError> {
+        check(&logits)?;
+        let raw = self.alternatives.map(|count| (logits.clone(), count));
+        self.adjust.apply(&mut logits);
+        let token = match &mut self.drawing {
+            None => likeliest(&logits),
+            Some(drawing) => drawing.draw(logits)?,
+        };
+        self.adjust.note(token);
+        let chances = raw.map(|(logits, count)| Chances::of(token, &logits, count.into()));
+        Ok(Sampled { token, chances })
+    }
+}
+
+/// How a token is drawn that is not just the likeliest.
+struct Drawing {
+    processor: LogitsProcessor,
+    /// How far below the largest a logit may be; `None` where that does not matter.
+    reach: Option<f32>,
+}
+
+impl Drawing {
+    fn new(sampling: &Sampling) -> Option<Self> {
         let temperature = sampling.temperature;
         if temperature < TEMPERATURE_MIN {
-            return Self { drawing: None };
+            return None;
         }
         let (k, p) = (sampling.top_k as usize, sampling.top_p);
         let kind = match (k > 0, p < 1.0) {
@@ -40,24 +90,25 @@ impl Sampler {
             (true, true) => Kind::TopKThenTopP { k, p, temperature },
         };
         let seed = sampling.seed.unwrap_or_else(random_seed);
-        Self {
-            drawing: Some(LogitsProcessor::from_sampling(seed, kind)),
-        }
+        // p >= min_p * p_max after the temperature, said of logits.
+        #[expect(clippy::cast_possible_truncation, reason = "logits are f32")]
+        let reach = |min_p: f64| (-min_p.ln() * temperature) as f32;
+        Some(Self {
+            processor: LogitsProcessor::from_sampling(seed, kind),
+            reach: (sampling.min_p > 0.0).then(|| reach(sampling.min_p)),
+        })
     }
 
-    /// The next token from (vocab_size) logits. A refusal draws nothing: the seed's sequence goes
-    /// on where it was.
-    pub(crate) fn sample(&mut self, logits: Vec<f32>) -> Result<u32, SamplerError> {
-        check(&logits)?;
-        match &mut self.drawing {
-            None => Ok(likeliest(&logits)),
-            Some(drawing) => {
-                let count = logits.len();
-                let logits = Tensor::from_vec(logits, count, &Device::Cpu);
-                let drawn = logits.and_then(|logits| drawing.sample(&logits));
-                drawn.map_err(SamplerError::Draw)
-            }
+    fn draw(&mut self, mut logits: Vec<f32>) -> Result<u32, SamplerError> {
+        if let Some(reach) = self.reach {
+            let least = logits.iter().copied().fold(f32::MIN, f32::max) - reach;
+            let unlikely = logits.iter_mut().filter(|logit| **logit < least);
+            unlikely.for_each(|logit| *logit = f32::NEG_INFINITY);
         }
+        let count = logits.len();
+        let logits = Tensor::from_vec(logits, count, &Device::Cpu);
+        let drawn = logits.and_then(|logits| self.processor.sample(&logits));
+        drawn.map_err(SamplerError::Draw)
     }
 }
 
@@ -97,8 +148,8 @@ mod tests {
     use super::*;
 
     fn draw(sampling: Sampling, logits: &[f32], count: usize) -> Vec<u32> {
-        let mut sampler = Sampler::new(&sampling);
-        let next = || sampler.sample(logits.to_vec()).unwrap();
+        let mut sampler = Sampler::new(&sampling, &[]);
+        let next = || sampler.sample(logits.to_vec()).unwrap().token;
         std::iter::repeat_with(next).take(count).collect()
     }
 
@@ -140,11 +191,11 @@ mod tests {
                 ..warm(7)
             },
         ] {
-            let first = draw(sampling, &logits, 64);
-            assert_eq!(first, draw(sampling, &logits, 64), "{sampling:?}");
+            let first = draw(sampling.clone(), &logits, 64);
+            assert_eq!(first, draw(sampling.clone(), &logits, 64), "{sampling:?}");
             let seed = Some(8);
             let other = Sampling { seed, ..sampling };
-            assert_ne!(first, draw(other, &logits, 64), "{sampling:?}");
+            assert_ne!(first, draw(other.clone(), &logits, 64), "{other:?}");
         }
     }
 
@@ -155,7 +206,8 @@ mod tests {
             seed: None,
             ..warm(0)
         };
-        assert_ne!(draw(unseeded, &logits, 16), draw(unseeded, &logits, 16));
+        let first = draw(unseeded.clone(), &logits, 16);
+        assert_ne!(first, draw(unseeded, &logits, 16));
     }
 
     #[test]
@@ -203,6 +255,46 @@ mod tests {
     }
 
     #[test]
+    fn min_p_leaves_out_what_is_unlikely_beside_the_likeliest() {
+        // Shares of the likeliest: 1, 0.37, 0.14, 0.05; at temperature 2: 1, 0.61, 0.37, 0.22.
+        let logits = [3.0, 2.0, 1.0, 0.0];
+        let largest = |min_p, temperature| {
+            let sampling = Sampling {
+                min_p,
+                temperature,
+                ..warm(1)
+            };
+            draw(sampling, &logits, 500).into_iter().max().unwrap()
+        };
+        assert_eq!(largest(0.0, 1.0), 3);
+        assert_eq!(largest(0.2, 1.0), 1);
+        assert_eq!(largest(0.3, 2.0), 2);
+        assert_eq!(largest(1.0, 1.0), 0);
+    }
+
+    #[test]
+    fn penalties_follow_the_answer_and_chances_are_the_models_own() {
+        let sampling = Sampling {
+            frequency_penalty: 1.5,
+            logprobs: Some(1),
+            ..Sampling::default()
+        };
+        let mut sampler = Sampler::new(&sampling, &[]);
+        let logits = vec![1.0, 0.0];
+        let drawn: Vec<Sampled> = (0..3)
+            .map(|_| sampler.sample(logits.clone()).unwrap())
+            .collect();
+        let tokens: Vec<u32> = drawn.iter().map(|sampled| sampled.token).collect();
+        assert_eq!(tokens, [0, 1, 0]);
+        let logprob = |sampled: &Sampled| sampled.chances.clone().unwrap().logprob;
+        assert!((logprob(&drawn[0]).exp() - 0.731).abs() < 1e-3);
+        assert!((logprob(&drawn[1]).exp() - 0.269).abs() < 1e-3);
+        for sampled in &drawn {
+            assert_eq!(sampled.chances.clone().unwrap().alternatives[0].0, 0);
+        }
+    }
+
+    #[test]
     fn draws_follow_the_probabilities() {
         let logits = [0.0, (3.0_f32).ln()];
         let ones = draw(warm(3), &logits, 4000).iter().sum::<u32>();
@@ -212,7 +304,7 @@ mod tests {
     #[test]
     fn unusable_logits_are_errors() {
         for sampling in [Sampling::default(), warm(1)] {
-            let mut sampler = Sampler::new(&sampling);
+            let mut sampler = Sampler::new(&sampling, &[]);
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let error = sampler.sample(vec![0.0, bad]).unwrap_err();
                 assert!(error.to_string().contains("logit 1"), "{error}");

@@ -13,8 +13,8 @@ use crate::job::{Interrupt, Job, Outlet, Watch, count, micros};
 use crate::model::{Model, Part};
 use crate::output::Output;
 use crate::prefix_cache::{Chain, Ground, PrefixStore, Worth};
-use crate::request::{Event, Finish, GenerateRequest, Timings, Usage};
-use crate::sampler::Sampler;
+use crate::request::{Event, Finish, GenerateRequest, Timings, TokenInfo, Usage};
+use crate::sampler::{Sampled, Sampler};
 
 /// KV blocks, beside those for what it has, that a sequence needs to go on with.
 pub(crate) const HEADROOM_BLOCKS: usize = 2;
@@ -87,8 +87,8 @@ impl<M: Model> Sequence<M> {
             phase: Phase::Idle,
             chain: None,
             wanted: vec![false; request.images.len()],
-            sampler: Sampler::new(&request.sampling),
-            output: Output::new(Arc::clone(tokenizer), stop_strings),
+            sampler: Sampler::new(&request.sampling, &request.prompt.ids),
+            output: Output::new(Arc::clone(tokenizer), stop_strings, request.continues),
             tokens: Vec::new(),
             tokens_unsent: 0,
             cached_tokens: None,
@@ -374,13 +374,14 @@ impl<M: Model> Sequence<M> {
         logits: Vec<f32>,
         bench: &mut Bench<'_, M>,
     ) -> Result<Progress, Trouble> {
-        let token = self.sampler.sample(logits);
-        let token = token.map_err(|error| Trouble::Broken(Box::new(error)))?;
+        let sampled = self.sampler.sample(logits);
+        let sampled = sampled.map_err(|error| Trouble::Broken(Box::new(error)))?;
+        let token = sampled.token;
         self.is_suspect = false;
         if self.tokens.is_empty() {
             self.share(bench, false);
         }
-        let progress = self.accept(token);
+        let progress = self.accept(sampled);
         let Phase::Forward(state) = &mut self.phase else {
             return Ok(progress);
         };
@@ -400,14 +401,15 @@ impl<M: Model> Sequence<M> {
     }
 
     /// Takes a generated token: text to the client, and whether the answer ends with it.
-    fn accept(&mut self, token: u32) -> Progress {
+    fn accept(&mut self, sampled: Sampled) -> Progress {
+        let token = sampled.token;
         self.tokens.push(token);
         self.tokens_unsent += 1;
         if self.request.stop_ids.contains(&token) {
             return Progress::Done(Finish::Stop, None);
         }
-        let passed = self.output.push(token);
-        self.send_delta(passed.text);
+        let passed = self.output.push(sampled);
+        self.send_delta(passed.text, passed.infos);
         if passed.stop.is_some() {
             return Progress::Done(Finish::Stop, passed.stop);
         }
@@ -417,10 +419,14 @@ impl<M: Model> Sequence<M> {
         Progress::More
     }
 
-    fn send_delta(&mut self, text: String) {
+    fn send_delta(&mut self, text: String, infos: Vec<TokenInfo>) {
         if !text.is_empty() {
             let tokens = std::mem::take(&mut self.tokens_unsent);
-            self.outlet.send(Event::Delta { text, tokens });
+            self.outlet.send(Event::Delta {
+                text,
+                tokens,
+                infos,
+            });
         }
     }
 
@@ -474,8 +480,8 @@ impl<M: Model> Sequence<M> {
     /// The terminal event of an answer, behind the text that was held back for a stop string.
     pub(crate) fn finish(mut self, reason: Finish, matched_stop: Option<String>) {
         if matched_stop.is_none() {
-            let rest = self.output.finish();
-            self.send_delta(rest);
+            let (rest, infos) = self.output.finish();
+            self.send_delta(rest, infos);
         }
         // Whoever hears of the end finds its blocks free.
         self.rewind();

@@ -33,7 +33,7 @@ mod wasm_engine;
 pub use adapter::exchange::Exchange;
 pub use adapter::types::{
     Blob, Event, FormPart, Generation, Head, HttpRequest, Input, Next, OutputFormat, Progress,
-    Response, Route, Sampling, Source, Step, TokenInfo,
+    Response, Route, Sampling, Source, Step, TokenChance, TokenInfo,
 };
 pub use chat::{ChatRole, Extensions, FinishReason, Message, Part, ToolCall, ToolSpec, Usage};
 pub use check::{CheckReport, check_file};

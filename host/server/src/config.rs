@@ -64,7 +64,7 @@ impl Default for Config {
             cache: CacheConfig::default(),
             plugins: PluginsConfig::default(),
             sandbox: SandboxConfig::default(),
-            routes: vec![RouteConfig::default()],
+            routes: RouteConfig::of_shipped_adapters(),
         }
     }
 }
@@ -314,6 +314,24 @@ impl Default for RouteConfig {
             image_policy: "hd".to_owned(),
             cache_strategy: "lru".to_owned(),
         }
+    }
+}
+
+impl RouteConfig {
+    /// Every shipped dialect where its clients look for it. The first steers the caches.
+    fn of_shipped_adapters() -> Vec<Self> {
+        let mounts = [
+            ("/v1", "openai"),
+            ("/v1/responses", "responses"),
+            ("/v1/messages", "anthropic"),
+            ("/api", "ollama"),
+        ];
+        let route = |(prefix, adapter): (&str, &str)| Self {
+            prefix: prefix.to_owned(),
+            adapter: adapter.to_owned(),
+            ..Self::default()
+        };
+        mounts.map(route).into()
     }
 }
 

@@ -24,6 +24,7 @@ mod prompt;
 mod record;
 mod reply;
 mod request;
+mod told;
 mod vision;
 mod work;
 

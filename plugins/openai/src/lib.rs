@@ -1,4 +1,4 @@
-//! Request adapter: the chat completions API of OpenAI.
+//! Request adapter: chats and completions of the OpenAI API.
 //!
 //! An adapter translates one HTTP dialect. It is a protocol machine without I/O: the host accepts
 //! the connection, reads the body, runs the model, notices a client that went away and writes the
@@ -16,36 +16,48 @@
 //! is global. Images never come in here: the host has replaced long base64 strings of the body by
 //! short tokens, and we pass the handle of such a string on.
 //!
-//! - `request`: body → what is wanted (`field`: where in the body, for errors)
-//! - `reply`: events → completion, chunks, error objects
+//! - `request`, `completion`: body → what is wanted (`options`: what both may ask for)
+//! - `reply`: events → one answer or chunks of it (`logprobs`: of its tokens); `error`: error objects
+//! - `tokens`: text to token ids and back
 //! - here: the exports, and everything that asks the host.
 
 #![expect(missing_docs, reason = "what `generate!` makes is documented in wit/")]
 
-mod field;
+mod completion;
+mod error;
+mod logprobs;
+mod options;
 mod reply;
 mod request;
+mod tokens;
 
 use std::cell::RefCell;
 
 use serde_json::{Value, json};
+use visor_plugin_body::{Kind, Picture, Place, Wrong};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
+use error::{headers, json_response};
 use exports::visor::plugin::adapter::{
     self, Event, Exchange, Generation, GuestExchange, Head, Input, OutputFormat, Progress,
     Response, Route, Step,
 };
 use exports::visor::plugin::lifecycle;
-use reply::Reply;
-use request::{ChatRequest, Place};
+use options::Options;
+use reply::{Reply, Shape};
 use visor::plugin::adapter_input::Request;
 use visor::plugin::media::Source;
-use visor::plugin::types::{Error, ErrorCode};
+use visor::plugin::types::{Error, ErrorCode, Extensions};
 use visor::plugin::{clock, model};
 
 /// A comment: clients skip it, proxies see that the connection lives.
 const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
+
+/// What every prompt begins with.
+const BEGIN: &str = "<s>";
+/// Answers that the most generous host gives to one request.
+const ANSWERS_MAX: u32 = 128;
 
 /// The type the exports hang on.
 struct OpenAi;
@@ -82,40 +94,44 @@ impl adapter::Guest for OpenAi {
         // Model ids may contain slashes, so the last one takes the rest of the path.
         vec![
             route("POST", "/chat/completions"),
+            route("POST", "/completions"),
+            route("POST", "/tokenize"),
+            route("POST", "/detokenize"),
             route("GET", "/models"),
             route("GET", "/models/{id...}"),
         ]
     }
 
     fn render_error(error: Error, mid_stream: bool) -> Response {
-        reply::render_error(&error, mid_stream)
+        error::render_error(&error, mid_stream)
     }
 }
 
-/// One request and the answer to it.
-struct Chat(RefCell<Reply>);
+/// One request and the answer to it; `None` is one that was answered at once.
+struct Chat(RefCell<Option<Reply>>);
 
 impl GuestExchange for Chat {
     fn start(request: Request) -> Result<(Exchange, Step), Error> {
-        let mut reply = Reply::new(
-            format!("chatcmpl-{}", clock::unique(12)),
-            clock::now() / 1000,
-            String::new(),
-        );
-        let step = match (
+        let respond = |body: &Value| (None, Step::Respond(json_response(200, body)));
+        let (reply, step) = match (
             request.path().trim_end_matches('/'),
             request.path_param("id"),
         ) {
-            (_, Some(id)) => Step::Respond(reply::json_response(200, &describe(&find(&id)?))),
-            ("/models", None) => Step::Respond(reply::json_response(200, &list())),
-            ("/chat/completions", None) => chat(&request, &mut reply)?,
+            (_, Some(id)) => respond(&describe(&find(&id)?)),
+            ("/models", None) => respond(&list()),
+            ("/chat/completions", None) => chat(&request)?,
+            ("/completions", None) => complete(&request)?,
+            ("/tokenize", None) => respond(&tokenize(&request)?),
+            ("/detokenize", None) => respond(&detokenize(&request)?),
             (path, None) => return Err(not_found(&format!("There is nothing at {path}."), None)),
         };
         Ok((Exchange::new(Self(RefCell::new(reply))), step))
     }
 
     fn advance(&self, events: Vec<Event>) -> Result<Progress, Error> {
-        self.0.borrow_mut().advance(events)
+        let mut reply = self.0.borrow_mut();
+        let reply = reply.as_mut().expect("only generations have events");
+        reply.advance(events)
     }
 
     fn keep_alive(&self) -> Vec<u8> {
@@ -124,65 +140,133 @@ impl GuestExchange for Chat {
 }
 
 /// Reads a chat request and says what is to be generated for it.
-fn chat(request: &Request, reply: &mut Reply) -> Result<Step, Error> {
+fn chat(request: &Request) -> Result<(Option<Reply>, Step), Error> {
     let chat = request::parse(&request.text()?, &request.marker())?;
-    let model = match &chat.model {
-        Some(name) => find(name)?,
-        None => model::available()
-            .into_iter()
-            .next()
-            .ok_or_else(|| not_found("No model is served.", Some("model")))?,
+    let images = pictures(chat.images, request)?;
+    let input = Input::Chat(chat.messages);
+    generate(Shape::Chat, chat.options, (input, images, chat.extensions))
+}
+
+/// The same for a text to go on with.
+fn complete(request: &Request) -> Result<(Option<Reply>, Step), Error> {
+    let completion = completion::parse(&request.text()?)?;
+    let input = Input::Text(completion.prompt);
+    let nothing = (input, Vec::new(), Vec::new());
+    generate(Shape::Completion, completion.options, nothing)
+}
+
+fn generate(
+    shape: Shape,
+    options: Options,
+    (input, images, extensions): (Input, Vec<Source>, Extensions),
+) -> Result<(Option<Reply>, Step), Error> {
+    let model = served(options.model.as_deref())?.id();
+    let id = match shape {
+        Shape::Chat => format!("chatcmpl-{}", clock::unique(12)),
+        Shape::Completion => format!("cmpl-{}", clock::unique(12)),
     };
-    reply.model = model.id();
-    reply.stream = chat.stream;
-    reply.include_usage = chat.include_usage;
-    let mut headers = reply::headers(if chat.stream {
+    // The host refuses more answers than it gives; none is made before it has.
+    let mut reply = Reply::new(
+        shape,
+        id,
+        clock::now() / 1000,
+        options.count.min(ANSWERS_MAX),
+    );
+    reply.model = model.clone();
+    reply.stream = options.stream;
+    reply.include_usage = options.include_usage;
+    reply.logprobs = options.sampling.logprobs.is_some();
+    let generation = Generation {
+        model: Some(model),
+        input,
+        images,
+        sampling: options.sampling,
+        max_tokens: options.max_tokens,
+        stop: options.stop,
+        format: OutputFormat::Text,
+        tools: Vec::new(),
+        count: options.count,
+        extensions,
+    };
+    let step = Step::Generate((head(options.stream), vec![generation]));
+    Ok((Some(reply), step))
+}
+
+fn tokenize(request: &Request) -> Result<Value, Error> {
+    let wanted = tokens::parse_tokenize(&request.text()?)?;
+    let model = served(wanted.model.as_deref())?;
+    let tokenizer = model.tokenizer();
+    let begin = tokenizer.control_token(BEGIN).filter(|_| wanted.begin);
+    let text = tokenizer.encode(&wanted.prompt, false);
+    let ids: Vec<u32> = begin.into_iter().chain(text).collect();
+    Ok(tokens::tokenized(&ids, model.context_length()))
+}
+
+fn detokenize(request: &Request) -> Result<Value, Error> {
+    let wanted = tokens::parse_detokenize(&request.text()?)?;
+    let model = served(wanted.model.as_deref())?;
+    Ok(json!({ "prompt": model.tokenizer().decode(&wanted.tokens) }))
+}
+
+fn head(stream: bool) -> Head {
+    let mut headers = headers(if stream {
         "text/event-stream"
     } else {
         "application/json"
     });
-    if chat.stream {
+    if stream {
         headers.push(("cache-control".to_owned(), "no-cache".to_owned()));
     }
-    let head = Head {
+    Head {
         status: 200,
         headers,
-        incremental: chat.stream,
-    };
-    Ok(Step::Generate((
-        head,
-        vec![generation(chat, &reply.model, request)?],
-    )))
+        incremental: stream,
+    }
 }
 
-fn generation(chat: ChatRequest, model: &str, request: &Request) -> Result<Generation, Error> {
-    let mut images = Vec::with_capacity(chat.images.len());
-    for picture in chat.images {
-        images.push(match picture.place {
-            Place::Url(url) => Source::Url(url),
-            Place::Lifted(index) => Source::Blob(request.blob(index).ok_or_else(|| Error {
+/// Takes the pictures from where they are.
+fn pictures(pictures: Vec<Picture>, request: &Request) -> Result<Vec<Source>, Error> {
+    let source = |picture: Picture| match picture.place {
+        Place::Url(url) => Ok(Source::Url(url)),
+        Place::Lifted(index) => match request.blob(index) {
+            Some(blob) => Ok(Source::Blob(blob)),
+            None => Err(Error {
                 code: ErrorCode::InvalidRequest,
                 message: format!(
                     "Invalid value for '{}': there is no such image.",
                     picture.param
                 ),
-                param: Some(picture.param.clone()),
+                param: Some(picture.param),
                 retry_after: None,
-            })?),
-        });
+            }),
+        },
+    };
+    pictures.into_iter().map(source).collect()
+}
+
+impl From<Wrong> for Error {
+    fn from(wrong: Wrong) -> Self {
+        Self {
+            code: match wrong.kind {
+                Kind::Invalid => ErrorCode::InvalidRequest,
+                Kind::Unsupported => ErrorCode::Unsupported,
+            },
+            message: wrong.message,
+            param: wrong.param,
+            retry_after: None,
+        }
     }
-    Ok(Generation {
-        model: Some(model.to_owned()),
-        input: Input::Chat(chat.messages),
-        images,
-        sampling: chat.sampling,
-        max_tokens: chat.max_tokens,
-        stop: chat.stop,
-        format: OutputFormat::Text,
-        tools: Vec::new(),
-        count: 1,
-        extensions: chat.extensions,
-    })
+}
+
+/// The model of that name, or the first there is.
+fn served(name: Option<&str>) -> Result<model::Handle, Error> {
+    match name {
+        Some(name) => find(name),
+        None => {
+            let first = model::available().into_iter().next();
+            first.ok_or_else(|| not_found("No model is served.", Some("model")))
+        }
+    }
 }
 
 fn find(name: &str) -> Result<model::Handle, Error> {

@@ -1,15 +1,25 @@
-//! Writes answers: one completion, or a stream of chunks; and every kind of error.
+//! Writes answers: one object, or a stream of chunks, for chats and for completions.
 //!
 //! Pure: events in, bytes out, so a conversation can be replayed in a test.
 
 use serde_json::{Value, json};
 
-use crate::exports::visor::plugin::adapter::{Event, Next, Progress, Response};
+use crate::error::error_event;
+use crate::exports::visor::plugin::adapter::{Delta, Event, Next, Progress, TokenInfo};
+use crate::logprobs;
 use crate::visor::plugin::types::{Error, ErrorCode, FinishReason, Usage};
+
+/// Which of the two APIs is answered.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Shape {
+    Chat,
+    Completion,
+}
 
 /// An answer in the making.
 #[derive(Debug)]
 pub(crate) struct Reply {
+    pub(crate) shape: Shape,
     pub(crate) id: String,
     /// Unix seconds.
     pub(crate) created: u64,
@@ -18,25 +28,38 @@ pub(crate) struct Reply {
     pub(crate) stream: bool,
     /// Whether a stream ends with a chunk of counts.
     pub(crate) include_usage: bool,
+    /// Whether tokens are told with their probabilities.
+    pub(crate) logprobs: bool,
     /// Whether the first chunk is out.
     begun: bool,
-    /// All text so far, when the answer is one piece.
+    choices: Vec<Choice>,
+}
+
+/// One of several answers to the same request.
+#[derive(Clone, Debug, Default)]
+struct Choice {
+    /// Whether its first chunk is out.
+    begun: bool,
+    /// All text and tokens so far, when the answer is one piece.
     text: String,
+    tokens: Vec<TokenInfo>,
+    /// Characters of the tokens so far.
+    offset: usize,
     finish_reason: Option<&'static str>,
 }
 
 impl Reply {
-    pub(crate) fn new(id: String, created: u64, model: String) -> Self {
-        let (stream, include_usage, begun) = (false, false, false);
+    pub(crate) fn new(shape: Shape, id: String, created: u64, choices: u32) -> Self {
         Self {
+            shape,
             id,
             created,
-            model,
-            stream,
-            include_usage,
-            begun,
-            text: String::new(),
-            finish_reason: None,
+            model: String::new(),
+            stream: false,
+            include_usage: false,
+            logprobs: false,
+            begun: false,
+            choices: vec![Choice::default(); choices as usize],
         }
     }
 
@@ -69,17 +92,15 @@ impl Reply {
 
     fn event(&mut self, event: Event, bytes: &mut Vec<u8>) -> Result<Next, Error> {
         match event {
-            Event::Started(_) => self.begin(bytes),
-            Event::Delta(delta) if self.stream => {
-                self.begin(bytes);
-                bytes.extend(self.chunk(json!({ "content": delta.text }), None));
-            }
-            Event::Delta(delta) => self.text.push_str(&delta.text),
+            Event::Started(_) => (0..self.choices.len()).for_each(|index| self.begin(index, bytes)),
+            Event::Delta(delta) => self.delta(delta, bytes),
             // We offered the model no tools.
             Event::ToolCall(_) => {}
-            Event::Finish(finish) => self.finish(finish_reason(finish.reason)?, bytes),
+            Event::Finish(finish) => {
+                self.finish(finish.choice as usize, finish_reason(finish.reason)?, bytes);
+            }
             Event::Done(total) => {
-                self.finish("stop", bytes);
+                (0..self.choices.len()).for_each(|index| self.finish(index, "stop", bytes));
                 self.done(&total.usage, bytes);
                 return Ok(Next::End);
             }
@@ -88,31 +109,59 @@ impl Reply {
         Ok(Next::More)
     }
 
-    /// The first chunk of a stream says who speaks.
-    fn begin(&mut self, bytes: &mut Vec<u8>) {
-        if self.stream && !self.begun {
-            self.begun = true;
-            bytes.extend(self.chunk(
-                json!({ "role": "assistant", "content": "", "refusal": null }),
-                None,
-            ));
+    /// The first chunk of a choice in a chat says who speaks.
+    fn begin(&mut self, index: usize, bytes: &mut Vec<u8>) {
+        if !self.stream || self.choices[index].begun {
+            return;
+        }
+        (self.begun, self.choices[index].begun) = (true, true);
+        if self.shape == Shape::Chat {
+            let delta = json!({ "role": "assistant", "content": "", "refusal": null });
+            bytes.extend(self.chunk(json!({
+                "index": index, "delta": delta, "logprobs": null, "finish_reason": null,
+            })));
         }
     }
 
-    /// The terminal chunk. There is exactly one: the first reason stays.
-    fn finish(&mut self, reason: &'static str, bytes: &mut Vec<u8>) {
-        if self.finish_reason.is_none() {
-            self.begin(bytes);
-            self.finish_reason = Some(reason);
-            if self.stream {
-                bytes.extend(self.chunk(json!({}), Some(reason)));
+    fn delta(&mut self, delta: Delta, bytes: &mut Vec<u8>) {
+        let index = delta.choice as usize;
+        if !self.stream {
+            self.choices[index].text.push_str(&delta.text);
+            self.choices[index].tokens.extend(delta.tokens);
+            return;
+        }
+        self.begin(index, bytes);
+        let logprobs = self.told(&delta.tokens, self.choices[index].offset);
+        let characters = |info: &TokenInfo| logprobs::characters(&info.chosen.bytes);
+        self.choices[index].offset += delta.tokens.iter().map(characters).sum::<usize>();
+        let mut choice = json!({ "index": index, "logprobs": logprobs, "finish_reason": null });
+        match self.shape {
+            Shape::Chat => choice["delta"] = json!({ "content": delta.text }),
+            Shape::Completion => choice["text"] = json!(delta.text),
+        }
+        bytes.extend(self.chunk(choice));
+    }
+
+    /// The terminal chunk of a choice. There is exactly one: the first reason stays.
+    fn finish(&mut self, index: usize, reason: &'static str, bytes: &mut Vec<u8>) {
+        if self.choices[index].finish_reason.is_some() {
+            return;
+        }
+        self.begin(index, bytes);
+        self.choices[index].finish_reason = Some(reason);
+        if self.stream {
+            let mut choice = json!({ "index": index, "logprobs": null, "finish_reason": reason });
+            match self.shape {
+                Shape::Chat => choice["delta"] = json!({}),
+                Shape::Completion => choice["text"] = json!(""),
             }
+            bytes.extend(self.chunk(choice));
         }
     }
 
     fn done(&self, usage: &Usage, bytes: &mut Vec<u8>) {
         if !self.stream {
-            bytes.extend(self.completion(usage).to_string().into_bytes());
+            bytes.extend(self.whole(usage).to_string().into_bytes());
             return;
         }
         if self.include_usage {
@@ -121,33 +170,58 @@ impl Reply {
         bytes.extend(b"data: [DONE]\n\n");
     }
 
-    fn completion(&self, usage: &Usage) -> Value {
+    fn whole(&self, usage: &Usage) -> Value {
+        let choice = |(index, choice): (usize, &Choice)| {
+            let mut told = json!({
+                "index": index,
+                "logprobs": self.told(&choice.tokens, 0),
+                "finish_reason": choice.finish_reason,
+            });
+            match self.shape {
+                Shape::Chat => {
+                    told["message"] =
+                        json!({ "role": "assistant", "content": choice.text, "refusal": null });
+                }
+                Shape::Completion => told["text"] = json!(choice.text),
+            }
+            told
+        };
+        let object = match self.shape {
+            Shape::Chat => "chat.completion",
+            Shape::Completion => "text_completion",
+        };
         json!({
             "id": self.id,
-            "object": "chat.completion",
+            "object": object,
             "created": self.created,
             "model": self.model,
-            "choices": [{
-                "index": 0,
-                "message": { "role": "assistant", "content": self.text, "refusal": null },
-                "logprobs": null,
-                "finish_reason": self.finish_reason,
-            }],
+            "choices": self.choices.iter().enumerate().map(choice).collect::<Value>(),
             "usage": counts(usage),
         })
     }
 
-    fn chunk(&self, delta: Value, reason: Option<&str>) -> Vec<u8> {
-        let choice =
-            json!({ "index": 0, "delta": delta, "logprobs": null, "finish_reason": reason });
+    /// The probabilities of some tokens, if they were asked for.
+    fn told(&self, tokens: &[TokenInfo], offset: usize) -> Value {
+        match self.shape {
+            _ if !self.logprobs => Value::Null,
+            Shape::Chat => logprobs::chat(tokens),
+            Shape::Completion => logprobs::completion(tokens, offset),
+        }
+    }
+
+    fn chunk(&self, choice: Value) -> Vec<u8> {
         self.event_data(json!([choice]), None)
     }
 
     /// One event of the stream. `usage` is null on all but the last, and a key only when asked for.
     fn event_data(&self, choices: Value, usage: Option<&Usage>) -> Vec<u8> {
+        let object = match self.shape {
+            Shape::Chat => "chat.completion.chunk",
+            Shape::Completion => "text_completion",
+        };
         let mut chunk = json!({
             "id": self.id,
-            "object": "chat.completion.chunk",
+            "object": object,
             "created": self.created,
             "model": self.model,
             "choices": choices,
@@ -192,69 +266,6 @@ fn counts(usage: &Usage) -> Value {
             "rejected_prediction_tokens": 0,
         },
     })
-}
-
-/// Any error, as a response of its own or, `mid_stream`, as the last event of one.
-pub(crate) fn render_error(error: &Error, mid_stream: bool) -> Response {
-    let (status, _, _) = words(error);
-    if mid_stream {
-        return Response {
-            status,
-            headers: Vec::new(),
-            body: error_event(error),
-        };
-    }
-    let mut response = json_response(status, &error_object(error));
-    let retry_after = error
-        .retry_after
-        .map(|seconds| ("retry-after".to_owned(), seconds.to_string()));
-    response.headers.extend(retry_after);
-    response
-}
-
-/// A whole response.
-pub(crate) fn json_response(status: u16, body: &Value) -> Response {
-    Response {
-        status,
-        headers: headers("application/json"),
-        body: body.to_string().into_bytes(),
-    }
-}
-
-/// The headers of a body of that type.
-pub(crate) fn headers(content_type: &str) -> Vec<(String, String)> {
-    vec![("content-type".to_owned(), content_type.to_owned())]
-}
-
-fn error_event(error: &Error) -> Vec<u8> {
-    format!("data: {}\n\n", error_object(error)).into_bytes()
-}
-
-/// The API requires all four keys, also where there is nothing to say.
-fn error_object(error: &Error) -> Value {
-    let (_, kind, code) = words(error);
-    json!({ "error": { "message": error.message, "type": kind, "param": error.param, "code": code } })
-}
-
-/// Status, type and code.
-fn words(error: &Error) -> (u16, &'static str, Option<&'static str>) {
-    match error.code {
-        ErrorCode::InvalidRequest => (400, "invalid_request_error", None),
-        ErrorCode::NotFound if error.param.as_deref() == Some("model") => {
-            (404, "invalid_request_error", Some("model_not_found"))
-        }
-        ErrorCode::NotFound => (404, "invalid_request_error", Some("not_found")),
-        ErrorCode::Unsupported => (400, "invalid_request_error", Some("unsupported_value")),
-        ErrorCode::TooLarge => (413, "invalid_request_error", Some("request_too_large")),
-        ErrorCode::ContextOverflow => (
-            400,
-            "invalid_request_error",
-            Some("context_length_exceeded"),
-        ),
-        ErrorCode::Overloaded => (503, "overloaded_error", Some("overloaded")),
-        ErrorCode::Timeout => (504, "server_error", Some("timeout")),
-        ErrorCode::Internal => (500, "server_error", Some("internal_error")),
-    }
 }
 
 #[cfg(test)]

@@ -27,6 +27,8 @@ pub(crate) struct Guest {
     pub(crate) package: &'static str,
     /// Folder of that package below the root; every `.rs` file in it counts as a source.
     pub(crate) folder: &'static str,
+    /// Folder of a library it is made with, whose files count too.
+    pub(crate) library: Option<&'static str>,
 }
 
 const fn plugin(name: &'static str, package: &'static str, folder: &'static str) -> Guest {
@@ -34,6 +36,15 @@ const fn plugin(name: &'static str, package: &'static str, folder: &'static str)
         name,
         package,
         folder,
+        library: None,
+    }
+}
+
+/// A request adapter, made with what adapters share.
+const fn adapter(name: &'static str, package: &'static str, folder: &'static str) -> Guest {
+    Guest {
+        library: Some("plugins/body"),
+        ..plugin(name, package, folder)
     }
 }
 
@@ -42,6 +53,7 @@ const fn test_guest(name: &'static str) -> Guest {
         name,
         package: TEST_GUESTS,
         folder: "tests/guests",
+        library: None,
     }
 }
 
@@ -53,7 +65,10 @@ pub(crate) const SETS: [Set; 2] = [
     Set {
         built: "plugins/built",
         guests: &[
-            plugin("openai", "visor-plugin-openai", "plugins/openai"),
+            adapter("openai", "visor-plugin-openai", "plugins/openai"),
+            adapter("responses", "visor-plugin-responses", "plugins/responses"),
+            adapter("anthropic", "visor-plugin-anthropic", "plugins/anthropic"),
+            adapter("ollama", "visor-plugin-ollama", "plugins/ollama"),
             plugin("phi3", "visor-plugin-phi3", "plugins/phi3"),
             plugin("hd", "visor-plugin-hd", "plugins/hd"),
             plugin("lru", "visor-plugin-lru", "plugins/lru"),
@@ -120,10 +135,12 @@ pub(crate) fn text(root: &Path, set: &Set) -> io::Result<String> {
     );
     for guest in set.guests {
         let component = format!("{}/{}.wasm", set.built, guest.name);
-        let mut paths = vec![component, format!("{}/Cargo.toml", guest.folder)];
-        for (folder, extension) in [(guest.folder, "rs"), ("wit", "wit")] {
-            files(root, folder, extension, &mut paths)?;
+        let mut paths = vec![component];
+        for folder in [Some(guest.folder), guest.library].into_iter().flatten() {
+            paths.push(format!("{folder}/Cargo.toml"));
+            files(root, folder, "rs", &mut paths)?;
         }
+        files(root, "wit", "wit", &mut paths)?;
         text.push_str(&format!("\n[{}]\n", guest.name));
         for path in paths {
             match fs::read(root.join(&path)) {
@@ -196,6 +213,7 @@ mod tests {
             let name = format!("visor-stamp-{}-{name}", std::process::id());
             let tree = Self(std::env::temp_dir().join(name));
             tree.write("wit/worlds.wit", "package a:b;");
+            tree.write("plugins/body/src/lib.rs", "//! A library.");
             for set in &SETS {
                 for guest in set.guests {
                     tree.write(&format!("{}/Cargo.toml", guest.folder), "[package]");
@@ -235,6 +253,18 @@ mod tests {
         let tree = Tree::stamped("changed");
         tree.write("plugins/hd/src/lib.rs", "//! Another guest.");
         assert_eq!(tree.stale(), ["hd does not match plugins/hd/src/lib.rs"]);
+    }
+
+    #[test]
+    fn a_changed_library_makes_the_adapters_stale() {
+        let tree = Tree::stamped("library");
+        tree.write("plugins/body/src/lib.rs", "//! Another library.");
+        let stale = tree.stale();
+        assert!(stale.contains(&"openai does not match plugins/body/src/lib.rs".to_owned()));
+        assert!(
+            !stale.iter().any(|line| line.starts_with("hd ")),
+            "{stale:?}"
+        );
     }
 
     #[test]

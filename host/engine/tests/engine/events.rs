@@ -116,8 +116,8 @@ fn equal_seeds_give_equal_answers() {
         request.sampling = Sampling {
             temperature: 1.0,
             top_p: 0.95,
-            top_k: 0,
             seed,
+            ..Sampling::default()
         };
         ask(&engine, request).text
     };

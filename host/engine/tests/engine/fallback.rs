@@ -64,9 +64,11 @@ fn demanding_request() -> visor_engine::GenerateRequest {
     request.tokens_max = 12;
     request.sampling = Sampling {
         temperature: 1.0,
-        top_p: 1.0,
         top_k: 50,
+        repetition_penalty: 1.1,
+        frequency_penalty: 0.5,
         seed: Some(11),
+        ..Sampling::default()
     };
     request
 }

@@ -11,5 +11,6 @@ mod limits;
 mod prefix;
 mod random;
 mod real;
+mod sampling;
 mod scripted;
 mod stops;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use visor_engine::{
     Access, CacheBytes, Caches, Engine, EngineError, EngineOptions, EngineState, Event,
-    EventReceiver, Finish, GenerateRequest, KvFigures, Model, ModelLoader, Part, Usage,
+    EventReceiver, Finish, GenerateRequest, KvFigures, Model, ModelLoader, Part, TokenInfo, Usage,
 };
 use visor_model::image::PixelValues;
 use visor_model::{DeviceKind, ModelError, Prompt, Tokenizer};
@@ -495,6 +495,7 @@ pub(crate) struct Heard {
     pub(crate) started: bool,
     pub(crate) text: String,
     pub(crate) deltas: Vec<String>,
+    pub(crate) infos: Vec<TokenInfo>,
     pub(crate) end: End,
 }
 
@@ -541,6 +542,7 @@ impl Heard {
 /// Reads a request to its end and checks the order of its events.
 pub(crate) fn hear(events: &EventReceiver) -> Heard {
     let (mut started, mut deltas, mut delta_tokens) = (false, Vec::new(), 0);
+    let mut infos = Vec::new();
     let end = loop {
         match events.recv_timeout(PATIENCE).expect("an event") {
             Event::Started { .. } => {
@@ -550,11 +552,16 @@ pub(crate) fn hear(events: &EventReceiver) -> Heard {
                 );
                 started = true;
             }
-            Event::Delta { text, tokens } => {
+            Event::Delta {
+                text,
+                tokens,
+                infos: more,
+            } => {
                 assert!(started, "a delta before Started");
                 assert!(!text.is_empty(), "an empty delta");
                 delta_tokens += tokens;
                 deltas.push(text);
+                infos.extend(more);
             }
             Event::Finished {
                 reason,
@@ -580,6 +587,7 @@ pub(crate) fn hear(events: &EventReceiver) -> Heard {
         started,
         text: deltas.concat(),
         deltas,
+        infos,
         end,
     }
 }

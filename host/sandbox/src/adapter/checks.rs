@@ -200,7 +200,11 @@ fn check_sampling(sampling: &Sampling) -> Checked {
             return Err(format!("sampling value `{name}` is {number}"));
         }
     }
-    Ok(())
+    let bias = sampling.logit_bias.iter();
+    match bias.map(|(_, bias)| bias).find(|bias| !bias.is_finite()) {
+        Some(bias) => Err(format!("a `logit-bias` is {bias}")),
+        None => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -323,6 +327,16 @@ mod tests {
             top_p: Some(f32::NAN),
             ..Sampling::default()
         };
-        assert!(generations(&[Generation { sampling, ..good }], 1).is_err());
+        let bias = Sampling {
+            logit_bias: vec![(1, f32::INFINITY)],
+            ..Sampling::default()
+        };
+        for sampling in [sampling, bias] {
+            let bad = Generation {
+                sampling,
+                ..good.clone()
+            };
+            assert!(generations(&[bad], 1).is_err());
+        }
     }
 }

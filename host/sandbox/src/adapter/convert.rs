@@ -4,7 +4,7 @@ use wasmtime::component::{ResourceTable, ResourceTableError};
 
 use crate::adapter::types::{
     Event, Generation, Head, Input, Next, OutputFormat, Progress, Response, Route, Sampling,
-    Source, Step, TokenInfo,
+    Source, Step, TokenChance, TokenInfo,
 };
 use crate::bindings::adapter::exports::visor::plugin::adapter as wit;
 use crate::bindings::adapter::visor::plugin::media;
@@ -115,6 +115,7 @@ impl From<wit::Sampling> for Sampling {
             repetition_penalty: sampling.repetition_penalty,
             presence_penalty: sampling.presence_penalty,
             frequency_penalty: sampling.frequency_penalty,
+            logit_bias: sampling.logit_bias,
             seed: sampling.seed,
             logprobs: sampling.logprobs,
         }
@@ -132,12 +133,21 @@ impl From<wit::OutputFormat> for OutputFormat {
     }
 }
 
-impl From<TokenInfo> for wit::TokenInfo {
-    fn from(token: TokenInfo) -> Self {
+impl From<TokenChance> for wit::TokenChance {
+    fn from(chance: TokenChance) -> Self {
         Self {
-            text: token.text,
-            logprob: token.logprob,
-            alternatives: token.alternatives,
+            token: chance.token,
+            bytes: chance.bytes,
+            logprob: chance.logprob,
+        }
+    }
+}
+
+impl From<TokenInfo> for wit::TokenInfo {
+    fn from(info: TokenInfo) -> Self {
+        Self {
+            chosen: info.chosen.into(),
+            alternatives: info.alternatives.into_iter().map(Into::into).collect(),
         }
     }
 }

@@ -122,6 +122,8 @@ pub struct Sampling {
     pub presence_penalty: Option<f32>,
     /// Subtracted once per occurrence.
     pub frequency_penalty: Option<f32>,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Seed of the random numbers.
     pub seed: Option<u64>,
     /// Alternatives to report per token.
@@ -152,7 +154,7 @@ pub struct Generation {
     pub images: Vec<Source>,
     /// How to sample.
     pub sampling: Sampling,
-    /// Most tokens to generate.
+    /// Most tokens to generate; 0 counts the prompt only.
     pub tokens_max: Option<u32>,
     /// Strings that end the output.
     pub stop: Vec<String>,
@@ -175,15 +177,24 @@ pub enum Step {
     Generate(Head, Vec<Generation>),
 }
 
-/// A token with its probability.
+/// A token the model might say.
 #[derive(Clone, Debug, PartialEq)]
-pub struct TokenInfo {
-    /// Its text.
-    pub text: String,
+pub struct TokenChance {
+    /// Its id.
+    pub token: u32,
+    /// What it adds to the text, perhaps a piece of a character.
+    pub bytes: Vec<u8>,
     /// Natural logarithm of its probability.
     pub logprob: f32,
-    /// The likeliest tokens and their logarithms.
-    pub alternatives: Vec<(String, f32)>,
+}
+
+/// A token the model said.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenInfo {
+    /// The token.
+    pub chosen: TokenChance,
+    /// The likeliest in its place, the likeliest first.
+    pub alternatives: Vec<TokenChance>,
 }
 
 /// What happened to a generation. `generation` counts over all steps of the exchange.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
-use visor_engine::{CacheKey, Lookup, NewEntry, Scope, Scoping};
+use visor_engine::{CacheKey, Lookup, NewEntry, Sampling, Scope, Scoping};
 use visor_model::Prompt;
 
 use super::record::Stage;
@@ -64,6 +64,8 @@ pub(super) struct AnswerKey<'a> {
     pub model_digest: &'a str,
     /// The prompt.
     pub prompt: &'a Prompt,
+    /// Whether the answer goes on with the prompt's text.
+    pub continues: bool,
     /// Keys of its pictures, in order.
     pub image_keys: &'a [[u8; 32]],
     /// Most output tokens.
@@ -72,13 +74,15 @@ pub(super) struct AnswerKey<'a> {
     pub stop_strings: &'a [String],
     /// Tokens that end the output.
     pub stop_ids: &'a [u32],
+    /// What is done to logits before the likeliest is taken.
+    pub sampling: &'a Sampling,
 }
 
 impl AnswerKey<'_> {
     /// SHA-256 over all of it, every part with its length before it.
     pub(super) fn digest(&self) -> [u8; 32] {
         let mut sha = Sha256::new();
-        sha.update(b"visor answer 1\0");
+        sha.update(b"visor answer 2\0");
         let pinned = self.pinned;
         for plugin in [&pinned.adapter, &pinned.template, &pinned.image_policy] {
             text(&mut sha, plugin.revision());
@@ -89,6 +93,7 @@ impl AnswerKey<'_> {
             .ids
             .iter()
             .for_each(|id| sha.update(id.to_le_bytes()));
+        sha.update([u8::from(self.continues)]);
         count(&mut sha, self.image_keys.len());
         self.image_keys.iter().for_each(|key| sha.update(key));
         sha.update(self.tokens_max.to_le_bytes());
@@ -100,7 +105,26 @@ impl AnswerKey<'_> {
         self.stop_ids
             .iter()
             .for_each(|id| sha.update(id.to_le_bytes()));
+        adjustments(&mut sha, self.sampling);
         sha.finalize().into()
+    }
+}
+
+/// What moves the likeliest token. A greedy draw looks at neither the shares kept (`top_p`,
+/// `top_k`, `min_p`) nor the seed.
+fn adjustments(sha: &mut Sha256, sampling: &Sampling) {
+    let penalties = [
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+    ];
+    penalties
+        .iter()
+        .for_each(|penalty| sha.update(penalty.to_le_bytes()));
+    count(sha, sampling.logit_bias.len());
+    for (token, bias) in &sampling.logit_bias {
+        sha.update(token.to_le_bytes());
+        sha.update(bias.to_le_bytes());
     }
 }
 

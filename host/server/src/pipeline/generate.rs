@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use visor_engine::{
-    CacheAccess, CacheKey, EngineError, EventReceiver, GenerateRequest, Lookup, Sampling,
+    CacheAccess, CacheKey, EngineError, EventReceiver, GenerateRequest, Lookup, Sampling, Usage,
 };
 use visor_model::{ModelError, Prompt};
 use visor_sandbox::{ErrorCode, Extensions, Generation};
@@ -34,10 +34,12 @@ pub(super) struct Running {
 
 /// Where events come from.
 pub(super) enum Origin {
-    /// The engine.
-    Engine(EventReceiver),
-    /// An earlier answer to the same request.
-    Cache(Arc<Answer>),
+    /// The engine, one answer each.
+    Engine(Vec<EventReceiver>),
+    /// An earlier answer to the same request, so many times.
+    Cache(Arc<Answer>, usize),
+    /// Nowhere: only the size of the prompt was asked for.
+    Counted(Usage),
 }
 
 /// Where a whole answer is kept once it is known.
@@ -53,20 +55,24 @@ pub(super) struct Keep {
 /// Takes one generation as far as the engine's queue.
 pub(super) fn start(work: &mut Work, generation: Generation, index: u32) -> Result<Running, Stop> {
     let began = Instant::now();
+    let choices = generation.count;
+    let only_count = generation.tokens_max == Some(0);
     let mut counted = count(work, generation)?;
     let prefill = counted.prefill.take();
-    let (sharing, key) = share(work, &mut counted);
-    let kept = key.and_then(|key| cached::find(work, &sharing, &key));
-    if let Some(answer) = kept {
-        let origin = Origin::Cache(answer);
-        return Ok(Running {
-            index,
-            origin,
-            prefill,
-            keep: None,
-        });
+    let known = |origin| Running {
+        index,
+        origin,
+        prefill: None,
+        keep: None,
+    };
+    if only_count {
+        return Ok(known(Origin::Counted(counted.prompt_usage())));
     }
-    let origin = Origin::Engine(submit(work, counted, &sharing)?);
+    let (sharing, key) = share(work, &mut counted);
+    if let Some(answer) = key.and_then(|key| cached::find(work, &sharing, &key)) {
+        return Ok(known(Origin::Cache(answer, choices as usize)));
+    }
+    let origin = Origin::Engine(submit(work, counted, &sharing, choices)?);
     let key = key.filter(|_| sharing.scoping.response.write);
     let keep = key.map(|key| Keep {
         key,
@@ -85,12 +91,23 @@ pub(super) fn start(work: &mut Work, generation: Generation, index: u32) -> Resu
 struct Counted {
     planned: Vec<Planned>,
     prompt: Prompt,
+    continues: bool,
     sampling: Sampling,
     tokens_max: u32,
     stop_strings: Vec<String>,
     stop_ids: Vec<u32>,
     prefill: Option<String>,
     extensions: Extensions,
+}
+
+impl Counted {
+    fn prompt_usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: u32::try_from(self.prompt.ids.len()).unwrap_or(u32::MAX),
+            image_tokens: self.prompt.image_tokens,
+            ..Usage::default()
+        }
+    }
 }
 
 fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
@@ -120,6 +137,7 @@ fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
         tokens_max: plan::output_tokens(&rendered.prompt, &wish, &config, &model)?,
         planned,
         prompt: rendered.prompt,
+        continues: rendered.continues,
         sampling: wish.sampling,
         stop_strings: wish.stop.into_iter().chain(rendered.stop_strings).collect(),
         stop_ids: rendered.stop_ids,
@@ -129,13 +147,13 @@ fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
 }
 
 /// Who shares what this generation makes, and the key of its whole answer if that has one: only
-/// greedy answers repeat.
+/// greedy answers repeat. One that tells its tokens is not kept: each takes as much as a sentence.
 fn share(work: &mut Work, counted: &mut Counted) -> (Sharing, Option<CacheKey>) {
     let lookup = Lookup {
         principal: work.call.incoming.principal.clone(),
         model: work.call.house.model.id.clone(),
         route: work.call.pinned.prefix.clone(),
-        prompt_tokens: u32::try_from(counted.prompt.ids.len()).unwrap_or(u32::MAX),
+        prompt_tokens: counted.prompt_usage().prompt_tokens,
         image_count: u32::try_from(counted.planned.len()).unwrap_or(u32::MAX),
         #[expect(clippy::cast_possible_truncation, reason = "it came as an f32")]
         temperature: counted.sampling.temperature as f32,
@@ -143,28 +161,39 @@ fn share(work: &mut Work, counted: &mut Counted) -> (Sharing, Option<CacheKey>) 
     };
     let sharing = Sharing::ask(work, &lookup);
     let greedy = counted.sampling.temperature == 0.0;
-    let key = greedy.then(|| {
+    let repeats = greedy && counted.sampling.logprobs.is_none();
+    let key = repeats.then(|| {
         let image_keys: Vec<[u8; 32]> = counted.planned.iter().map(|image| image.key).collect();
         let key = AnswerKey {
             pinned: &work.call.pinned,
             model_digest: &work.call.house.model.facts.digest,
             prompt: &counted.prompt,
+            continues: counted.continues,
             image_keys: &image_keys,
             tokens_max: counted.tokens_max,
             stop_strings: &counted.stop_strings,
             stop_ids: &counted.stop_ids,
+            sampling: &counted.sampling,
         };
         sharing.key(key.digest())
     });
     (sharing, key)
 }
 
-fn submit(work: &mut Work, counted: Counted, sharing: &Sharing) -> Result<EventReceiver, Stop> {
+/// Submits one request per choice. Where the queue has no room for all of them, none is served.
+fn submit(
+    work: &mut Work,
+    counted: Counted,
+    sharing: &Sharing,
+    choices: u32,
+) -> Result<Vec<EventReceiver>, Stop> {
+    let seed = counted.sampling.seed;
     let images = vision::render(work, counted.planned, sharing)?;
     work.check()?;
-    let request = GenerateRequest {
+    let mut request = GenerateRequest {
         prompt: counted.prompt,
         images,
+        continues: counted.continues,
         sampling: counted.sampling,
         tokens_max: counted.tokens_max,
         stop_ids: counted.stop_ids,
@@ -173,8 +202,12 @@ fn submit(work: &mut Work, counted: Counted, sharing: &Sharing) -> Result<EventR
         deadline: Some(work.deadline),
         cache: CacheAccess::from(&sharing.scoping),
     };
-    let submitted = work.call.house.engine.submit(request);
-    Ok(submitted.map_err(|error| refused(work, &error))?)
+    let submitted = (0..choices).map(|choice| {
+        request.sampling.seed = plan::seed_of(seed, choice);
+        let submitted = work.call.house.engine.submit(request.clone());
+        Ok(submitted.map_err(|error| refused(work, &error))?)
+    });
+    submitted.collect()
 }
 
 /// Tokens a prompt may take: the limit less the answer asked for.

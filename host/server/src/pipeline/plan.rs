@@ -1,11 +1,15 @@
-//! What a generation asks for, against what this server does: every limit on tokens is here.
+//! What a generation asks for, against what this server does: every limit on tokens is here, those
+//! on how they are drawn in `sampling`.
 
+mod sampling;
+
+pub(super) use sampling::seed_of;
 use visor_engine::Sampling;
 use visor_model::Prompt;
-use visor_sandbox::{ErrorCode, Generation, Input, OutputFormat, Sampling as Wishes};
+use visor_sandbox::{ErrorCode, Generation, Input, OutputFormat};
 
 use super::failure::Failure;
-use crate::config::{Config, GenerationConfig};
+use crate::config::Config;
 use crate::services::ServedModel;
 
 /// Most messages of one conversation.
@@ -18,8 +22,6 @@ const MESSAGE_TOKENS_MIN: u32 = 2;
 const STOPS_MAX: usize = 8;
 /// Longest stop string in bytes: that much text is held back while it may still match.
 const STOP_BYTES_MAX: usize = 1024;
-/// Highest temperature; beyond, every token is as likely as any other.
-const TEMPERATURE_MAX: f32 = 2.0;
 
 /// A generation whose wishes this server can fulfil.
 #[derive(Debug, Clone)]
@@ -53,13 +55,8 @@ pub(super) fn check(
     check_images(generation.images.len(), config)?;
     check_stops(&generation.stop)?;
     check_conversation(&generation.input)?;
-    if generation.tokens_max == Some(0) {
-        return Err(
-            Failure::invalid("at least one output token has to be asked for").at("max_tokens"),
-        );
-    }
     Ok(Wish {
-        sampling: sampling(&generation.sampling, &config.generation)?,
+        sampling: sampling::check(&generation.sampling, &config.generation, model)?,
         tokens_wanted: generation.tokens_max,
         stop: generation.stop.clone(),
     })
@@ -75,12 +72,6 @@ fn check_features(generation: &Generation) -> Result<(), Failure> {
     if generation.format != OutputFormat::Text {
         let message = "this server does not constrain its output to a format";
         return Err(Failure::unsupported("response_format", message));
-    }
-    if generation.count > 1 {
-        return Err(Failure::unsupported(
-            "n",
-            "this server gives one answer per generation",
-        ));
     }
     Ok(())
 }
@@ -127,44 +118,6 @@ fn check_stops(stops: &[String]) -> Result<(), Failure> {
         return Err(Failure::invalid(message).at("stop"));
     }
     Ok(())
-}
-
-fn sampling(wishes: &Wishes, defaults: &GenerationConfig) -> Result<Sampling, Failure> {
-    if wishes.logprobs.is_some() {
-        return Err(Failure::unsupported(
-            "logprobs",
-            "this server does not report log probabilities",
-        ));
-    }
-    // Neutral values are fulfilled by doing nothing.
-    let penalties = [
-        ("min_p", wishes.min_p, 0.0),
-        ("repetition_penalty", wishes.repetition_penalty, 1.0),
-        ("presence_penalty", wishes.presence_penalty, 0.0),
-        ("frequency_penalty", wishes.frequency_penalty, 0.0),
-    ];
-    for (name, value, neutral) in penalties {
-        if let Some(value) = value.filter(|value| *value != neutral) {
-            let message = format!(
-                "this server samples without {name}; leave it at {neutral} instead of {value}"
-            );
-            return Err(Failure::unsupported(name, message));
-        }
-    }
-    Ok(Sampling {
-        temperature: wishes
-            .temperature
-            .unwrap_or(defaults.temperature)
-            .clamp(0.0, TEMPERATURE_MAX)
-            .into(),
-        top_p: wishes
-            .top_p
-            .unwrap_or(defaults.top_p)
-            .clamp(f32::MIN_POSITIVE, 1.0)
-            .into(),
-        top_k: wishes.top_k.unwrap_or(defaults.top_k),
-        seed: wishes.seed,
-    })
 }
 
 /// Most tokens a prompt may take: the operator's limit, and room for one token of answer.

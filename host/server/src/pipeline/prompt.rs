@@ -23,6 +23,8 @@ pub(super) struct Rendered {
     pub stop_ids: Vec<u32>,
     /// Text the answer begins with.
     pub prefill: Option<String>,
+    /// Whether the prompt ends with text that the answer goes on with.
+    pub continues: bool,
 }
 
 /// Tokens of all the text in an input: the least a prompt made of it can take. The parts of a
@@ -72,6 +74,7 @@ fn render_untimed(work: &Work, task: Task) -> Result<Rendered, Stop> {
     let template = &work.call.pinned.template;
     let model = &work.call.house.model;
     let image_tokens = task.image_tokens.clone();
+    let is_text = matches!(task.input, Input::Text(_));
     let segments = match task.input {
         Input::Text(text) => as_it_is(text, image_tokens.len()),
         Input::Chat(messages) => template
@@ -119,6 +122,7 @@ fn render_untimed(work: &Work, task: Task) -> Result<Rendered, Stop> {
         prompt,
         stop_strings,
         stop_ids,
+        continues: is_text || segments.prefill.is_some(),
         prefill: segments.prefill,
     })
 }

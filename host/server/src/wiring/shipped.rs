@@ -2,13 +2,25 @@
 
 use visor_sandbox::Shipped;
 
-/// Every shipped plugin: one per role.
+/// Every shipped plugin: an adapter per dialect, one of each other role.
 #[must_use]
 pub fn plugins() -> Vec<Shipped> {
     vec![
         Shipped {
             id: "openai",
             bytes: include_bytes!("../../../../plugins/built/openai.wasm"),
+        },
+        Shipped {
+            id: "responses",
+            bytes: include_bytes!("../../../../plugins/built/responses.wasm"),
+        },
+        Shipped {
+            id: "anthropic",
+            bytes: include_bytes!("../../../../plugins/built/anthropic.wasm"),
+        },
+        Shipped {
+            id: "ollama",
+            bytes: include_bytes!("../../../../plugins/built/ollama.wasm"),
         },
         Shipped {
             id: "phi3",

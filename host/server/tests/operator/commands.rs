@@ -84,7 +84,16 @@ fn shipped_plugins_are_listed_and_a_bad_file_says_why() {
         .iter()
         .map(|row| row["id"].as_str().unwrap())
         .collect();
-    assert_eq!(ids, ["hd", "lru", "openai", "phi3"]);
+    let shipped = [
+        "anthropic",
+        "hd",
+        "lru",
+        "ollama",
+        "openai",
+        "phi3",
+        "responses",
+    ];
+    assert_eq!(ids, shipped);
 
     let plugins = folder.path().join("visor-plugins");
     std::fs::create_dir(&plugins).unwrap();

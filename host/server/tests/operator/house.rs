@@ -139,14 +139,22 @@ fn stats_and_metrics_name_the_model_and_every_plugin() {
     let stats = house.stats_json();
     assert_eq!(stats["model"]["demo"], true);
     let plugins = stats["plugins"].as_array().expect("a list");
-    assert_eq!(plugins.len(), 4);
+    assert_eq!(plugins.len(), 7);
     assert!(plugins.iter().all(|plugin| {
         plugin["revision"]
             .as_str()
             .is_some_and(|text| text.len() == 64)
     }));
     let metrics = house.metrics_text(false);
-    for id in ["hd", "lru", "openai", "phi3"] {
+    for id in [
+        "hd",
+        "lru",
+        "openai",
+        "phi3",
+        "anthropic",
+        "ollama",
+        "responses",
+    ] {
         assert!(metrics.contains(&format!(
             "visor_plugin_info{{model_name=\"visor-demo\",plugin=\"{id}\""
         )));

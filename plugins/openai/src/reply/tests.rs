@@ -1,7 +1,8 @@
 //! Event lists in, bytes out.
 
 use super::*;
-use crate::exports::visor::plugin::adapter::{Delta, Finish, Total};
+use crate::error::render_error;
+use crate::exports::visor::plugin::adapter::{Finish, TokenChance, Total};
 
 const USAGE: Usage = Usage {
     prompt_tokens: 770,
@@ -11,24 +12,46 @@ const USAGE: Usage = Usage {
 };
 
 fn reply(stream: bool, include_usage: bool) -> Reply {
-    let mut reply = Reply::new("chatcmpl-1".to_owned(), 1_700_000_000, "m".to_owned());
+    reply_of(Shape::Chat, 1, stream, include_usage)
+}
+
+fn reply_of(shape: Shape, choices: u32, stream: bool, include_usage: bool) -> Reply {
+    let mut reply = Reply::new(shape, "chatcmpl-1".to_owned(), 1_700_000_000, choices);
+    reply.model = "m".to_owned();
     (reply.stream, reply.include_usage) = (stream, include_usage);
     reply
 }
 
 fn delta(text: &str) -> Event {
+    delta_of(0, text)
+}
+
+/// Text of a choice, one token.
+fn delta_of(choice: u32, text: &str) -> Event {
+    let chosen = TokenChance {
+        token: 1,
+        bytes: text.as_bytes().to_vec(),
+        logprob: -0.5,
+    };
     Event::Delta(Delta {
         generation: 0,
-        choice: 0,
+        choice,
         text: text.to_owned(),
-        tokens: Vec::new(),
+        tokens: vec![TokenInfo {
+            alternatives: vec![chosen.clone()],
+            chosen,
+        }],
     })
 }
 
 fn finish(reason: FinishReason) -> Event {
+    finish_of(0, reason)
+}
+
+fn finish_of(choice: u32, reason: FinishReason) -> Event {
     Event::Finish(Finish {
         generation: 0,
-        choice: 0,
+        choice,
         reason,
         matched_stop: None,
     })
@@ -154,6 +177,104 @@ fn usage_is_the_last_chunk_of_a_stream_that_asked() {
             .iter()
             .all(|chunk| chunk["usage"].is_null() && chunk.get("usage").is_some())
     );
+}
+
+fn two_answers() -> Vec<Event> {
+    vec![
+        Event::Started((0, USAGE)),
+        delta_of(1, "b"),
+        delta_of(0, "a"),
+        finish_of(1, FinishReason::Stop),
+        delta_of(0, "é"),
+        delta_of(0, "!"),
+        finish_of(0, FinishReason::Length),
+        done(),
+    ]
+}
+
+#[test]
+fn several_answers_have_their_index_however_they_come() {
+    let whole = run(|| (reply_of(Shape::Chat, 2, false, false), two_answers()));
+    let whole: Value = serde_json::from_str(&whole).unwrap();
+    let choices = whole["choices"].as_array().unwrap();
+    let told: Vec<_> = choices
+        .iter()
+        .map(|choice| {
+            let text = choice["message"]["content"].as_str().unwrap();
+            (&choice["index"], text, &choice["finish_reason"])
+        })
+        .collect();
+    let (first, second) = (json!(0), json!(1));
+    let reasons = [json!("length"), json!("stop")];
+    assert_eq!(
+        told,
+        [(&first, "aé!", &reasons[0]), (&second, "b", &reasons[1])]
+    );
+    let stream = run(|| (reply_of(Shape::Chat, 2, true, false), two_answers()));
+    for (index, text) in [(0, "aé!"), (1, "b")] {
+        let chunks = chunks(&stream);
+        let own = chunks.iter().map(|chunk| &chunk["choices"][0]);
+        let own: Vec<&Value> = own.filter(|choice| choice["index"] == index).collect();
+        assert_eq!(own[0]["delta"]["role"], "assistant");
+        let texts = own.iter().filter_map(|c| c["delta"]["content"].as_str());
+        assert_eq!(texts.collect::<String>(), text);
+        let ends = own.iter().filter(|c| !c["finish_reason"].is_null());
+        assert_eq!(ends.count(), 1);
+    }
+}
+
+#[test]
+fn tokens_are_told_where_they_were_asked_for() {
+    let asked = |shape, stream| {
+        let mut reply = reply_of(shape, 2, stream, false);
+        reply.logprobs = true;
+        reply
+    };
+    let whole: Value =
+        serde_json::from_str(&run(|| (asked(Shape::Chat, false), two_answers()))).unwrap();
+    let content = &whole["choices"][0]["logprobs"]["content"];
+    assert_eq!(content.as_array().unwrap().len(), 3);
+    assert_eq!(content[1]["bytes"], json!([195, 169]));
+    assert_eq!(content[1]["top_logprobs"][0]["token"], "é");
+    let stream = chunks(&run(|| (asked(Shape::Chat, true), two_answers())));
+    for chunk in &stream {
+        let choice = &chunk["choices"][0];
+        let text = choice["delta"]["content"].as_str().unwrap_or_default();
+        let token = choice["logprobs"]["content"][0]["token"].as_str();
+        assert_eq!(token.unwrap_or_default(), text);
+    }
+    let stream = chunks(&run(|| (asked(Shape::Completion, true), two_answers())));
+    let offsets: Vec<&Value> = stream
+        .iter()
+        .map(|chunk| &chunk["choices"][0])
+        .filter(|choice| choice["index"] == 0 && !choice["logprobs"].is_null())
+        .map(|choice| &choice["logprobs"]["text_offset"][0])
+        .collect();
+    assert_eq!(offsets, [&json!(0), &json!(1), &json!(2)]);
+}
+
+#[test]
+fn a_text_completion_has_no_roles() {
+    let whole = run(|| (reply_of(Shape::Completion, 1, false, false), whole_answer()));
+    let whole: Value = serde_json::from_str(&whole).unwrap();
+    assert_eq!(whole["object"], "text_completion");
+    assert_eq!(
+        whole["choices"],
+        json!([{ "index": 0, "text": "Héllo", "logprobs": null, "finish_reason": "length" }])
+    );
+    let stream = run(|| (reply_of(Shape::Completion, 1, true, true), whole_answer()));
+    let chunks = chunks(&stream);
+    assert_eq!(chunks.len(), 4);
+    assert!(
+        chunks
+            .iter()
+            .all(|chunk| chunk["object"] == "text_completion")
+    );
+    let texts = chunks
+        .iter()
+        .filter_map(|c| c["choices"][0]["text"].as_str());
+    assert_eq!(texts.collect::<String>(), "Héllo");
+    assert_eq!(chunks[3]["usage"]["prompt_tokens"], 770);
 }
 
 #[test]

@@ -1,12 +1,13 @@
 //! Bodies as clients send them, good and bad.
 
 use serde_json::json;
+use visor_plugin_body::Kind;
 
 use super::*;
 
 const MARKER: &str = "blob-7f";
 
-fn parsed(body: &Value) -> Result<ChatRequest, Error> {
+fn parsed(body: &Value) -> Result<ChatRequest, Wrong> {
     parse(&body.to_string(), MARKER)
 }
 
@@ -32,15 +33,15 @@ fn extension<'a>(chat: &'a ChatRequest, key: &str) -> Option<&'a str> {
 #[test]
 fn a_plain_request_asks_for_nothing_else() {
     let chat = parsed(&with("model", json!("m"))).unwrap();
-    assert_eq!(chat.model.as_deref(), Some("m"));
+    assert_eq!(chat.options.model.as_deref(), Some("m"));
     assert!(matches!(&chat.messages[0].parts[..], [Part::Text(text)] if text == "hi"));
     assert!(matches!(chat.messages[0].role, Role::User));
     assert_eq!(
         (
-            chat.max_tokens,
-            chat.stop.len(),
-            chat.stream,
-            chat.include_usage
+            chat.options.max_tokens,
+            chat.options.stop.len(),
+            chat.options.stream,
+            chat.options.include_usage
         ),
         (None, 0, false, false)
     );
@@ -103,17 +104,13 @@ fn a_marker_counts_only_when_it_is_the_hosts() {
         ":0",
         "",
     ] {
-        assert_eq!(
-            url(wrong).unwrap_err().code,
-            ErrorCode::InvalidRequest,
-            "{wrong}"
-        );
+        assert_eq!(url(wrong).unwrap_err().kind, Kind::Invalid, "{wrong}");
     }
     let empty = parse(
         &content(json!([{ "type": "image_url", "image_url": ":0" }])).to_string(),
         "",
     );
-    assert_eq!(empty.unwrap_err().code, ErrorCode::InvalidRequest);
+    assert_eq!(empty.unwrap_err().kind, Kind::Invalid);
 }
 
 #[test]
@@ -129,7 +126,7 @@ fn files_of_the_server_are_no_image_urls() {
             json!([{ "type": "image_url", "image_url": { "url": url } }]),
         ))
         .unwrap_err();
-        assert_eq!(error.code, ErrorCode::InvalidRequest, "{url}");
+        assert_eq!(error.kind, Kind::Invalid, "{url}");
         assert_eq!(
             error.param.as_deref(),
             Some("messages[0].content[0].image_url.url")
@@ -145,36 +142,41 @@ fn sampling_and_limits_are_read() {
         "temperature": 0.5, "top_p": 1, "top_k": 40, "seed": -1, "max_tokens": 5, "max_completion_tokens": 7,
         "stop": ["a", "b"], "stream": true, "stream_options": { "include_usage": true }, "num_crops": 9,
         "user": "u", "n": 1, "logprobs": false, "tools": [], "response_format": { "type": "text" },
-        "presence_penalty": 0, "nobody_knows": { "this": 1 }, "temperature_is_null": null,
+        "presence_penalty": 0, "store": true, "metadata": { "a": "b" }, "nobody_knows": { "this": 1 }, "temperature_is_null": null,
     }))
     .unwrap();
     assert_eq!(
         (
-            chat.sampling.temperature,
-            chat.sampling.top_p,
-            chat.sampling.top_k
+            chat.options.sampling.temperature,
+            chat.options.sampling.top_p,
+            chat.options.sampling.top_k
         ),
         (Some(0.5), Some(1.0), Some(40))
     );
-    assert_eq!(chat.sampling.seed, Some(u64::MAX));
+    assert_eq!(chat.options.sampling.seed, Some(u64::MAX));
     assert_eq!(
-        (chat.max_tokens, &chat.stop[..]),
+        (chat.options.max_tokens, &chat.options.stop[..]),
         (Some(7), &["a".to_owned(), "b".to_owned()][..])
     );
-    assert!(chat.stream && chat.include_usage);
+    assert!(chat.options.stream && chat.options.include_usage);
     assert_eq!(extension(&chat, "num_crops"), Some("9"));
     let vllm = parsed(&with("mm_processor_kwargs", json!({ "num_crops": 16 }))).unwrap();
     assert_eq!(extension(&vllm, "num_crops"), Some("16"));
     assert_eq!(
         parsed(&with("max_tokens", json!(1_u64 << 40)))
             .unwrap()
+            .options
             .max_tokens,
         Some(u32::MAX)
     );
-    assert_eq!(parsed(&with("stop", json!("one"))).unwrap().stop, ["one"]);
+    assert_eq!(
+        parsed(&with("stop", json!("one"))).unwrap().options.stop,
+        ["one"]
+    );
     assert_eq!(
         parsed(&with("temperature", Value::Null))
             .unwrap()
+            .options
             .sampling
             .temperature,
         None
@@ -187,7 +189,7 @@ fn what_only_the_host_can_judge_is_passed_on() {
         "messages": [{ "role": "user", "content": "hi" }],
         "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": -1, "frequency_penalty": 2,
     });
-    let sampling = parsed(&body).unwrap().sampling;
+    let sampling = parsed(&body).unwrap().options.sampling;
     assert_eq!(
         (sampling.min_p, sampling.repetition_penalty),
         (Some(0.1), Some(1.5))
@@ -196,6 +198,25 @@ fn what_only_the_host_can_judge_is_passed_on() {
         (sampling.presence_penalty, sampling.frequency_penalty),
         (Some(-1.0), Some(2.0))
     );
+}
+
+#[test]
+fn alternatives_biases_and_probabilities_are_read() {
+    let options = |body: Value| parsed(&body).unwrap().options;
+    assert_eq!(options(with("n", json!(3))).count, 3);
+    let bias = options(with("logit_bias", json!({ "50": -100, "7": 1.5 })));
+    let mut bias = bias.sampling.logit_bias;
+    bias.sort_by_key(|(token, _)| *token);
+    assert_eq!(bias, [(7, 1.5), (50, -100.0)]);
+    let mut body = with("logprobs", json!(true));
+    assert_eq!(options(body.clone()).sampling.logprobs, Some(0));
+    body["top_logprobs"] = json!(20);
+    assert_eq!(options(body.clone()).sampling.logprobs, Some(20));
+    body["top_logprobs"] = json!(21);
+    let error = parsed(&body).unwrap_err();
+    assert_eq!(error.param.as_deref(), Some("top_logprobs"));
+    let none = options(with("top_logprobs", json!(0)));
+    assert_eq!((none.sampling.logprobs, none.count), (None, 1));
 }
 
 #[test]
@@ -226,12 +247,21 @@ fn wrong_values_are_named() {
         ),
         ("model", json!(7), "model"),
         ("num_crops", json!(0), "num_crops"),
+        ("n", json!(0), "n"),
+        ("n", json!("two"), "n"),
+        ("logprobs", json!(1), "logprobs"),
+        ("top_logprobs", json!(3), "top_logprobs"),
+        ("logit_bias", json!([1]), "logit_bias"),
+        ("logit_bias", json!({ "cat": 1 }), "logit_bias"),
+        ("logit_bias", json!({ "-1": 1 }), "logit_bias"),
+        ("logit_bias", json!({ "5": 101 }), "logit_bias.5"),
+        ("min_p", json!(1.5), "min_p"),
     ];
     for (key, value, param) in wrong {
         let error = parsed(&with(key, value.clone())).unwrap_err();
         assert_eq!(
-            (error.code, error.param.as_deref()),
-            (ErrorCode::InvalidRequest, Some(param)),
+            (error.kind, error.param.as_deref()),
+            (Kind::Invalid, Some(param)),
             "{key}: {value}"
         );
     }
@@ -295,8 +325,8 @@ fn wrong_messages_are_named() {
     for (body, param) in wrong {
         let error = parsed(&body).unwrap_err();
         assert_eq!(
-            (error.code, error.param.as_deref()),
-            (ErrorCode::InvalidRequest, Some(param)),
+            (error.kind, error.param.as_deref()),
+            (Kind::Invalid, Some(param)),
             "{body}"
         );
         assert!(error.message.contains('.'), "{}", error.message);
@@ -306,31 +336,27 @@ fn wrong_messages_are_named() {
 #[test]
 fn what_cannot_be_honoured_is_refused_and_not_ignored() {
     let refused = [
-        ("n", json!(2)),
-        ("logprobs", json!(true)),
-        ("top_logprobs", json!(3)),
         ("tools", json!([{ "type": "function" }])),
         ("tool_choice", json!("required")),
         ("response_format", json!({ "type": "json_object" })),
         ("modalities", json!(["text", "audio"])),
-        ("logit_bias", json!({ "5": 1 })),
     ];
     for (key, value) in refused {
         let error = parsed(&with(key, value)).unwrap_err();
         assert_eq!(
-            (error.code, error.param.as_deref()),
-            (ErrorCode::Unsupported, Some(key))
+            (error.kind, error.param.as_deref()),
+            (Kind::Unsupported, Some(key))
         );
     }
     let tool = json!({ "messages": [{ "role": "tool", "content": "42" }] });
-    assert_eq!(parsed(&tool).unwrap_err().code, ErrorCode::Unsupported);
+    assert_eq!(parsed(&tool).unwrap_err().kind, Kind::Unsupported);
     let audio = parsed(&content(
         json!([{ "type": "input_audio", "input_audio": {} }]),
     ))
     .unwrap_err();
     assert_eq!(
-        (audio.code, audio.param.as_deref()),
-        (ErrorCode::Unsupported, Some("messages[0].content[0].type"))
+        (audio.kind, audio.param.as_deref()),
+        (Kind::Unsupported, Some("messages[0].content[0].type"))
     );
 }
 
@@ -349,8 +375,8 @@ fn what_is_no_json_object_is_an_error_and_no_panic() {
     ] {
         let error = parse(body, MARKER).unwrap_err();
         assert_eq!(
-            (error.code, error.param),
-            (ErrorCode::InvalidRequest, None),
+            (error.kind, error.param),
+            (Kind::Invalid, None),
             "{:.20}",
             body
         );

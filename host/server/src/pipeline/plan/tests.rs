@@ -3,7 +3,7 @@
 use super::*;
 use std::sync::Arc;
 use visor_model::{CheckpointFacts, Tokenizer};
-use visor_sandbox::{ChatRole, Message, Part, ToolSpec};
+use visor_sandbox::{ChatRole, Message, Part, Sampling as Wishes, ToolSpec};
 
 fn model(context_tokens: u32) -> ServedModel {
     let tokenizer = Tokenizer::from_bytes(include_bytes!("../../../../model/phi3/tokenizer.json"));
@@ -79,21 +79,14 @@ fn what_cannot_be_fulfilled_names_its_key() {
         refused(&|g| g.format = OutputFormat::Json),
         unsupported("response_format")
     );
-    assert_eq!(refused(&|g| g.count = 2), unsupported("n"));
-    assert_eq!(
-        refused(&|g| g.sampling.logprobs = Some(1)),
-        unsupported("logprobs")
-    );
-    assert_eq!(
-        refused(&|g| g.sampling.min_p = Some(0.1)),
-        unsupported("min_p")
-    );
     assert_eq!(
         refused(&|g| g.model = Some("other".to_owned())),
         (ErrorCode::NotFound, "model".to_owned())
     );
     let invalid = |param: &str| (ErrorCode::InvalidRequest, param.to_owned());
-    assert_eq!(refused(&|g| g.tokens_max = Some(0)), invalid("max_tokens"));
+    for (param, change) in out_of_range() {
+        assert_eq!(refused(&|g| change(&mut g.sampling)), invalid(param));
+    }
     assert_eq!(refused(&|g| g.stop = vec![String::new()]), invalid("stop"));
     assert_eq!(
         refused(&|g| g.stop = vec!["x".to_owned(); 9]),
@@ -101,25 +94,56 @@ fn what_cannot_be_fulfilled_names_its_key() {
     );
 }
 
+type Change = fn(&mut Wishes);
+
+fn out_of_range() -> [(&'static str, Change); 11] {
+    [
+        ("min_p", |s| s.min_p = Some(1.5)),
+        ("min_p", |s| s.min_p = Some(-0.1)),
+        ("repetition_penalty", |s| s.repetition_penalty = Some(0.0)),
+        ("repetition_penalty", |s| s.repetition_penalty = Some(101.0)),
+        ("presence_penalty", |s| s.presence_penalty = Some(2.5)),
+        ("frequency_penalty", |s| s.frequency_penalty = Some(-2.5)),
+        ("logit_bias", |s| s.logit_bias = vec![(5, 101.0)]),
+        ("logit_bias", |s| s.logit_bias = vec![(40_000, 1.0)]),
+        ("logit_bias", |s| s.logit_bias = vec![(5, 1.0); 1025]),
+        ("top_logprobs", |s| s.logprobs = Some(21)),
+        ("top_logprobs", |s| s.logprobs = Some(255)),
+    ]
+}
+
 #[test]
-fn neutral_values_and_known_names_are_fulfilled() {
+fn values_in_range_and_known_names_are_fulfilled() {
     let mut generation = generation();
     generation.model = Some("gpt".to_owned());
     generation.sampling = Wishes {
-        min_p: Some(0.0),
-        repetition_penalty: Some(1.0),
-        presence_penalty: Some(0.0),
+        min_p: Some(0.25),
+        repetition_penalty: Some(1.5),
+        presence_penalty: Some(-2.0),
+        logit_bias: vec![(5, -100.0)],
+        logprobs: Some(20),
         temperature: Some(9.0),
         seed: Some(7),
         ..Wishes::default()
     };
     let wish = check(&generation, &Config::default(), &model(100)).expect("fulfilled");
-    assert_eq!(wish.sampling.seed, Some(7));
+    let Sampling {
+        seed,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+        logprobs,
+        ..
+    } = &wish.sampling;
+    assert_eq!((*seed, *min_p, *logprobs), (Some(7), 0.25, Some(20)));
     assert_eq!(
-        wish.sampling.temperature,
-        f64::from(TEMPERATURE_MAX),
-        "clamped to the limit"
+        [*repetition_penalty, *presence_penalty, *frequency_penalty],
+        [1.5, -2.0, 0.0]
     );
+    assert_eq!(*logit_bias, [(5, -100.0)]);
+    assert_eq!(wish.sampling.temperature, 2.0, "clamped to the limit");
 }
 
 #[test]

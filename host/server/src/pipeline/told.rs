@@ -1,0 +1,305 @@
+//! One generation in the words of the contract: the engine's events of all its choices, as the
+//! adapter is told them.
+
+use std::sync::Arc;
+
+use visor_engine::{Answer, Event as EngineEvent, Finish, Timings};
+use visor_sandbox::{Event, FinishReason, TokenChance, TokenInfo, Usage};
+
+use super::generate::{self, Keep};
+use super::record::Stage;
+use super::work::{Stop, Work};
+
+/// What an adapter was told of one generation, and what it is to be told next.
+pub(super) struct Told {
+    /// Its number within the exchange.
+    index: u32,
+    /// Text every answer begins with.
+    prefill: Option<String>,
+    choices: Vec<Choice>,
+    started: bool,
+    /// The prompt once, the answers together.
+    usage: visor_engine::Usage,
+    timings: Timings,
+    /// Not yet handed over.
+    events: Vec<Event>,
+    /// The last event was told.
+    over: bool,
+}
+
+/// One of its answers.
+#[derive(Debug, Clone, Default)]
+struct Choice {
+    /// All of its text so far.
+    text: String,
+    over: bool,
+}
+
+impl Told {
+    pub(super) fn new(index: u32, prefill: Option<String>, choices: usize) -> Self {
+        Self {
+            index,
+            prefill,
+            choices: vec![Choice::default(); choices],
+            started: false,
+            usage: visor_engine::Usage::default(),
+            timings: Timings::default(),
+            events: Vec::new(),
+            over: false,
+        }
+    }
+
+    /// Whether the last event was told.
+    pub(super) fn over(&self) -> bool {
+        self.over
+    }
+
+    /// Whether the last event of a choice was told.
+    pub(super) fn choice_over(&self, choice: usize) -> bool {
+        self.over || self.choices[choice].over
+    }
+
+    /// Whether something is to be handed over.
+    pub(super) fn pending(&self) -> bool {
+        !self.events.is_empty()
+    }
+
+    /// What is to be handed over now.
+    pub(super) fn take(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// An event of a choice.
+    ///
+    /// # Errors
+    /// A choice that cannot be completed: the generation has failed.
+    pub(super) fn event(
+        &mut self,
+        work: &mut Work,
+        choice: usize,
+        event: EngineEvent,
+        keep: &mut Option<Keep>,
+    ) -> Result<(), Stop> {
+        match event {
+            EngineEvent::Started {
+                prompt_tokens,
+                image_tokens,
+                cached_tokens,
+            } => {
+                self.started(Usage {
+                    prompt_tokens,
+                    image_tokens,
+                    cached_tokens,
+                    completion_tokens: 0,
+                });
+                if let Some(prefill) = self.prefill.clone() {
+                    self.delta(choice, prefill, Vec::new());
+                }
+            }
+            EngineEvent::Delta { text, infos, .. } => {
+                // The time between two texts is that of one answer.
+                if choice == 0 {
+                    work.text_came();
+                }
+                self.delta(choice, text, infos.into_iter().map(info).collect());
+            }
+            EngineEvent::Finished {
+                reason: Finish::Cancelled,
+                ..
+            } => {
+                // Only the client's leaving and the deadline cancel.
+                work.check()?;
+                return Err(Stop::Gone);
+            }
+            EngineEvent::Finished {
+                reason,
+                matched_stop,
+                usage,
+                timings,
+            } => {
+                let answer = Answer {
+                    text: std::mem::take(&mut self.choices[choice].text),
+                    reason,
+                    matched_stop,
+                    usage,
+                };
+                self.finish(work, choice, &answer, timings);
+                if let Some(keep) = keep.take() {
+                    keep_answer(work, keep, answer);
+                }
+            }
+            EngineEvent::Failed(error) => return Err(generate::refused(work, &error).into()),
+        }
+        Ok(())
+    }
+
+    /// The generation failed after the head was out.
+    pub(super) fn failed(&mut self, error: visor_sandbox::GuestError) {
+        self.events.push(Event::Failed {
+            generation: self.index,
+            error,
+        });
+        self.over = true;
+    }
+
+    /// A prompt that was only counted.
+    pub(super) fn counted(&mut self, work: &mut Work, usage: visor_engine::Usage) {
+        self.started(told_usage(usage));
+        self.usage = usage;
+        self.done(work);
+    }
+
+    /// A whole answer from the cache, told as if it were made now.
+    pub(super) fn answer(&mut self, work: &mut Work, choice: usize, answer: &Answer) {
+        // Nothing of the prompt was computed for this request.
+        let usage = visor_engine::Usage {
+            cached_tokens: answer.usage.prompt_tokens,
+            ..answer.usage
+        };
+        self.started(Usage {
+            completion_tokens: 0,
+            ..told_usage(usage)
+        });
+        if choice == 0 {
+            work.text_came();
+        }
+        // The kept text has the prefill in it already.
+        self.push_delta(choice, answer.text.clone(), Vec::new());
+        let answer = Answer {
+            usage,
+            ..answer.clone()
+        };
+        self.finish(work, choice, &answer, Timings::default());
+    }
+
+    fn started(&mut self, usage: Usage) {
+        if !self.started {
+            self.started = true;
+            self.events.push(Event::Started {
+                generation: self.index,
+                usage,
+            });
+        }
+    }
+
+    fn delta(&mut self, choice: usize, text: String, tokens: Vec<TokenInfo>) {
+        self.choices[choice].text.push_str(&text);
+        self.push_delta(choice, text, tokens);
+    }
+
+    /// Neighbouring deltas of a choice become one.
+    fn push_delta(&mut self, choice: usize, text: String, tokens: Vec<TokenInfo>) {
+        if text.is_empty() {
+            return;
+        }
+        let choice = number(choice);
+        match self.events.last_mut() {
+            Some(Event::Delta {
+                choice: last,
+                text: before,
+                tokens: told,
+                ..
+            }) if *last == choice => {
+                before.push_str(&text);
+                told.extend(tokens);
+            }
+            _ => self.events.push(Event::Delta {
+                generation: self.index,
+                choice,
+                text,
+                tokens,
+            }),
+        }
+    }
+
+    fn finish(&mut self, work: &mut Work, choice: usize, answer: &Answer, timings: Timings) {
+        let (reason, word) = match answer.reason {
+            Finish::Stop => (FinishReason::Stop, "stop"),
+            Finish::Length => (FinishReason::Length, "length"),
+            Finish::Cancelled => (FinishReason::Cancelled, "cancelled"),
+        };
+        work.trace.finishes.push(word);
+        self.events.push(Event::Finish {
+            generation: self.index,
+            choice: number(choice),
+            reason,
+            matched_stop: answer.matched_stop.clone(),
+        });
+        let answers = self.usage.completion_tokens;
+        self.usage = answer.usage;
+        self.usage.completion_tokens += answers;
+        self.timings.queue_us += timings.queue_us;
+        self.timings.vision_us += timings.vision_us;
+        self.timings.prefill_us += timings.prefill_us;
+        self.timings.decode_us += timings.decode_us;
+        self.choices[choice].over = true;
+        if self.choices.iter().all(|choice| choice.over) {
+            self.done(work);
+        }
+    }
+
+    fn done(&mut self, work: &mut Work) {
+        let (usage, timings) = (self.usage, self.timings);
+        let stages = &mut work.trace.stages;
+        stages.add_us(Stage::Queue, timings.queue_us);
+        stages.add_us(Stage::Vision, timings.vision_us);
+        stages.add_us(Stage::Prefill, timings.prefill_us);
+        stages.add_us(Stage::Decode, timings.decode_us);
+        let tokens = &mut work.trace.tokens;
+        tokens.prompt += u64::from(usage.prompt_tokens);
+        tokens.image += u64::from(usage.image_tokens);
+        tokens.cached += u64::from(usage.cached_tokens);
+        tokens.completion += u64::from(usage.completion_tokens);
+        self.events.push(Event::Done {
+            generation: self.index,
+            usage: told_usage(usage),
+            queue_us: timings.queue_us,
+            prefill_us: timings.vision_us.saturating_add(timings.prefill_us),
+            decode_us: timings.decode_us,
+        });
+        self.over = true;
+    }
+}
+
+/// Choices are counted in u32, by the contract.
+fn number(choice: usize) -> u32 {
+    u32::try_from(choice).unwrap_or(u32::MAX)
+}
+
+fn info(info: visor_engine::TokenInfo) -> TokenInfo {
+    TokenInfo {
+        chosen: chance(info.chosen),
+        alternatives: info.alternatives.into_iter().map(chance).collect(),
+    }
+}
+
+fn chance(chance: visor_engine::TokenChance) -> TokenChance {
+    TokenChance {
+        token: chance.token,
+        bytes: chance.bytes,
+        logprob: chance.logprob,
+    }
+}
+
+fn told_usage(usage: visor_engine::Usage) -> Usage {
+    Usage {
+        prompt_tokens: usage.prompt_tokens,
+        image_tokens: usage.image_tokens,
+        cached_tokens: usage.cached_tokens,
+        completion_tokens: usage.completion_tokens,
+    }
+}
+
+/// Keeps a whole answer for whoever asks the same.
+fn keep_answer(work: &Work, keep: Keep, answer: Answer) {
+    let tokens = answer
+        .usage
+        .prompt_tokens
+        .saturating_add(answer.usage.completion_tokens);
+    let bytes = answer.bytes();
+    let entry = keep.sharing.entry(bytes, keep.began.elapsed(), tokens);
+    work.call
+        .house
+        .responses
+        .insert(keep.key, Arc::new(answer), &entry);
+}

@@ -1,0 +1,212 @@
+//! Event lists in, bytes out.
+
+use super::*;
+use crate::exports::visor::plugin::adapter::{Delta, Finish, Total};
+
+const USAGE: Usage = Usage {
+    prompt_tokens: 770,
+    image_tokens: 757,
+    cached_tokens: 3,
+    completion_tokens: 2,
+};
+
+fn reply(shape: Shape) -> Reply {
+    let stops = vec!["END".to_owned()];
+    Reply::new(shape, "msg_1".to_owned(), "m".to_owned(), stops)
+}
+
+fn delta(text: &str) -> Event {
+    Event::Delta(Delta {
+        generation: 0,
+        choice: 0,
+        text: text.to_owned(),
+        tokens: Vec::new(),
+    })
+}
+
+fn finish(reason: FinishReason, matched_stop: Option<&str>) -> Event {
+    Event::Finish(Finish {
+        generation: 0,
+        choice: 0,
+        reason,
+        matched_stop: matched_stop.map(str::to_owned),
+    })
+}
+
+fn done() -> Event {
+    Event::Done(Total {
+        generation: 0,
+        usage: USAGE,
+        queue_micros: 0,
+        prefill_micros: 0,
+        decode_micros: 0,
+    })
+}
+
+fn failed() -> Event {
+    let error = Error {
+        code: ErrorCode::Internal,
+        message: "it broke".to_owned(),
+        param: None,
+        retry_after: None,
+    };
+    Event::Failed((0, error))
+}
+
+fn answer(reason: FinishReason, matched_stop: Option<&str>) -> Vec<Event> {
+    vec![
+        Event::Started((0, USAGE)),
+        delta("Hé"),
+        delta("llo"),
+        finish(reason, matched_stop),
+        done(),
+    ]
+}
+
+fn run(shape: Shape, events: Vec<Event>) -> String {
+    let progress = reply(shape).advance(events).unwrap();
+    assert!(matches!(progress.next, Next::End));
+    String::from_utf8(progress.bytes).unwrap()
+}
+
+/// Names and data of a stream's events.
+fn events(body: &str) -> Vec<(String, Value)> {
+    let event = |event: &str| {
+        let (name, data) = event.split_once("\ndata: ").unwrap();
+        let data: Value = serde_json::from_str(data).unwrap();
+        let name = name.strip_prefix("event: ").unwrap();
+        assert_eq!(data["type"], name);
+        (name.to_owned(), data)
+    };
+    body.split_terminator("\n\n").map(event).collect()
+}
+
+#[test]
+fn a_message_has_every_required_key() {
+    let body = run(Shape::Whole, answer(FinishReason::Length, None));
+    let message: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(
+        message,
+        json!({
+            "id": "msg_1", "type": "message", "role": "assistant", "model": "m",
+            "content": [{ "type": "text", "text": "Héllo" }],
+            "stop_reason": "max_tokens", "stop_sequence": null,
+            "usage": {
+                "input_tokens": 767, "output_tokens": 2,
+                "cache_creation_input_tokens": 0, "cache_read_input_tokens": 3,
+            },
+        })
+    );
+}
+
+#[test]
+fn a_stop_sequence_is_told_when_it_is_the_clients() {
+    for (matched, reason, told) in [
+        (Some("END"), "stop_sequence", json!("END")),
+        (Some("template's"), "end_turn", Value::Null),
+        (None, "end_turn", Value::Null),
+    ] {
+        let body = run(Shape::Whole, answer(FinishReason::Stop, matched));
+        let message: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(message["stop_reason"], reason);
+        assert_eq!(message["stop_sequence"], told);
+    }
+}
+
+#[test]
+fn a_stream_has_the_events_of_one_block_in_order() {
+    let events = events(&run(Shape::Stream, answer(FinishReason::Stop, Some("END"))));
+    let names: Vec<&str> = events.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(
+        names,
+        [
+            "message_start",
+            "content_block_start",
+            "content_block_delta",
+            "content_block_delta",
+            "content_block_stop",
+            "message_delta",
+            "message_stop",
+        ]
+    );
+    assert_eq!(events[0].1["message"]["content"], json!([]));
+    assert_eq!(events[0].1["message"]["usage"]["input_tokens"], 767);
+    assert_eq!(
+        events[3].1["delta"],
+        json!({ "type": "text_delta", "text": "llo" })
+    );
+    assert_eq!(
+        events[5].1["delta"],
+        json!({ "stop_reason": "stop_sequence", "stop_sequence": "END" })
+    );
+    assert_eq!(events[5].1["usage"]["output_tokens"], 2);
+}
+
+#[test]
+fn a_count_counts_the_whole_prompt() {
+    let counted = vec![Event::Started((0, USAGE)), done()];
+    assert_eq!(run(Shape::Count, counted), r#"{"input_tokens":770}"#);
+}
+
+#[test]
+fn a_failure_is_an_error_before_the_stream_and_its_last_event_in_it() {
+    assert!(
+        reply(Shape::Whole)
+            .advance(vec![delta("x"), failed()])
+            .is_err()
+    );
+    assert!(reply(Shape::Stream).advance(vec![failed()]).is_err());
+    let body = run(
+        Shape::Stream,
+        vec![Event::Started((0, USAGE)), delta("x"), failed()],
+    );
+    let (name, data) = events(&body).pop().unwrap();
+    assert_eq!(name, "error");
+    assert_eq!(
+        data["error"],
+        json!({ "type": "api_error", "message": "it broke" })
+    );
+    let half = vec![delta("x"), finish(FinishReason::Cancelled, None)];
+    assert!(reply(Shape::Whole).advance(half).is_err());
+}
+
+#[test]
+fn errors_have_their_status_and_name_what_is_wrong() {
+    let response = |code| {
+        let error = Error {
+            code,
+            message: "too hot".to_owned(),
+            param: Some("temperature".to_owned()),
+            retry_after: Some(2),
+        };
+        render_error(&error, false)
+    };
+    let table = [
+        (ErrorCode::InvalidRequest, 400, "invalid_request_error"),
+        (ErrorCode::Unsupported, 400, "invalid_request_error"),
+        (ErrorCode::ContextOverflow, 400, "invalid_request_error"),
+        (ErrorCode::NotFound, 404, "not_found_error"),
+        (ErrorCode::TooLarge, 413, "request_too_large"),
+        (ErrorCode::Overloaded, 529, "overloaded_error"),
+        (ErrorCode::Timeout, 504, "timeout_error"),
+        (ErrorCode::Internal, 500, "api_error"),
+    ];
+    for (code, status, kind) in table {
+        let response = response(code);
+        let body: Value = serde_json::from_slice(&response.body).unwrap();
+        assert_eq!(response.status, status);
+        let error = json!({ "type": kind, "message": "temperature: too hot" });
+        assert_eq!(body, json!({ "type": "error", "error": error }));
+        assert!(
+            response
+                .headers
+                .contains(&("retry-after".to_owned(), "2".to_owned()))
+        );
+    }
+}
+
+#[test]
+fn a_ping_is_an_event() {
+    let ping = String::from_utf8(ping()).unwrap();
+    assert_eq!(events(&ping)[0].0, "ping");
+}

@@ -1,0 +1,342 @@
+//! A place in a JSON body: its value and its name, so that every complaint says where.
+
+use serde_json::Value;
+
+use crate::wrong::{Kind, Wrong};
+
+/// Whether a value asks for nothing.
+pub type IsNeutral = fn(&Field) -> bool;
+
+/// A value, or the lack of one, and the path to it: `messages[0].content[1].image_url`.
+#[derive(Clone, Debug)]
+pub struct Field<'a> {
+    /// The path to it; empty for the body itself.
+    pub path: String,
+    /// None when absent or null, which this API does not tell apart.
+    value: Option<&'a Value>,
+}
+
+impl Field<'_> {
+    /// A body as JSON.
+    ///
+    /// # Errors
+    /// A text that is none.
+    pub fn json(text: &str) -> Result<Value, Wrong> {
+        serde_json::from_str(text).map_err(|error| Wrong {
+            kind: Kind::Invalid,
+            message: format!("The body is not valid JSON: {error}."),
+            param: None,
+        })
+    }
+}
+
+impl<'a> Field<'a> {
+    /// The body itself.
+    ///
+    /// # Errors
+    /// A body that is no object.
+    pub fn body(value: &'a Value) -> Result<Self, Wrong> {
+        let body = Self {
+            path: String::new(),
+            value: Some(value),
+        };
+        if value.is_object() {
+            Ok(body)
+        } else {
+            Err(body.wrong_type("a JSON object"))
+        }
+    }
+
+    /// A member; absent when this is no object.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Self {
+        let dot = if self.path.is_empty() { "" } else { "." };
+        let value = self
+            .value
+            .and_then(|value| value.get(key))
+            .filter(|value| !value.is_null());
+        Self {
+            path: format!("{}{dot}{key}", self.path),
+            value,
+        }
+    }
+
+    /// What is there; none when it is absent or null.
+    #[must_use]
+    pub fn value(&self) -> Option<&'a Value> {
+        self.value
+    }
+
+    /// This field if it is there.
+    #[must_use]
+    pub fn given(self) -> Option<Self> {
+        self.value.is_some().then_some(self)
+    }
+
+    /// A string.
+    ///
+    /// # Errors
+    /// Anything else, or nothing.
+    pub fn string(&self) -> Result<&'a str, Wrong> {
+        self.value
+            .and_then(Value::as_str)
+            .ok_or_else(|| self.wrong_type("a string"))
+    }
+
+    /// True or false.
+    ///
+    /// # Errors
+    /// Anything else, or nothing.
+    pub fn boolean(&self) -> Result<bool, Wrong> {
+        self.value
+            .and_then(Value::as_bool)
+            .ok_or_else(|| self.wrong_type("a boolean"))
+    }
+
+    /// This field, which has to be an object.
+    ///
+    /// # Errors
+    /// Anything else, or nothing.
+    pub fn object(&self) -> Result<&Self, Wrong> {
+        let is_object = self.value.is_some_and(Value::is_object);
+        is_object
+            .then_some(self)
+            .ok_or_else(|| self.wrong_type("an object"))
+    }
+
+    /// The elements of an array.
+    ///
+    /// # Errors
+    /// Anything else, or nothing.
+    pub fn items(&self) -> Result<Vec<Self>, Wrong> {
+        let items = self
+            .value
+            .and_then(Value::as_array)
+            .ok_or_else(|| self.wrong_type("an array"))?;
+        let item = |(index, value)| Self {
+            path: format!("{}[{index}]", self.path),
+            value: Some(value),
+        };
+        Ok(items.iter().enumerate().map(item).collect())
+    }
+
+    /// The members of an object, by key.
+    ///
+    /// # Errors
+    /// Anything else, or nothing.
+    pub fn members(&self) -> Result<Vec<(&'a str, Self)>, Wrong> {
+        let members = self.value.and_then(Value::as_object);
+        let members = members.ok_or_else(|| self.wrong_type("an object"))?;
+        let named = members.iter();
+        Ok(named
+            .map(|(key, _)| (key.as_str(), self.get(key)))
+            .collect())
+    }
+
+    /// A number which `fits`; `what` says which ones do.
+    ///
+    /// # Errors
+    /// Anything else, or nothing.
+    pub fn number(&self, what: &str, fits: impl Fn(f64) -> bool) -> Result<f32, Wrong> {
+        let number = self
+            .value
+            .and_then(Value::as_f64)
+            .ok_or_else(|| self.wrong_type("a number"))?;
+        if fits(number) {
+            Ok(number as f32)
+        } else {
+            Err(self.wrong_value(what))
+        }
+    }
+
+    /// A whole number of at least `least`; beyond u32 it is as good as endless.
+    ///
+    /// # Errors
+    /// Anything else, or nothing.
+    pub fn count(&self, least: u32) -> Result<u32, Wrong> {
+        let value = self.value.filter(|value| value.is_u64() || value.is_i64());
+        let value = value.ok_or_else(|| self.wrong_type("an integer"))?;
+        let count = value
+            .as_u64()
+            .map(|count| u32::try_from(count).unwrap_or(u32::MAX));
+        count
+            .filter(|count| *count >= least)
+            .ok_or_else(|| self.wrong_value(&format!("an integer of at least {least}")))
+    }
+
+    /// This flag; false when it is absent.
+    ///
+    /// # Errors
+    /// What is neither true nor false.
+    pub fn flag(&self) -> Result<bool, Wrong> {
+        self.clone()
+            .given()
+            .map_or(Ok(false), |field| field.boolean())
+    }
+
+    /// This string, if it is there.
+    ///
+    /// # Errors
+    /// What is no string.
+    pub fn text(&self) -> Result<Option<String>, Wrong> {
+        let field = self.clone().given();
+        field.map(|f| f.string().map(str::to_owned)).transpose()
+    }
+
+    /// This whole number of at least `least`, if it is there.
+    ///
+    /// # Errors
+    /// What is no such number.
+    pub fn optional_count(&self, least: u32) -> Result<Option<u32>, Wrong> {
+        let field = self.clone().given();
+        field.map(|field| field.count(least)).transpose()
+    }
+
+    /// This number, if it is there; as [`Self::number`].
+    ///
+    /// # Errors
+    /// What is no number, or does not fit.
+    pub fn optional_number(
+        &self,
+        what: &str,
+        fits: impl Fn(f64) -> bool,
+    ) -> Result<Option<f32>, Wrong> {
+        let field = self.clone().given();
+        field.map(|field| field.number(what, fits)).transpose()
+    }
+
+    /// One string that is not empty, or at most `most` of them in an array.
+    ///
+    /// # Errors
+    /// Anything else.
+    pub fn strings(&self, most: usize) -> Result<Vec<String>, Wrong> {
+        let strings = match self.value {
+            None => return Ok(Vec::new()),
+            Some(Value::String(_)) => vec![self.clone()],
+            Some(Value::Array(_)) => self.items()?,
+            Some(_) => return Err(self.wrong_type("a string or an array of strings")),
+        };
+        if strings.len() > most {
+            return Err(self.wrong_value(&format!("at most {most} strings")));
+        }
+        let string = |field: &Self| match field.string()? {
+            "" => Err(field.wrong_value("a string that is not empty")),
+            text => Ok(text.to_owned()),
+        };
+        strings.iter().map(string).collect()
+    }
+
+    /// Any 64-bit integer, if it is there; negative ones are as good as others.
+    ///
+    /// # Errors
+    /// What is no integer.
+    pub fn seed(&self) -> Result<Option<u64>, Wrong> {
+        let Some(field) = self.clone().given() else {
+            return Ok(None);
+        };
+        let unsigned = field.value.and_then(Value::as_u64);
+        let signed = field.value.and_then(Value::as_i64).map(i64::cast_unsigned);
+        let seed = unsigned.or(signed);
+        seed.map_or_else(
+            || Err(field.wrong_type("an integer")),
+            |seed| Ok(Some(seed)),
+        )
+    }
+
+    /// Refuses members that would change the answer and cannot be honoured: better than to ignore
+    /// them. Each comes with why, and with the values that ask for nothing.
+    ///
+    /// # Errors
+    /// The first of them that asks for something.
+    pub fn refuse(&self, table: &[(&str, &str, IsNeutral)]) -> Result<(), Wrong> {
+        for (key, message, is_neutral) in table {
+            if let Some(field) = self.get(key).given().filter(|field| !is_neutral(field)) {
+                return Err(field.unsupported(message));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether this is false.
+    #[must_use]
+    pub fn is_false(&self) -> bool {
+        self.value == Some(&Value::Bool(false))
+    }
+
+    /// Whether this is one of these words.
+    #[must_use]
+    pub fn is_one_of(&self, words: &[&str]) -> bool {
+        self.string().is_ok_and(|word| words.contains(&word))
+    }
+
+    /// Whether this is a string, an array or an object with nothing in it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        match self.value {
+            Some(Value::String(text)) => text.is_empty(),
+            Some(Value::Array(items)) => items.is_empty(),
+            Some(Value::Object(members)) => members.is_empty(),
+            _ => false,
+        }
+    }
+
+    /// Of another type than `wanted`, or not there at all.
+    #[must_use]
+    pub fn wrong_type(&self, wanted: &str) -> Wrong {
+        let got = match self.value {
+            None => {
+                return self.invalid(format!(
+                    "Missing required parameter: '{}', {wanted}.",
+                    self.path
+                ));
+            }
+            Some(Value::Null) => "null",
+            Some(Value::Bool(_)) => "a boolean",
+            Some(Value::Number(_)) => "a number",
+            Some(Value::String(_)) => "a string",
+            Some(Value::Array(_)) => "an array",
+            Some(Value::Object(_)) => "an object",
+        };
+        let of = if self.path.is_empty() {
+            "the body".to_owned()
+        } else {
+            format!("'{}'", self.path)
+        };
+        self.invalid(format!(
+            "Invalid type for {of}: expected {wanted}, but got {got} instead."
+        ))
+    }
+
+    /// Of the right type, but nothing we can take.
+    #[must_use]
+    pub fn wrong_value(&self, wanted: &str) -> Wrong {
+        self.invalid(format!(
+            "Invalid value for '{}': expected {wanted}.",
+            self.path
+        ))
+    }
+
+    /// At fault, for the reason that `message` gives.
+    #[must_use]
+    pub fn invalid(&self, message: String) -> Wrong {
+        self.wrong(Kind::Invalid, message)
+    }
+
+    /// Understood, and not to be had here.
+    #[must_use]
+    pub fn unsupported(&self, message: &str) -> Wrong {
+        self.wrong(
+            Kind::Unsupported,
+            format!("'{}' is not supported: {message}.", self.path),
+        )
+    }
+
+    fn wrong(&self, kind: Kind, message: String) -> Wrong {
+        let param = (!self.path.is_empty()).then(|| self.path.clone());
+        Wrong {
+            kind,
+            message,
+            param,
+        }
+    }
+}

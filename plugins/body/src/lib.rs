@@ -1,0 +1,10 @@
+//! What request adapters share: a JSON body read field by field, so that every complaint names its
+//! place. Nothing here knows a dialect or the host.
+
+mod field;
+mod picture;
+mod wrong;
+
+pub use field::{Field, IsNeutral};
+pub use picture::{Picture, Place, is_url, lifted};
+pub use wrong::{Kind, Wrong};

@@ -1,0 +1,242 @@
+//! Request adapter: the API of Ollama, mounted at `/api`.
+//!
+//! - `request`: body → what is wanted
+//! - `reply`: events → an answer, or a line for each piece of it; errors
+//! - here: the exports, and everything that asks the host.
+//!
+//! The first words of `plugins/openai` tell what an adapter is.
+
+#![expect(missing_docs, reason = "what `generate!` makes is documented in wit/")]
+
+mod reply;
+mod request;
+mod time;
+
+use std::cell::RefCell;
+
+use serde_json::{Value, json};
+use visor_plugin_body::{Field, Kind, Picture, Place, Wrong};
+
+wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
+
+use exports::visor::plugin::adapter::{
+    self, Event, Exchange, Generation, GuestExchange, Head, OutputFormat, Progress, Response,
+    Route, Step,
+};
+use exports::visor::plugin::lifecycle;
+use reply::{Reply, Shape, json_response};
+use request::Wanted;
+use visor::plugin::adapter_input::Request;
+use visor::plugin::media::Source;
+use visor::plugin::types::{Error, ErrorCode};
+use visor::plugin::{clock, model};
+
+/// What clients of Ollama put behind a name that says no version.
+const LATEST: &str = ":latest";
+
+/// The type the exports hang on.
+struct Ollama;
+
+#[cfg(target_arch = "wasm32")]
+export!(Ollama);
+
+impl lifecycle::Guest for Ollama {
+    fn describe() -> lifecycle::Info {
+        lifecycle::Info {
+            name: "ollama".to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            description: env!("CARGO_PKG_DESCRIPTION").to_owned(),
+            config_schema: Some(
+                r#"{ "type": "object", "additionalProperties": false }"#.to_owned(),
+            ),
+        }
+    }
+
+    fn configure(_config: String) -> Result<(), Vec<lifecycle::Issue>> {
+        Ok(())
+    }
+}
+
+impl adapter::Guest for Ollama {
+    type Exchange = Answer;
+
+    fn routes() -> Vec<Route> {
+        let route = |method: &str, path: &str| Route {
+            method: method.to_owned(),
+            path: path.to_owned(),
+            max_body: None,
+        };
+        vec![
+            route("POST", "/chat"),
+            route("POST", "/generate"),
+            route("POST", "/show"),
+            route("GET", "/tags"),
+            route("GET", "/version"),
+        ]
+    }
+
+    fn render_error(error: Error, mid_stream: bool) -> Response {
+        reply::render_error(&error, mid_stream)
+    }
+}
+
+/// One request and the answer to it; `None` is one that was answered at once.
+struct Answer(RefCell<Option<Reply>>);
+
+impl GuestExchange for Answer {
+    fn start(request: Request) -> Result<(Exchange, Step), Error> {
+        let respond = |body: &Value| (None, Step::Respond(json_response(200, body)));
+        let path = request.path();
+        let (reply, step) = match path.as_str() {
+            "/version" => respond(&json!({ "version": env!("CARGO_PKG_VERSION") })),
+            "/tags" => respond(&tags()),
+            "/show" => respond(&show(&request)?),
+            "/chat" => {
+                let wanted = request::parse_chat(&request.text()?, &request.marker())?;
+                answer(Shape::Chat, wanted, &request)?
+            }
+            _ => {
+                let wanted = request::parse_generate(&request.text()?, &request.marker())?;
+                answer(Shape::Generate, wanted, &request)?
+            }
+        };
+        Ok((Exchange::new(Self(RefCell::new(reply))), step))
+    }
+
+    fn advance(&self, events: Vec<Event>) -> Result<Progress, Error> {
+        let mut reply = self.0.borrow_mut();
+        let reply = reply.as_mut().expect("only generations have events");
+        reply.advance(events, &time::rfc3339(clock::now()))
+    }
+
+    /// There is no line that says nothing.
+    fn keep_alive(&self) -> Vec<u8> {
+        Vec::new()
+    }
+}
+
+fn answer(shape: Shape, wanted: Wanted, request: &Request) -> Result<(Option<Reply>, Step), Error> {
+    let model = find(&wanted.model)?.id();
+    let logprobs = wanted.sampling.logprobs.is_some();
+    let reply = Reply::new(shape, wanted.model, wanted.stream, logprobs);
+    let Some(input) = wanted.input else {
+        let response = reply.loaded(&time::rfc3339(clock::now()));
+        return Ok((None, Step::Respond(response)));
+    };
+    let head = Head {
+        status: 200,
+        headers: reply::headers(wanted.stream),
+        incremental: wanted.stream,
+    };
+    let generation = Generation {
+        model: Some(model),
+        input,
+        images: pictures(wanted.images, request)?,
+        sampling: wanted.sampling,
+        max_tokens: wanted.max_tokens,
+        stop: wanted.stop,
+        format: OutputFormat::Text,
+        tools: Vec::new(),
+        count: 1,
+        extensions: wanted.extensions,
+    };
+    Ok((Some(reply), Step::Generate((head, vec![generation]))))
+}
+
+/// Takes the pictures from where they are.
+fn pictures(pictures: Vec<Picture>, request: &Request) -> Result<Vec<Source>, Error> {
+    let source = |picture: Picture| match picture.place {
+        Place::Url(url) => Ok(Source::Url(url)),
+        Place::Lifted(index) => match request.blob(index) {
+            Some(blob) => Ok(Source::Blob(blob)),
+            None => Err(Error {
+                code: ErrorCode::InvalidRequest,
+                message: "there is no such image".to_owned(),
+                param: Some(picture.param),
+                retry_after: None,
+            }),
+        },
+    };
+    pictures.into_iter().map(source).collect()
+}
+
+fn tags() -> Value {
+    let tag = |model: &model::Handle| {
+        let id = model.id();
+        let size: u64 = detail(model, "weights_bytes").parse().unwrap_or(0);
+        json!({
+            "name": id,
+            "model": id,
+            "modified_at": time::rfc3339(model.created().saturating_mul(1000)),
+            "size": size,
+            "digest": detail(model, "digest"),
+            "details": details(model),
+        })
+    };
+    json!({ "models": model::available().iter().map(tag).collect::<Value>() })
+}
+
+fn show(request: &Request) -> Result<Value, Error> {
+    let body = Field::json(&request.text()?)?;
+    let model = find(&request::model(&Field::body(&body)?)?)?;
+    let mut capabilities = vec!["completion"];
+    capabilities.extend(model.vision().is_some().then_some("vision"));
+    let family = detail(&model, "family");
+    let context_length = format!("{family}.context_length");
+    Ok(json!({
+        "modelfile": "",
+        "parameters": "",
+        "template": "",
+        "modified_at": time::rfc3339(model.created().saturating_mul(1000)),
+        "details": details(&model),
+        "model_info": {
+            "general.architecture": family,
+            context_length: model.context_length(),
+        },
+        "capabilities": capabilities,
+    }))
+}
+
+fn details(model: &model::Handle) -> Value {
+    let family = detail(model, "family");
+    json!({
+        "parent_model": "",
+        "format": "safetensors",
+        "family": family,
+        "families": [family],
+        "parameter_size": "",
+        "quantization_level": detail(model, "quantization"),
+    })
+}
+
+/// A detail that the host may tell of its model, or nothing.
+fn detail(model: &model::Handle, key: &str) -> String {
+    let found = model.details().into_iter().find(|(own, _)| own == key);
+    found.map(|(_, value)| value).unwrap_or_default()
+}
+
+fn find(name: &str) -> Result<model::Handle, Error> {
+    let bare = name.strip_suffix(LATEST).unwrap_or(name);
+    model::find(name)
+        .or_else(|| model::find(bare))
+        .ok_or_else(|| Error {
+            code: ErrorCode::NotFound,
+            message: format!("model '{name}' not found"),
+            param: None,
+            retry_after: None,
+        })
+}
+
+impl From<Wrong> for Error {
+    fn from(wrong: Wrong) -> Self {
+        Self {
+            code: match wrong.kind {
+                Kind::Invalid => ErrorCode::InvalidRequest,
+                Kind::Unsupported => ErrorCode::Unsupported,
+            },
+            message: wrong.message,
+            param: wrong.param,
+            retry_after: None,
+        }
+    }
+}

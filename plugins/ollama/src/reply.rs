@@ -1,0 +1,232 @@
+//! Writes answers: one object, or a line of JSON for each piece; and every kind of error.
+//!
+//! Pure: events in, bytes out.
+
+use serde_json::{Value, json};
+
+use crate::exports::visor::plugin::adapter::{
+    Event, Next, Progress, Response, TokenChance, TokenInfo, Total,
+};
+use crate::visor::plugin::types::{Error, ErrorCode, FinishReason};
+
+/// Which of the two calls is answered.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Shape {
+    Chat,
+    Generate,
+}
+
+/// An answer in the making.
+#[derive(Debug)]
+pub(crate) struct Reply {
+    pub(crate) shape: Shape,
+    pub(crate) model: String,
+    /// How the client wants it.
+    pub(crate) stream: bool,
+    /// Whether tokens are told with their probabilities.
+    pub(crate) logprobs: bool,
+    /// Whether the first line is out.
+    begun: bool,
+    /// All text and tokens so far, when the answer is one piece.
+    text: String,
+    tokens: Vec<TokenInfo>,
+    reason: &'static str,
+}
+
+impl Reply {
+    pub(crate) fn new(shape: Shape, model: String, stream: bool, logprobs: bool) -> Self {
+        Self {
+            shape,
+            model,
+            stream,
+            logprobs,
+            begun: false,
+            text: String::new(),
+            tokens: Vec::new(),
+            reason: "stop",
+        }
+    }
+
+    /// Takes what happened at `now`, a moment as RFC 3339; gives the bytes to write.
+    ///
+    /// # Errors
+    /// What went wrong before anything was written, for `render-error`. Later it is a line of the
+    /// stream.
+    pub(crate) fn advance(&mut self, events: Vec<Event>, now: &str) -> Result<Progress, Error> {
+        let mut bytes = Vec::new();
+        for event in events {
+            match self.event(event, now, &mut bytes) {
+                Ok(Next::More) => {}
+                Ok(next) => return Ok(Progress { bytes, next }),
+                Err(error) if self.begun => {
+                    bytes.extend(error_line(&error));
+                    let next = Next::End;
+                    return Ok(Progress { bytes, next });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let next = Next::More;
+        Ok(Progress { bytes, next })
+    }
+
+    fn event(&mut self, event: Event, now: &str, bytes: &mut Vec<u8>) -> Result<Next, Error> {
+        match event {
+            // We offered the model no tools.
+            Event::Started(_) | Event::ToolCall(_) => {}
+            Event::Delta(delta) if self.stream => {
+                self.begun = true;
+                let piece = self.piece(&delta.text, &delta.tokens, now);
+                bytes.extend(line(&piece));
+            }
+            Event::Delta(delta) => {
+                self.text.push_str(&delta.text);
+                self.tokens.extend(delta.tokens);
+            }
+            Event::Finish(finish) => self.reason = reason(finish.reason)?,
+            Event::Done(total) => {
+                let mut last = self.piece(&self.text, &self.tokens, now);
+                self.sum_up(&mut last, &total);
+                bytes.extend(if self.stream {
+                    line(&last)
+                } else {
+                    last.to_string().into_bytes()
+                });
+                return Ok(Next::End);
+            }
+            Event::Failed((_, error)) => return Err(error),
+        }
+        Ok(Next::More)
+    }
+
+    fn piece(&self, text: &str, tokens: &[TokenInfo], now: &str) -> Value {
+        let mut piece = json!({ "model": self.model, "created_at": now, "done": false });
+        match self.shape {
+            Shape::Chat => piece["message"] = json!({ "role": "assistant", "content": text }),
+            Shape::Generate => piece["response"] = json!(text),
+        }
+        if self.logprobs && !tokens.is_empty() {
+            piece["logprobs"] = tokens.iter().map(token).collect();
+        }
+        piece
+    }
+
+    /// What the last piece has beside the others. Times are nanoseconds.
+    fn sum_up(&self, piece: &mut Value, total: &Total) {
+        let nanos = |micros: u64| micros.saturating_mul(1000);
+        let all = total.queue_micros.saturating_add(total.prefill_micros);
+        let all = all.saturating_add(total.decode_micros);
+        piece["done"] = json!(true);
+        piece["done_reason"] = json!(self.reason);
+        piece["total_duration"] = json!(nanos(all));
+        piece["load_duration"] = json!(0);
+        piece["prompt_eval_count"] = json!(total.usage.prompt_tokens);
+        piece["prompt_eval_duration"] = json!(nanos(total.prefill_micros));
+        piece["eval_count"] = json!(total.usage.completion_tokens);
+        piece["eval_duration"] = json!(nanos(total.decode_micros));
+    }
+
+    /// The answer to a request that only wants the model to be there.
+    pub(crate) fn loaded(&self, now: &str) -> Response {
+        let mut piece = self.piece("", &[], now);
+        piece["done"] = json!(true);
+        piece["done_reason"] = json!("load");
+        Response {
+            status: 200,
+            headers: headers(self.stream),
+            body: line(&piece),
+        }
+    }
+}
+
+fn token(info: &TokenInfo) -> Value {
+    let mut token = chance(&info.chosen);
+    token["top_logprobs"] = info.alternatives.iter().map(chance).collect();
+    token
+}
+
+fn chance(chance: &TokenChance) -> Value {
+    json!({
+        "token": String::from_utf8_lossy(&chance.bytes),
+        "logprob": chance.logprob.max(-9999.0),
+        "bytes": chance.bytes,
+    })
+}
+
+fn reason(reason: FinishReason) -> Result<&'static str, Error> {
+    match reason {
+        FinishReason::Stop | FinishReason::ToolCalls | FinishReason::ContentFilter => Ok("stop"),
+        FinishReason::Length => Ok("length"),
+        // The API has no word for these, and half an answer must not look like a whole one.
+        FinishReason::Cancelled | FinishReason::Failed => Err(Error {
+            code: ErrorCode::Internal,
+            message: "the server ended the answer early".to_owned(),
+            param: None,
+            retry_after: None,
+        }),
+    }
+}
+
+fn line(value: &Value) -> Vec<u8> {
+    format!("{value}\n").into_bytes()
+}
+
+/// The headers of one object, or of a line for each piece.
+pub(crate) fn headers(stream: bool) -> Vec<(String, String)> {
+    let content_type = if stream {
+        "application/x-ndjson"
+    } else {
+        "application/json; charset=utf-8"
+    };
+    vec![("content-type".to_owned(), content_type.to_owned())]
+}
+
+/// A whole response.
+pub(crate) fn json_response(status: u16, body: &Value) -> Response {
+    Response {
+        status,
+        headers: headers(false),
+        body: body.to_string().into_bytes(),
+    }
+}
+
+fn error_line(error: &Error) -> Vec<u8> {
+    line(&error_object(error))
+}
+
+/// Any error, as a response of its own or, `mid_stream`, as the last line of one.
+pub(crate) fn render_error(error: &Error, mid_stream: bool) -> Response {
+    let mut response = json_response(status(error.code), &error_object(error));
+    if mid_stream {
+        response.body = error_line(error);
+    }
+    let retry_after = error
+        .retry_after
+        .map(|seconds| ("retry-after".to_owned(), seconds.to_string()));
+    response.headers.extend(retry_after);
+    response
+}
+
+/// The API has no key for the parameter at fault, so it stands before the message.
+fn error_object(error: &Error) -> Value {
+    match &error.param {
+        Some(param) if !error.message.contains(param.as_str()) => {
+            json!({ "error": format!("{param}: {}", error.message) })
+        }
+        _ => json!({ "error": error.message }),
+    }
+}
+
+fn status(code: ErrorCode) -> u16 {
+    match code {
+        ErrorCode::InvalidRequest | ErrorCode::Unsupported | ErrorCode::ContextOverflow => 400,
+        ErrorCode::NotFound => 404,
+        ErrorCode::TooLarge => 413,
+        ErrorCode::Overloaded => 503,
+        ErrorCode::Timeout => 504,
+        ErrorCode::Internal => 500,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,177 @@
+//! Event lists in, bytes out.
+
+use super::*;
+use crate::exports::visor::plugin::adapter::{Delta, Finish};
+use crate::visor::plugin::types::Usage;
+
+const NOW: &str = "2024-02-29T00:00:00.000Z";
+
+fn delta(text: &str) -> Event {
+    let chosen = TokenChance {
+        token: 1,
+        bytes: text.as_bytes().to_vec(),
+        logprob: -0.5,
+    };
+    Event::Delta(Delta {
+        generation: 0,
+        choice: 0,
+        text: text.to_owned(),
+        tokens: vec![TokenInfo {
+            alternatives: vec![chosen.clone()],
+            chosen,
+        }],
+    })
+}
+
+fn finish(reason: FinishReason) -> Event {
+    Event::Finish(Finish {
+        generation: 0,
+        choice: 0,
+        reason,
+        matched_stop: None,
+    })
+}
+
+fn done() -> Event {
+    Event::Done(Total {
+        generation: 0,
+        usage: Usage {
+            prompt_tokens: 770,
+            image_tokens: 757,
+            cached_tokens: 3,
+            completion_tokens: 2,
+        },
+        queue_micros: 1,
+        prefill_micros: 20,
+        decode_micros: 300,
+    })
+}
+
+fn failed() -> Event {
+    let error = Error {
+        code: ErrorCode::Internal,
+        message: "it broke".to_owned(),
+        param: None,
+        retry_after: None,
+    };
+    Event::Failed((0, error))
+}
+
+fn answer() -> Vec<Event> {
+    vec![
+        delta("Hé"),
+        delta("llo"),
+        finish(FinishReason::Length),
+        done(),
+    ]
+}
+
+fn lines(mut reply: Reply, events: Vec<Event>) -> Vec<Value> {
+    let progress = reply.advance(events, NOW).unwrap();
+    assert!(matches!(progress.next, Next::End));
+    let body = String::from_utf8(progress.bytes).unwrap();
+    body.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+fn reply(shape: Shape, stream: bool) -> Reply {
+    Reply::new(shape, "m".to_owned(), stream, false)
+}
+
+#[test]
+fn a_whole_answer_is_one_object_with_counts_and_times() {
+    let whole = lines(reply(Shape::Chat, false), answer());
+    let sums = json!({
+        "model": "m", "created_at": NOW, "done": true, "done_reason": "length",
+        "message": { "role": "assistant", "content": "Héllo" },
+        "total_duration": 321_000, "load_duration": 0,
+        "prompt_eval_count": 770, "prompt_eval_duration": 20_000,
+        "eval_count": 2, "eval_duration": 300_000,
+    });
+    assert_eq!(whole, [sums]);
+    let whole = lines(reply(Shape::Generate, false), answer());
+    assert_eq!(whole[0]["response"], "Héllo");
+    assert!(whole[0].get("message").is_none());
+}
+
+#[test]
+fn a_stream_is_a_line_for_each_piece_and_one_that_sums_up() {
+    for shape in [Shape::Chat, Shape::Generate] {
+        let lines = lines(reply(shape, true), answer());
+        let text = |line: &Value| match shape {
+            Shape::Chat => line["message"]["content"].as_str().unwrap().to_owned(),
+            Shape::Generate => line["response"].as_str().unwrap().to_owned(),
+        };
+        let (last, others) = lines.split_last().unwrap();
+        assert_eq!(others.iter().map(text).collect::<String>(), "Héllo");
+        assert_eq!(text(last), "");
+        assert_eq!(
+            (&last["done"], &last["done_reason"]),
+            (&json!(true), &json!("length"))
+        );
+        assert!(others.iter().all(|line| line["done"] == json!(false)));
+    }
+}
+
+#[test]
+fn probabilities_come_with_their_text() {
+    for stream in [false, true] {
+        let reply = Reply::new(Shape::Chat, "m".to_owned(), stream, true);
+        let lines = lines(reply, answer());
+        let tokens: Vec<&Value> = lines
+            .iter()
+            .filter_map(|line| line["logprobs"].as_array())
+            .flatten()
+            .collect();
+        assert_eq!(tokens.len(), 2);
+        assert_eq!(tokens[0]["bytes"], json!([72, 195, 169]));
+        assert_eq!(tokens[1]["top_logprobs"][0]["token"], "llo");
+    }
+}
+
+#[test]
+fn a_failure_is_an_error_before_the_first_line_and_the_last_line_after_it() {
+    for stream in [false, true] {
+        let early = reply(Shape::Chat, stream).advance(vec![failed()], NOW);
+        assert_eq!(early.unwrap_err().message, "it broke");
+    }
+    let lines = lines(reply(Shape::Chat, true), vec![delta("x"), failed()]);
+    assert_eq!(lines[1], json!({ "error": "it broke" }));
+    let half = vec![delta("x"), finish(FinishReason::Cancelled)];
+    assert!(reply(Shape::Chat, false).advance(half, NOW).is_err());
+}
+
+#[test]
+fn errors_are_one_sentence_that_names_what_is_wrong() {
+    let error = Error {
+        code: ErrorCode::Overloaded,
+        message: "too many".to_owned(),
+        param: Some("n".to_owned()),
+        retry_after: Some(2),
+    };
+    let response = render_error(&error, false);
+    let body: Value = serde_json::from_slice(&response.body).unwrap();
+    assert_eq!(
+        (response.status, body),
+        (503, json!({ "error": "too many" }))
+    );
+    assert!(
+        response
+            .headers
+            .contains(&("retry-after".to_owned(), "2".to_owned()))
+    );
+    let mid_stream = render_error(&error, true);
+    assert!(mid_stream.body.ends_with(b"\n"));
+}
+
+#[test]
+fn a_model_that_is_there_is_loaded() {
+    let response = reply(Shape::Generate, true).loaded(NOW);
+    let body: Value = serde_json::from_slice(&response.body).unwrap();
+    assert_eq!(
+        (&body["done"], &body["done_reason"]),
+        (&json!(true), &json!("load"))
+    );
+    assert_eq!(body["response"], "");
+}

@@ -1,0 +1,246 @@
+//! Reads the bodies of chats and generations: what the client wants, checked, in the contract's
+//! terms.
+//!
+//! Pure: nothing here calls the host.
+
+use serde_json::Value;
+use visor_plugin_body::{Field, IsNeutral, Picture, Place, Wrong, is_url, lifted};
+
+use crate::exports::visor::plugin::adapter::{Input, Sampling};
+use crate::visor::plugin::types::{Extensions, Message, Part, Role};
+
+/// Strings that may end an answer; the host takes as many.
+const STOPS_MAX: usize = 8;
+/// Most alternatives per token.
+const TOP_LOGPROBS_MAX: u32 = 20;
+const NO_TOOLS: &str = "this server does not call tools";
+
+/// A request as far as it can be understood without the host.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    pub(crate) model: String,
+    /// None asks for nothing but a model that is there.
+    pub(crate) input: Option<Input>,
+    /// In the order the input refers to.
+    pub(crate) images: Vec<Picture>,
+    pub(crate) sampling: Sampling,
+    pub(crate) max_tokens: Option<u32>,
+    pub(crate) stop: Vec<String>,
+    pub(crate) stream: bool,
+    /// Hints for the other plugins.
+    pub(crate) extensions: Extensions,
+}
+
+/// Reads the body of a chat. `marker` is the word the host put in place of long base64 strings.
+///
+/// # Errors
+/// What is wrong, and the path to it.
+pub(crate) fn parse_chat(text: &str, marker: &str) -> Result<Wanted, Wrong> {
+    let body = Field::json(text)?;
+    let body = Field::body(&body)?;
+    let mut pictures = Pictures::new(marker);
+    let messages = match body.get("messages").given() {
+        Some(messages) => messages.items()?,
+        None => Vec::new(),
+    };
+    let read = messages
+        .iter()
+        .map(|item| message(item.object()?, &mut pictures));
+    let read = read.collect::<Result<Vec<_>, _>>()?;
+    let input = (!read.is_empty()).then_some(Input::Chat(read));
+    wanted(&body, input, pictures)
+}
+
+/// Reads the body of a generation: a prompt to be answered, or with `raw` one to go on with.
+///
+/// # Errors
+/// What is wrong, and the path to it.
+pub(crate) fn parse_generate(text: &str, marker: &str) -> Result<Wanted, Wrong> {
+    let body = Field::json(text)?;
+    let body = Field::body(&body)?;
+    let table: [(&str, &str, IsNeutral); 3] = [
+        ("suffix", "this model only writes at the end", |field| {
+            field.is_empty()
+        }),
+        ("template", "the prompt template is the server's", |field| {
+            field.is_empty()
+        }),
+        ("context", "send the conversation to /api/chat", |field| {
+            field.is_empty()
+        }),
+    ];
+    body.refuse(&table)?;
+    let mut pictures = Pictures::new(marker);
+    let prompt = body.get("prompt").text()?.unwrap_or_default();
+    let images = pictures.take(&body.get("images"))?;
+    if prompt.is_empty() && images.is_empty() {
+        return wanted(&body, None, pictures);
+    }
+    if body.get("raw").flag()? {
+        return wanted(&body, Some(Input::Text(prompt)), pictures);
+    }
+    let mut messages = Vec::new();
+    let system = body.get("system").text()?.filter(|text| !text.is_empty());
+    messages.extend(system.map(|text| Message {
+        role: Role::System,
+        parts: vec![Part::Text(text)],
+    }));
+    let mut parts = images;
+    parts.push(Part::Text(prompt));
+    let role = Role::User;
+    messages.push(Message { role, parts });
+    wanted(&body, Some(Input::Chat(messages)), pictures)
+}
+
+fn wanted(body: &Field, input: Option<Input>, pictures: Pictures) -> Result<Wanted, Wrong> {
+    refuse_unsupported(body)?;
+    let options = body.get("options");
+    let options = match options.clone().given() {
+        Some(given) => given.object()?.clone(),
+        None => options,
+    };
+    let stream = body.get("stream").given();
+    Ok(Wanted {
+        model: model(body)?,
+        input,
+        images: pictures.images,
+        sampling: sampling(&options, logprobs(body)?)?,
+        max_tokens: max_tokens(&options.get("num_predict"))?,
+        stop: options.get("stop").strings(STOPS_MAX)?,
+        stream: stream.map_or(Ok(true), |field| field.boolean())?,
+        extensions: pictures.extensions,
+    })
+}
+
+/// The name of the model a body asks for; `name` is what it was called once.
+pub(crate) fn model(body: &Field) -> Result<String, Wrong> {
+    let older = body.get("name").given();
+    let field = body.get("model").given().or(older);
+    let field = field.unwrap_or_else(|| body.get("model"));
+    field.string().map(str::to_owned)
+}
+
+fn message(message: &Field, pictures: &mut Pictures) -> Result<Message, Wrong> {
+    let role = message.get("role");
+    let role = match role.string()? {
+        "system" => Role::System,
+        "user" => Role::User,
+        "assistant" => Role::Assistant,
+        "tool" => return Err(role.unsupported(NO_TOOLS)),
+        _ => return Err(role.wrong_value("system, user or assistant")),
+    };
+    let calls: [(&str, &str, IsNeutral); 1] = [("tool_calls", NO_TOOLS, |field| field.is_empty())];
+    message.refuse(&calls)?;
+    let images = message.get("images");
+    if !matches!(role, Role::User) && images.value().is_some() && !images.is_empty() {
+        return Err(images.invalid("Images are allowed in messages of the user only.".to_owned()));
+    }
+    let mut parts = pictures.take(&images)?;
+    let content = message.get("content").text()?;
+    parts.push(Part::Text(content.unwrap_or_default()));
+    Ok(Message { role, parts })
+}
+
+/// Collects images over all messages.
+struct Pictures<'a> {
+    marker: &'a str,
+    images: Vec<Picture>,
+    extensions: Extensions,
+}
+
+impl<'a> Pictures<'a> {
+    fn new(marker: &'a str) -> Self {
+        let (images, extensions) = (Vec::new(), Vec::new());
+        Self {
+            marker,
+            images,
+            extensions,
+        }
+    }
+
+    /// The parts that an array of base64 strings makes.
+    fn take(&mut self, images: &Field) -> Result<Vec<Part>, Wrong> {
+        let Some(images) = images.clone().given() else {
+            return Ok(Vec::new());
+        };
+        images
+            .items()?
+            .iter()
+            .map(|image| self.image(image))
+            .collect()
+    }
+
+    fn image(&mut self, image: &Field) -> Result<Part, Wrong> {
+        let text = image.string()?;
+        let place = match lifted(text, self.marker) {
+            Some(index) => Place::Lifted(index),
+            None if is_url(text) => Place::Url(text.to_owned()),
+            // Short images stay in the body; the host takes them as the URL they are not.
+            None => Place::Url(format!("data:;base64,{text}")),
+        };
+        let index = u32::try_from(self.images.len()).unwrap_or(u32::MAX);
+        let hint = format!("image.{index}.param");
+        self.extensions.push((hint, image.path.clone()));
+        let param = image.path.clone();
+        self.images.push(Picture { param, place });
+        Ok(Part::Image(index))
+    }
+}
+
+/// Options that only say how Ollama is to run a model (`num_ctx`, `num_gpu`, `repeat_last_n` and the
+/// like) are passed over: how this server runs one is its operator's business.
+fn sampling(options: &Field, logprobs: Option<u8>) -> Result<Sampling, Wrong> {
+    let number =
+        |key: &str, what: &str, fits: fn(f64) -> bool| options.get(key).optional_number(what, fits);
+    let penalty = |key| number(key, "a number from -2 to 2", |p| (-2.0..=2.0).contains(&p));
+    Ok(Sampling {
+        temperature: number("temperature", "a number of at least 0", |t| t >= 0.0)?,
+        top_p: number("top_p", "a number above 0, at most 1", |p| {
+            p > 0.0 && p <= 1.0
+        })?,
+        top_k: options.get("top_k").optional_count(0)?,
+        min_p: number("min_p", "a number from 0 to 1", |p| {
+            (0.0..=1.0).contains(&p)
+        })?,
+        repetition_penalty: number("repeat_penalty", "a number above 0", |p| p > 0.0)?,
+        presence_penalty: penalty("presence_penalty")?,
+        frequency_penalty: penalty("frequency_penalty")?,
+        logit_bias: Vec::new(),
+        seed: options.get("seed").seed()?,
+        logprobs,
+    })
+}
+
+fn logprobs(body: &Field) -> Result<Option<u8>, Wrong> {
+    let wanted = body.get("logprobs").flag()?;
+    let top = body.get("top_logprobs");
+    let count = top.optional_count(0)?.unwrap_or(0);
+    let fitting = u8::try_from(count)
+        .ok()
+        .filter(|_| count <= TOP_LOGPROBS_MAX);
+    let what = format!("an integer from 0 to {TOP_LOGPROBS_MAX}");
+    let count = fitting.ok_or_else(|| top.wrong_value(&what))?;
+    Ok(wanted.then_some(count))
+}
+
+/// A negative number leaves it to the server.
+fn max_tokens(field: &Field) -> Result<Option<u32>, Wrong> {
+    match field.value() {
+        Some(Value::Number(number)) if number.as_i64().is_some_and(|n| n < 0) => Ok(None),
+        _ => field.optional_count(1),
+    }
+}
+
+fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
+    let table: [(&str, &str, IsNeutral); 3] = [
+        ("tools", NO_TOOLS, |field| field.is_empty()),
+        ("format", "answers are text", |field| field.is_empty()),
+        ("think", "the model answers at once", |field| {
+            field.is_false()
+        }),
+    ];
+    body.refuse(&table)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,176 @@
+//! Bodies as clients send them, good and bad.
+
+use serde_json::json;
+use visor_plugin_body::Kind;
+
+use super::*;
+
+const MARKER: &str = "blob-7f";
+
+fn chat(body: &Value) -> Result<Wanted, Wrong> {
+    parse_chat(&body.to_string(), MARKER)
+}
+
+fn generate(body: &Value) -> Result<Wanted, Wrong> {
+    parse_generate(&body.to_string(), MARKER)
+}
+
+fn messages(wanted: &Wanted) -> &[Message] {
+    match &wanted.input {
+        Some(Input::Chat(messages)) => messages,
+        other => panic!("no chat: {other:?}"),
+    }
+}
+
+#[test]
+fn a_chat_is_read_with_its_images() {
+    let wanted = chat(&json!({
+        "model": "m",
+        "messages": [
+            { "role": "system", "content": "Be brief." },
+            { "role": "user", "content": "What?", "images": ["blob-7f:2", "AAAA"] },
+            { "role": "assistant", "content": "A cat." },
+            { "role": "user", "content": "And?", "images": null },
+        ],
+        "keep_alive": "5m", "options": { "num_ctx": 8192 },
+    }))
+    .unwrap();
+    assert!(wanted.stream, "what does not say streams");
+    let read = messages(&wanted);
+    assert!(matches!(
+        read[1].parts[..],
+        [Part::Image(0), Part::Image(1), Part::Text(_)]
+    ));
+    assert!(matches!(read[3].parts[..], [Part::Text(_)]));
+    let places: Vec<_> = wanted
+        .images
+        .iter()
+        .map(|image| image.place.clone())
+        .collect();
+    let short = Place::Url("data:;base64,AAAA".to_owned());
+    assert_eq!(places, [Place::Lifted(2), short]);
+    assert_eq!(wanted.images[1].param, "messages[1].images[1]");
+}
+
+#[test]
+fn options_are_read() {
+    let wanted = chat(&json!({
+        "model": "m", "messages": [{ "role": "user", "content": "hi" }], "stream": false,
+        "options": {
+            "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "repeat_penalty": 1.1,
+            "presence_penalty": 1, "frequency_penalty": -1, "seed": 7, "num_predict": 9, "stop": ["a"],
+        },
+        "logprobs": true, "top_logprobs": 2,
+    }))
+    .unwrap();
+    let s = &wanted.sampling;
+    assert_eq!(
+        (s.temperature, s.top_p, s.top_k),
+        (Some(0.5), Some(0.9), Some(40))
+    );
+    assert_eq!((s.min_p, s.repetition_penalty), (Some(0.1), Some(1.1)));
+    assert_eq!(
+        (s.presence_penalty, s.frequency_penalty),
+        (Some(1.0), Some(-1.0))
+    );
+    assert_eq!((s.seed, s.logprobs), (Some(7), Some(2)));
+    assert_eq!((wanted.max_tokens, wanted.stream), (Some(9), false));
+    assert_eq!(wanted.stop, ["a"]);
+    for endless in [-1, -2] {
+        let body = json!({ "model": "m", "options": { "num_predict": endless } });
+        assert_eq!(chat(&body).unwrap().max_tokens, None);
+    }
+}
+
+#[test]
+fn a_prompt_is_answered_or_gone_on_with() {
+    let body =
+        json!({ "model": "m", "prompt": "What?", "system": "Be brief.", "images": ["AAAA"] });
+    let wanted = generate(&body).unwrap();
+    let read = messages(&wanted);
+    assert!(matches!(read[0].role, Role::System));
+    assert!(matches!(read[1].parts[..], [Part::Image(0), Part::Text(_)]));
+    let raw = generate(&json!({ "model": "m", "prompt": "Once", "raw": true })).unwrap();
+    assert!(matches!(raw.input, Some(Input::Text(text)) if text == "Once"));
+}
+
+#[test]
+fn nothing_to_answer_asks_for_the_model_alone() {
+    assert!(chat(&json!({ "model": "m" })).unwrap().input.is_none());
+    assert!(
+        chat(&json!({ "model": "m", "messages": [] }))
+            .unwrap()
+            .input
+            .is_none()
+    );
+    assert!(
+        generate(&json!({ "model": "m", "prompt": "" }))
+            .unwrap()
+            .input
+            .is_none()
+    );
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let with = |key: &str, value: Value| {
+        let mut body = json!({ "model": "m", "messages": [{ "role": "user", "content": "hi" }] });
+        body[key] = value;
+        body
+    };
+    let (invalid, unsupported) = (Kind::Invalid, Kind::Unsupported);
+    let table = [
+        (json!([]), invalid, ""),
+        (with("model", Value::Null), invalid, "model"),
+        (with("messages", json!("hi")), invalid, "messages"),
+        (
+            with("messages", json!([{ "role": "king" }])),
+            invalid,
+            "messages[0].role",
+        ),
+        (
+            with("messages", json!([{ "role": "tool" }])),
+            unsupported,
+            "messages[0].role",
+        ),
+        (
+            with(
+                "messages",
+                json!([{ "role": "assistant", "images": ["AAAA"] }]),
+            ),
+            invalid,
+            "messages[0].images",
+        ),
+        (
+            with("messages", json!([{ "role": "user", "images": [1] }])),
+            invalid,
+            "messages[0].images[0]",
+        ),
+        (with("stream", json!("no")), invalid, "stream"),
+        (with("options", json!(5)), invalid, "options"),
+        (
+            with("options", json!({ "temperature": "hot" })),
+            invalid,
+            "options.temperature",
+        ),
+        (
+            with("options", json!({ "num_predict": 0 })),
+            invalid,
+            "options.num_predict",
+        ),
+        (with("format", json!("json")), unsupported, "format"),
+        (with("tools", json!([{}])), unsupported, "tools"),
+        (with("think", json!(true)), unsupported, "think"),
+        (with("top_logprobs", json!(21)), invalid, "top_logprobs"),
+    ];
+    for (body, kind, param) in table {
+        let wrong = chat(&body).unwrap_err();
+        let named = wrong.param.as_deref().unwrap_or_default();
+        assert_eq!((wrong.kind, named), (kind, param), "{body}");
+    }
+    for key in ["suffix", "template"] {
+        let mut body = json!({ "model": "m", "prompt": "a" });
+        body[key] = json!("b");
+        assert_eq!(generate(&body).unwrap_err().kind, Kind::Unsupported);
+    }
+}

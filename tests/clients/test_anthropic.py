@@ -1,0 +1,66 @@
+"""The real `anthropic` client against the real binary.
+
+Run:  python3 tests/clients/test_anthropic.py PATH/TO/visor
+"""
+
+import anthropic
+
+from served import QUESTION, Served, main, photo
+
+
+class AnthropicClient(Served):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.client = anthropic.Anthropic(
+            base_url=cls.base, api_key="unused", max_retries=0, timeout=120,
+            _strict_response_validation=True,
+        )
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.client.close()
+        super().tearDownClass()
+
+    def ask(self, **more):
+        image = {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": photo("cat.jpg")}}
+        content = [image, {"type": "text", "text": QUESTION}]
+        return {"model": "visor-demo", "max_tokens": 12, "messages": [{"role": "user", "content": content}], **more}
+
+    def test_a_message_streaming_and_not(self):
+        whole = self.client.messages.create(**self.ask())
+        self.assertEqual(whole.content[0].type, "text")
+        self.assertIn(whole.stop_reason, ["end_turn", "max_tokens"])
+        with self.client.messages.stream(**self.ask()) as stream:
+            text = "".join(stream.text_stream)
+            last = stream.get_final_message()
+        self.assertEqual(text, whole.content[0].text)
+        self.assertEqual(last.content[0].text, text)
+        self.assertEqual(last.stop_reason, whole.stop_reason)
+        self.assertEqual(last.usage.output_tokens, whole.usage.output_tokens)
+
+    def test_tokens_are_counted_as_they_are_used(self):
+        body = self.ask()
+        usage = self.client.messages.create(**body).usage
+        del body["max_tokens"]
+        count = self.client.messages.count_tokens(**body).input_tokens
+        self.assertEqual(count, usage.input_tokens + usage.cache_read_input_tokens)
+
+    def test_a_stop_sequence_is_told(self):
+        text = self.client.messages.create(**self.ask(max_tokens=30)).content[0].text
+        word = text.split()[1]
+        cut = self.client.messages.create(**self.ask(max_tokens=30, stop_sequences=[word]))
+        self.assertEqual((cut.stop_reason, cut.stop_sequence), ("stop_sequence", word))
+
+    def test_errors_are_typed(self):
+        with self.assertRaises(anthropic.NotFoundError):
+            self.client.messages.create(**self.ask(model="no-such-model"))
+        with self.assertRaises(anthropic.BadRequestError) as bad:
+            self.client.messages.create(**self.ask(extra_body={"temperature": 3}))
+        self.assertEqual(bad.exception.body["error"]["type"], "invalid_request_error")
+        with self.assertRaises(anthropic.BadRequestError):
+            self.client.messages.create(**self.ask(tools=[{"name": "f", "input_schema": {"type": "object"}}]))
+
+
+if __name__ == "__main__":
+    main()

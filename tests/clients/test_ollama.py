@@ -1,0 +1,53 @@
+"""The real `ollama` client against the real binary.
+
+Run:  python3 tests/clients/test_ollama.py PATH/TO/visor
+"""
+
+import ollama
+
+from served import PHOTOS, QUESTION, Served, main
+
+
+class OllamaClient(Served):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.client = ollama.Client(host=cls.base)
+
+    def ask(self, **more):
+        message = {"role": "user", "content": QUESTION, "images": [str(PHOTOS / "cat.jpg")]}
+        return self.client.chat(model="visor-demo", messages=[message], options={"num_predict": 12, "temperature": 0}, **more)
+
+    def test_a_chat_streaming_and_not(self):
+        whole = self.ask()
+        self.assertTrue(whole.message.content)
+        self.assertTrue(whole.done)
+        self.assertGreater(whole.prompt_eval_count, 313)
+        pieces = list(self.ask(stream=True))
+        self.assertEqual("".join(p.message.content for p in pieces), whole.message.content)
+        self.assertEqual(pieces[-1].eval_count, whole.eval_count)
+        self.assertEqual(pieces[-1].done_reason, whole.done_reason)
+
+    def test_a_prompt_streaming_and_not(self):
+        options = {"num_predict": 8, "temperature": 0}
+        whole = self.client.generate(model="visor-demo", prompt="Hello", options=options)
+        pieces = self.client.generate(model="visor-demo", prompt="Hello", options=options, stream=True)
+        self.assertEqual("".join(p.response for p in pieces), whole.response)
+
+    def test_what_it_tells_of_the_model(self):
+        names = [model.model for model in self.client.list().models]
+        self.assertEqual(names, ["visor-demo"])
+        self.assertIn("vision", self.client.show("visor-demo").capabilities)
+
+    def test_errors_are_typed(self):
+        with self.assertRaises(ollama.ResponseError) as missing:
+            self.client.chat(model="no-such-model", messages=[{"role": "user", "content": "hi"}])
+        self.assertEqual(missing.exception.status_code, 404)
+        self.assertIn("no-such-model", missing.exception.error)
+        with self.assertRaises(ollama.ResponseError) as bad:
+            self.client.generate(model="visor-demo", prompt="hi", format="json")
+        self.assertEqual(bad.exception.status_code, 400)
+
+
+if __name__ == "__main__":
+    main()

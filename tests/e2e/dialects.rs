@@ -1,0 +1,271 @@
+//! The other dialects: Anthropic's messages, Ollama's chats, OpenAI's responses. One question, whoever
+//! asks it, is one prompt and one answer.
+
+use serde_json::{Value, json};
+
+use crate::chat::content;
+use crate::client::Answer;
+use crate::server::{chat, data_url, fixture, pictures, shared, text, with};
+
+const QUESTION: &str = "what is this?";
+
+fn post(path: &str, body: &Value) -> Answer {
+    shared().send("POST", path, body.to_string().as_bytes())
+}
+
+fn model() -> String {
+    let models = shared().get("/v1/models").ok();
+    models["data"][0]["id"].as_str().expect("an id").to_owned()
+}
+
+/// The photo as base64, without the head of its data URL.
+fn base64() -> String {
+    let url = photo();
+    url.split_once(',').expect("a data URL").1.to_owned()
+}
+
+fn photo() -> String {
+    data_url("image/jpeg", &fixture("tests/photos/cat.jpg"))
+}
+
+/// Text and prompt tokens of the same question in OpenAI's words.
+fn expected(max_tokens: u32) -> (String, Value) {
+    let body = with(
+        chat(&[pictures(&[photo()], QUESTION)]),
+        json!({"max_tokens": max_tokens}),
+    );
+    let answer = shared().chat(&body).ok();
+    (content(&answer), answer["usage"]["prompt_tokens"].clone())
+}
+
+/// Names and data of the events of a stream, whose data says the name again.
+fn named_events(answer: &Answer) -> Vec<Value> {
+    let event = |event: &str| {
+        let (name, data) = event.split_once("\ndata: ").expect("a name and data");
+        let data: Value = serde_json::from_str(data).expect("JSON");
+        assert_eq!(data["type"], name.strip_prefix("event: ").expect("a name"));
+        data
+    };
+    let text = answer.text();
+    assert_eq!(answer.status, 200, "{text}");
+    text.split_terminator("\n\n").map(event).collect()
+}
+
+fn claude(more: Value) -> Value {
+    let source = json!({"type": "base64", "media_type": "image/jpeg", "data": base64()});
+    let content = json!([
+        {"type": "image", "source": source},
+        {"type": "text", "text": QUESTION},
+    ]);
+    let messages = json!([{"role": "user", "content": content}]);
+    let body = json!({"model": model(), "max_tokens": 12, "temperature": 0, "messages": messages});
+    with(body, more)
+}
+
+#[test]
+fn a_message_is_answered_whole_streamed_and_counted() {
+    let (answer, prompt_tokens) = expected(12);
+    let whole = post("/v1/messages", &claude(json!({}))).ok();
+    assert_eq!(whole["content"], json!([{"type": "text", "text": answer}]));
+    assert_eq!(
+        (&whole["type"], &whole["role"]),
+        (&json!("message"), &json!("assistant"))
+    );
+    let input = |usage: &Value| {
+        let tokens = |key: &str| usage[key].as_u64().expect("a count");
+        tokens("input_tokens") + tokens("cache_read_input_tokens")
+    };
+    assert_eq!(json!(input(&whole["usage"])), prompt_tokens);
+    assert!(["end_turn", "max_tokens"].contains(&whole["stop_reason"].as_str().expect("a reason")));
+
+    let events = named_events(&post("/v1/messages", &claude(json!({"stream": true}))));
+    let deltas = events
+        .iter()
+        .filter_map(|event| event["delta"]["text"].as_str());
+    assert_eq!(deltas.collect::<String>(), answer);
+    assert_eq!(events[0]["type"], "message_start");
+    assert_eq!(events.last().expect("events")["type"], "message_stop");
+
+    let counted = post("/v1/messages/count_tokens", &claude(json!({}))).ok();
+    assert_eq!(counted["input_tokens"], prompt_tokens);
+}
+
+#[test]
+fn errors_of_messages_are_in_their_dialect() {
+    for (body, status, kind, says) in [
+        (
+            claude(json!({"max_tokens": 0})),
+            400,
+            "invalid_request_error",
+            "max_tokens",
+        ),
+        (
+            claude(json!({"model": "gpt-4o"})),
+            404,
+            "not_found_error",
+            "gpt-4o",
+        ),
+        (
+            claude(json!({"tools": [{"name": "f"}]})),
+            400,
+            "invalid_request_error",
+            "tools",
+        ),
+    ] {
+        let refused = post("/v1/messages", &body);
+        assert_eq!(refused.status, status, "{}", refused.text());
+        let error = refused.json();
+        assert_eq!(
+            (&error["type"], &error["error"]["type"]),
+            (&json!("error"), &json!(kind))
+        );
+        let message = error["error"]["message"].as_str().expect("a message");
+        assert!(message.contains(says), "{message}");
+    }
+    let source = json!({"type": "base64", "media_type": "image/png", "data": "bm90IGFuIGltYWdl"});
+    let broken = json!([{"role": "user", "content": [{"type": "image", "source": source}]}]);
+    let refused = post("/v1/messages", &claude(json!({"messages": broken})));
+    let message = refused.json()["error"]["message"].to_string();
+    assert!(
+        message.contains("messages[0].content[0].source"),
+        "{message}"
+    );
+    let missing = shared().get("/v1/messages");
+    assert_eq!(
+        (missing.status, &missing.json()["type"]),
+        (405, &json!("error"))
+    );
+}
+
+fn lines(answer: &Answer) -> Vec<Value> {
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let lines = answer.text().lines();
+    lines
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect()
+}
+
+#[test]
+fn ollama_is_answered_whole_and_in_lines() {
+    let (answer, prompt_tokens) = expected(12);
+    let options = json!({"temperature": 0, "num_predict": 12, "num_ctx": 8192});
+    let message = json!({"role": "user", "content": QUESTION, "images": [base64()]});
+    let ask = |stream: bool| json!({"model": model(), "messages": [message], "stream": stream, "options": options});
+    let whole = post("/api/chat", &ask(false)).ok();
+    assert_eq!(
+        whole["message"],
+        json!({"role": "assistant", "content": answer})
+    );
+    assert_eq!(whole["prompt_eval_count"], prompt_tokens);
+    assert_eq!(whole["done"], true);
+    let stream = post("/api/chat", &ask(true));
+    assert_eq!(stream.header("content-type"), Some("application/x-ndjson"));
+    let pieces = lines(&stream);
+    let texts = pieces
+        .iter()
+        .filter_map(|line| line["message"]["content"].as_str());
+    assert_eq!(texts.collect::<String>(), answer);
+    assert_eq!(pieces.last().expect("lines")["done"], true);
+
+    let generate = json!({
+        "model": format!("{}:latest", model()), "prompt": QUESTION, "images": [base64()],
+        "stream": false, "options": options,
+    });
+    assert_eq!(
+        post("/api/generate", &generate).ok()["response"],
+        answer.as_str()
+    );
+}
+
+#[test]
+fn ollama_tells_of_its_model_and_its_errors() {
+    let tags = shared().get("/api/tags").ok();
+    assert_eq!(tags["models"][0]["name"], model());
+    assert!(tags["models"][0]["size"].as_u64().expect("a size") > 0);
+    let show = post("/api/show", &json!({"model": model()})).ok();
+    assert_eq!(show["capabilities"], json!(["completion", "vision"]));
+    assert!(shared().get("/api/version").ok()["version"].is_string());
+    let load = post("/api/generate", &json!({"model": model()})).ok();
+    assert_eq!(load["done_reason"], "load");
+    for (body, status, says) in [
+        (json!({"model": "llama3", "prompt": "x"}), 404, "llama3"),
+        (json!({"prompt": "x"}), 400, "model"),
+        (
+            json!({"model": model(), "prompt": "x", "format": "json"}),
+            400,
+            "format",
+        ),
+        (
+            json!({"model": model(), "prompt": "x", "options": {"min_p": 2}}),
+            400,
+            "options.min_p",
+        ),
+    ] {
+        let refused = post("/api/generate", &body);
+        assert_eq!(refused.status, status, "{}", refused.text());
+        let error = refused.json()["error"].to_string();
+        assert!(error.contains(says), "{error}");
+    }
+}
+
+fn response(more: Value) -> Value {
+    let content = json!([
+        {"type": "input_text", "text": QUESTION},
+        {"type": "input_image", "image_url": photo()},
+    ]);
+    let input = json!([{"role": "user", "content": content}]);
+    with(
+        json!({"input": input, "max_output_tokens": 12, "temperature": 0}),
+        more,
+    )
+}
+
+#[test]
+fn a_response_is_made_streamed_and_counted() {
+    let (answer, prompt_tokens) = expected(12);
+    let whole = post("/v1/responses", &response(json!({}))).ok();
+    assert_eq!(whole["object"], "response");
+    assert_eq!(whole["output"][0]["content"][0]["text"], answer.as_str());
+    assert_eq!(whole["usage"]["input_tokens"], prompt_tokens);
+
+    let asked = json!({"stream": true, "include": ["message.output_text.logprobs"]});
+    let events = named_events(&post("/v1/responses", &response(asked)));
+    for (number, event) in events.iter().enumerate() {
+        assert_eq!(event["sequence_number"], number);
+    }
+    let deltas = events
+        .iter()
+        .filter(|event| event["type"] == "response.output_text.delta");
+    let deltas: Vec<&Value> = deltas.collect();
+    let texts = deltas.iter().filter_map(|event| event["delta"].as_str());
+    assert_eq!(texts.collect::<String>(), answer);
+    let tokens = deltas
+        .iter()
+        .filter_map(|event| event["logprobs"].as_array());
+    let names = tokens.flatten().filter_map(|token| token["token"].as_str());
+    assert_eq!(names.collect::<String>(), answer);
+    let last = &events.last().expect("events")["response"];
+    assert_eq!(last["output"][0]["content"][0]["text"], answer.as_str());
+
+    let counted = post("/v1/responses/input_tokens", &response(json!({}))).ok();
+    assert_eq!(counted["input_tokens"], prompt_tokens);
+}
+
+#[test]
+fn a_response_that_needs_a_store_is_refused() {
+    let stored = json!({"input": "hi", "previous_response_id": "resp_1"});
+    let error = post("/v1/responses", &stored).error(400);
+    assert_eq!(error["param"], "previous_response_id");
+    let plain = post(
+        "/v1/responses",
+        &json!({"input": "hello", "max_output_tokens": 4}),
+    )
+    .ok();
+    let same = shared()
+        .chat(&with(chat(&[text("hello")]), json!({"max_tokens": 4})))
+        .ok();
+    assert_eq!(
+        plain["output"][0]["content"][0]["text"],
+        content(&same).as_str()
+    );
+}
