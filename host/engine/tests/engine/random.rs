@@ -207,7 +207,11 @@ fn check_said(alone: &Engine, request: GenerateRequest, heard: &Heard) {
     };
     let want = ask(alone, plain);
     match heard.reason() {
-        Some(Finish::Cancelled) => assert!(want.text.starts_with(&heard.text)),
+        // One that ends in the middle of a character says so.
+        Some(Finish::Cancelled) => {
+            let whole = heard.text.trim_end_matches(char::REPLACEMENT_CHARACTER);
+            assert!(want.text.starts_with(whole), "{whole:?}, {:?}", want.text);
+        }
         reason => {
             assert_eq!(heard.text, want.text);
             assert_eq!(reason, want.reason());
