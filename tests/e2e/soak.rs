@@ -75,7 +75,7 @@ fn ask(server: &Server, number: u64) {
         Kind::Left(body) => {
             let mut stream = server.open_chat(&body);
             assert_eq!(stream.status, 200, "request {number}");
-            if number % 4 > 0 {
+            if !number.is_multiple_of(4) {
                 stream.piece();
             }
         }

@@ -1,0 +1,107 @@
+//! What becomes of sequences whose step went wrong, and of all of them when the device did.
+
+use crate::error::EngineError;
+use crate::guard::{Trouble, guarded};
+use crate::model::{Model, ModelLoader};
+use crate::sequence::Sequence;
+use crate::slot::chain;
+
+use super::{Outcome, Scheduler};
+
+impl<L: ModelLoader> Scheduler<L> {
+    /// A step went wrong: the request's own doing, or the device's. Of several sequences nobody knows whose it is: they run
+    /// again, each alone.
+    pub(super) fn troubled(&mut self, mut sequences: Vec<Sequence<L::Model>>, trouble: Trouble) {
+        if matches!(trouble, Trouble::Panicked(_)) {
+            self.shared().stats().model_panics += 1;
+        }
+        if sequences.len() > 1 {
+            for sequence in &mut sequences {
+                sequence.is_suspect = true;
+            }
+            return self.again(sequences);
+        }
+        let Some(sequence) = sequences.pop() else {
+            return;
+        };
+        match trouble {
+            Trouble::Refused(error) => self.fail(sequence, EngineError::Refused(error)),
+            trouble => {
+                let error = trouble.into_error();
+                tracing::error!(error = chain(&*error), "forward pass failed");
+                self.broken(sequence, error);
+            }
+        }
+    }
+
+    /// Sequences that have to be computed again wait for their turn, in front of all others.
+    fn again(&mut self, sequences: Vec<Sequence<L::Model>>) {
+        for mut sequence in sequences.into_iter().rev() {
+            // What it holds may lie on a broken device, which may panic.
+            let freed = guarded(|| {
+                sequence.rewind();
+                Ok(())
+            });
+            if let Err(trouble) = freed {
+                tracing::warn!(?trouble, "cannot free what a sequence holds");
+            }
+            let mut stats = self.shared().stats();
+            stats.running -= 1;
+            stats.wait(sequence.request.prompt.ids.len());
+            drop(stats);
+            self.waiting.push_front(sequence);
+        }
+    }
+
+    /// The device may be broken: the CPU does all sequences' work again, if it can take over.
+    fn broken(
+        &mut self,
+        sequence: Sequence<L::Model>,
+        error: Box<dyn std::error::Error + Send + Sync>,
+    ) {
+        let device = self.model.as_ref().map(Model::device);
+        let takes_over = device.is_some_and(|device| self.slot.can_fall_back(device));
+        let Some(old) = self.model.take_if(|_| takes_over) else {
+            return self.fail(sequence, EngineError::Forward(error));
+        };
+        // What lives on the broken device goes before its model does, and may panic going.
+        let mut sequences = std::mem::take(&mut self.running);
+        sequences.insert(0, sequence);
+        self.again(sequences);
+        let freed = guarded(|| {
+            self.stores.features.invalidate_all();
+            Ok(())
+        });
+        if let Err(trouble) = freed {
+            tracing::warn!(?trouble, "cannot free what the broken device holds");
+        }
+        self.reset_prefixes();
+        self.model = self.slot.fall_back(old, &self.tokenizer);
+        self.reset_prefixes();
+        if self.model.is_none()
+            && let Some(sequence) = self.waiting.pop_front()
+        {
+            let prompt_tokens = sequence.request.prompt.ids.len();
+            self.count_out(Outcome::Failed, |stats| stats.unwait(prompt_tokens));
+            sequence.fail(EngineError::Forward(error));
+        }
+    }
+
+    /// Nothing of an earlier model is of use to this one.
+    pub(super) fn reset_prefixes(&mut self) {
+        let positions = self.model.as_ref().map(|model| model.kv().block_positions);
+        let prefixes = &mut self.stores.prefixes;
+        let reset = guarded(|| {
+            prefixes.reset(positions.unwrap_or(1));
+            Ok(())
+        });
+        if let Err(trouble) = reset {
+            tracing::warn!(?trouble, "cannot free cached prefixes");
+        }
+    }
+
+    fn fail(&self, sequence: Sequence<L::Model>, error: EngineError) {
+        self.close(&sequence, Outcome::Failed);
+        sequence.fail(error);
+    }
+}
