@@ -102,6 +102,27 @@ fn a_client_that_writes_much_still_reads_why_it_was_turned_away() {
     send("x-api-key: slow\r\n").error(429);
 }
 
+/// Refused requests whose bodies never end take no place from others.
+#[test]
+fn who_is_over_its_limits_keeps_nobody_out() {
+    let keys = key("slow", "slow", "requests_per_minute = 1") + &key("other", "other", "");
+    let server = Server::start_with(&format!("[server]\nrequests_in_flight_max = 4\n{keys}"));
+    ask(&server, &[("x-api-key", "slow")]).ok();
+    let mut dripping = Vec::new();
+    for _ in 0..8 {
+        let mut stream = TcpStream::connect(server.address).expect("the server accepts");
+        let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-api-key: slow\r\ncontent-length: 999\r\n\r\n{";
+        stream
+            .write_all(head.as_bytes())
+            .expect("the head is taken");
+        dripping.push(stream);
+    }
+    for _ in 0..3 {
+        ask(&server, &[("x-api-key", "other")]).ok();
+    }
+    drop(dripping);
+}
+
 #[test]
 fn keys_come_and_go_while_the_server_runs() {
     let config = format!("{}\n[access]\nstats_need_key = false\n", "");

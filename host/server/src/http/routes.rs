@@ -175,6 +175,14 @@ async fn serve(
             .retry_after(RETRY_AFTER_S);
         return refuse(http, pinned, incoming, failure).await;
     }
+    // The key's own limits first: who is over them takes no place from anybody else.
+    let own = match key.map(|key| key.enter()).transpose() {
+        Ok(own) => own,
+        Err(failure) => {
+            discard(&pinned, body).await;
+            return refuse(http, pinned, incoming, failure).await;
+        }
+    };
     let Some(permit) = http.gate.enter(config.server.requests_in_flight_max) else {
         let message = format!(
             "{} requests are in flight already",
@@ -183,13 +191,7 @@ async fn serve(
         let failure = Failure::new(ErrorCode::Overloaded, message).retry_after(RETRY_AFTER_S);
         return refuse(http, pinned, incoming, failure).await;
     };
-    let permit = match key.map(|key| key.enter()).transpose() {
-        Ok(own) => own.into_iter().fold(permit, Permit::with),
-        Err(failure) => {
-            discard(&pinned, body).await;
-            return reject(http, pinned, incoming, failure, permit).await;
-        }
-    };
+    let permit = own.into_iter().fold(permit, Permit::with);
     let checked = match paths::find(pinned.adapter.routes(), &incoming.method, &incoming.path) {
         paths::Match::Found {
             params,
