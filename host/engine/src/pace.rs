@@ -1,26 +1,41 @@
-//! How many positions fit into a slice of time.
+//! How many prompt positions fit into a slice of time beside sequences that decode.
 
 use std::time::Duration;
 
-/// Steps of fewer positions say little: what reading the weights takes is most of it.
+/// Prompt positions of a step that tell what one takes; fewer drown in what reading the weights takes.
 const TELLING_POSITIONS: usize = 8;
-/// Positions of a first step whose time nobody knows.
-const GUESS: usize = 32;
+/// Prompt positions that run beside others whatever they take: a prompt has to get on, and most of what a step takes, it takes
+/// for the first position.
+const LEAST_POSITIONS: usize = 8;
+/// Prompt positions of a first step whose time nobody knows.
+const GUESS: usize = 16;
 
-/// What a position takes, from the steps so far.
+/// What steps take, from those so far: so much for those that decode, and so much more for each prompt position beside them.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
+    /// Microseconds of a step in which nothing but decoding ran; 0 before the first.
+    base_us: f64,
     /// `None` before the first telling step.
     position_us: Option<f64>,
 }
 
 impl Pace {
-    /// A step of so many positions took so long.
-    pub(crate) fn note(&mut self, positions: usize, time: Duration) {
+    /// A step took so long, in which so many sequences decoded and so many prompt positions ran.
+    pub(crate) fn note(&mut self, decoding: usize, positions: usize, time: Duration) {
+        let us = time.as_secs_f64() * 1e6;
+        if positions == 0 {
+            self.base_us = us;
+            return;
+        }
         if positions < TELLING_POSITIONS {
             return;
         }
-        let new = time.as_secs_f64() * 1e6 / positions as f64;
+        let base_us = if decoding > 0 {
+            self.base_us.min(us)
+        } else {
+            0.0
+        };
+        let new = (us - base_us) / positions as f64;
         // A slower step counts at once, a faster one by and by: a slice is kept to, whatever else the machine does.
         self.position_us = Some(match self.position_us {
             Some(old) if new < old => 0.7 * old + 0.3 * new,
@@ -28,12 +43,13 @@ impl Pace {
         });
     }
 
-    /// Positions, all told, of a step that is to take a slice: enough to learn from at least.
+    /// Prompt positions that add a slice to a step at most.
     pub(crate) fn positions(&self, slice: Duration) -> usize {
-        let fitting = self
-            .position_us
-            .map(|position_us| (slice.as_secs_f64() * 1e6 / position_us) as usize);
-        fitting.unwrap_or(GUESS).max(TELLING_POSITIONS)
+        let slice_us = slice.as_secs_f64() * 1e6;
+        let fitting = self.position_us.map_or(GUESS, |position_us| {
+            (slice_us / position_us.max(1e-3)) as usize
+        });
+        fitting.max(LEAST_POSITIONS)
     }
 }
 
@@ -41,19 +57,33 @@ impl Pace {
 mod tests {
     use super::*;
 
+    const fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
     #[test]
-    fn a_slice_is_kept_to() {
-        let slice = Duration::from_millis(100);
+    fn a_slice_is_what_prompts_add() {
+        let slice = ms(100);
         let mut pace = Pace::default();
         assert_eq!(pace.positions(slice), GUESS);
-        pace.note(50, Duration::from_millis(50));
+        pace.note(0, 50, ms(50));
         assert_eq!(pace.positions(slice), 100);
-        pace.note(100, Duration::from_millis(400));
+        pace.note(0, 100, ms(400));
         assert_eq!(pace.positions(slice), 25, "slower at once");
-        pace.note(25, Duration::from_millis(25));
+        pace.note(0, 25, ms(25));
         let next = pace.positions(slice);
         assert!(25 < next && next < 100, "faster by and by: {next}");
-        pace.note(10, Duration::from_secs(9));
-        assert_eq!(pace.positions(slice), TELLING_POSITIONS);
+        pace.note(0, 10, Duration::from_secs(9));
+        assert_eq!(pace.positions(slice), LEAST_POSITIONS);
+    }
+
+    #[test]
+    fn what_decoding_takes_is_not_the_prompts() {
+        let mut pace = Pace::default();
+        pace.note(7, 0, ms(300));
+        pace.note(7, 10, ms(310));
+        assert_eq!(pace.positions(ms(100)), 100);
+        pace.note(7, 1, ms(900));
+        assert_eq!(pace.positions(ms(100)), 100, "too few to tell");
     }
 }

@@ -189,6 +189,7 @@ impl<L: ModelLoader> Scheduler<L> {
     /// Starts those in front as long as there is room.
     fn admit(&mut self) {
         while self.running.len() < self.slices.sequences_max
+            && self.model.is_some()
             && let Some(mut sequence) = self.waiting.pop_front()
         {
             let is_first = !sequence.was_admitted();
@@ -298,6 +299,8 @@ impl<L: ModelLoader> Scheduler<L> {
             !shared.is_stop_due() && watches.iter().any(is_wanted)
         };
         let positions: usize = taken.iter().map(|(_, positions)| positions).sum();
+        let decodes = |(sequence, _): &&(Sequence<L::Model>, usize)| sequence.is_decoding();
+        let decoding = taken.iter().filter(decodes).count();
         let mut parts: Vec<_> = taken
             .iter_mut()
             .filter_map(|(sequence, positions)| sequence.part(*positions))
@@ -306,11 +309,13 @@ impl<L: ModelLoader> Scheduler<L> {
         let logits = guarded(|| model.step(&mut parts, &keep_going));
         drop(parts);
         let time = began.elapsed();
-        self.pace.note(positions, time);
-        self.note_step(taken.len(), positions);
         let taken: Vec<_> = taken.into_iter().map(|(sequence, _)| sequence).collect();
         match logits {
-            Ok(logits) => self.stepped(taken, logits, time),
+            Ok(logits) => {
+                self.pace.note(decoding, positions - decoding, time);
+                self.note_step(taken.len(), positions);
+                self.stepped(taken, logits, time);
+            }
             // All of them end in the next sweep.
             Err(Trouble::Cancelled) => taken.into_iter().for_each(|it| self.put_back(it)),
             Err(trouble) => self.troubled(taken, trouble),
@@ -334,8 +339,7 @@ impl<L: ModelLoader> Scheduler<L> {
         let mut budget = self.slices.chunk_tokens;
         if decoding > 0 {
             let slice = self.slices.slice / if sees { 2 } else { 1 };
-            let fitting = self.pace.positions(slice).saturating_sub(decoding);
-            budget = budget.min(fitting.max(1));
+            budget = budget.min(self.pace.positions(slice));
         }
         let mut plan = Vec::with_capacity(ready.len());
         for sequence in ready {
@@ -359,14 +363,16 @@ impl<L: ModelLoader> Scheduler<L> {
         for (order, positions) in plan {
             // It may be the one to give up its blocks.
             while let Some(mut sequence) = take(&mut self.running, order) {
+                let mut fewer = positions;
                 let reserved = self.with_room(|bench| {
                     sequence.look_again(bench)?;
-                    sequence.reserve(positions, bench.model)
+                    fewer = positions.min(sequence.pending());
+                    sequence.reserve(fewer, bench.model)
                 });
                 match reserved {
                     Ok(()) => {
                         self.put_back(sequence);
-                        kept.push((order, positions));
+                        kept.push((order, fewer));
                         break;
                     }
                     Err(Trouble::Full) if !self.running.is_empty() => {
@@ -402,7 +408,7 @@ impl<L: ModelLoader> Scheduler<L> {
         logits: Vec<Option<Vec<f32>>>,
         time: Duration,
     ) {
-        let mut failed = Vec::new();
+        let mut failed: Vec<(Sequence<L::Model>, Trouble)> = Vec::new();
         for (mut sequence, logits) in taken.into_iter().zip(logits) {
             sequence.count_step(time);
             let (Some(logits), Some(model)) = (logits, &self.model) else {
@@ -427,10 +433,20 @@ impl<L: ModelLoader> Scheduler<L> {
                 Err(trouble) => failed.push((sequence, trouble)),
             }
         }
-        // A device that breaks takes all with it: those that did not fail are back in their places by now.
-        for (sequence, trouble) in failed {
+        // A device that breaks takes all with it: those that did not fail are back in their places by now. Of several that did,
+        // each runs again alone.
+        let (refused, mut broken): (Vec<_>, Vec<_>) = failed
+            .into_iter()
+            .partition(|(_, trouble)| matches!(trouble, Trouble::Refused(_)));
+        for (sequence, trouble) in refused {
             self.troubled(vec![sequence], trouble);
         }
+        let Some((last, trouble)) = broken.pop() else {
+            return;
+        };
+        let mut sequences: Vec<_> = broken.into_iter().map(|(sequence, _)| sequence).collect();
+        sequences.push(last);
+        self.troubled(sequences, trouble);
     }
 
     /// Among those that run, to its place in the order of admission.

@@ -100,8 +100,16 @@ impl<L: ModelLoader> Scheduler<L> {
         }
     }
 
-    fn fail(&self, sequence: Sequence<L::Model>, error: EngineError) {
+    fn fail(&self, mut sequence: Sequence<L::Model>, error: EngineError) {
         self.close(&sequence, Outcome::Failed);
+        // What it holds may lie on a broken device, which may panic.
+        let freed = guarded(|| {
+            sequence.rewind();
+            Ok(())
+        });
+        if let Err(trouble) = freed {
+            tracing::warn!(?trouble, "cannot free what a sequence holds");
+        }
         sequence.fail(error);
     }
 }

@@ -212,3 +212,36 @@ fn the_reason_of_a_failure_is_kept_for_the_log() {
         .to_string();
     assert!(source.contains("scripted panic"), "{source}");
 }
+
+/// One step gives several sequences what no token can be drawn from: the CPU does the work of all of them.
+#[test]
+fn nobody_notices_when_the_device_breaks_under_several() {
+    let run = |nth: usize, how: Reply| {
+        let (script, _) = breaking_at(nth, how);
+        let mut options = options();
+        options.devices = vec![METAL, CPU];
+        options.sequences_max = 4;
+        options.prefill_chunk_tokens = 64;
+        let engine = start_with(&script, options);
+        engine.wait_ready(PATIENCE);
+        let events: Vec<_> = (0..4)
+            .map(|seed| {
+                let mut request = request(9);
+                request.sampling.temperature = 1.0;
+                request.sampling.seed = Some(seed);
+                engine.submit(request).unwrap()
+            })
+            .collect();
+        let texts: Vec<String> = events.iter().map(|events| hear(events).text).collect();
+        (texts, engine.stats())
+    };
+    let (want, _) = run(usize::MAX, Reply::Go);
+    for how in [Reply::Fail, Reply::Panic, Reply::Nan] {
+        for nth in [3, 10, 25, 40] {
+            let (texts, stats) = run(nth, how);
+            assert_eq!(texts, want, "{how:?} at call {nth}");
+            assert_eq!((stats.failed, stats.finished), (0, 4), "{how:?} at {nth}");
+            assert_eq!(stats.device_fallbacks, 1, "{how:?} at {nth}");
+        }
+    }
+}
