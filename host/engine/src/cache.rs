@@ -194,9 +194,14 @@ impl<V: Send + Sync + 'static> Cache<V> {
         self.core.with(|state| state.index.replace(key));
     }
 
-    /// Removes the value whose turn it is, because its memory is wanted elsewhere. False when there is none.
-    pub fn evict(&self) -> bool {
-        self.core.with(|state| state.index.evict_one())
+    /// Removes the first value in the order of eviction that is `wanted` elsewhere. False when there is none.
+    pub fn evict(&self, wanted: impl Fn(&V) -> bool) -> bool {
+        self.core.with(|state| state.index.evict_one(wanted))
+    }
+
+    /// How many values are `wanted`.
+    pub fn count(&self, wanted: impl Fn(&V) -> bool) -> usize {
+        self.core.lock().index.count(wanted)
     }
 
     /// Stores a value, in place of an older one of that key, and makes room for it. False when it

@@ -4,6 +4,9 @@
 //! or one row of a picture. The first covers the model, the device, the rope regime; the scope is part of every key. A block is
 //! kept under the digest of its last position, so blocks of equal prompts meet, and a block of which only the first positions
 //! are common is found beside its siblings and used in part. Nothing is compared that is shorter than 256 bits.
+//!
+//! Not covered: whether a token was generated or came in a prompt. Attention sums the two in another order, so the next turn of a
+//! conversation can differ in the last bits from one that computes the answer before it again.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,6 +23,13 @@ pub(crate) type Digest = [u8; 32];
 pub struct PrefixBlock<B> {
     block: Arc<B>,
     digests: Vec<Digest>,
+}
+
+impl<B> PrefixBlock<B> {
+    /// Whether no sequence holds the block.
+    fn is_alone(&self) -> bool {
+        Arc::strong_count(&self.block) == 1
+    }
 }
 
 /// What fills the positions of one sequence, as a chain of digests.
@@ -103,6 +113,14 @@ impl Chain {
 pub(crate) struct Found<B> {
     pub(crate) blocks: Vec<Arc<B>>,
     pub(crate) positions: usize,
+    keys: Vec<CacheKey>,
+}
+
+impl<B> Found<B> {
+    /// Blocks that are shared as they are; one that is used in part is copied.
+    pub(crate) fn whole_blocks(&self, block_positions: usize) -> usize {
+        self.positions / block_positions
+    }
 }
 
 /// What storing is to say of the blocks.
@@ -152,8 +170,8 @@ impl<B: Send + Sync + 'static> PrefixStore<B> {
         let mut found = Found {
             blocks: Vec::new(),
             positions: 0,
+            keys: Vec::new(),
         };
-        let mut used = Vec::new();
         while found.positions + size <= positions_max {
             let whole = key(chain.digests[found.positions + size - 1]);
             let Some(block) = self.cache.peek(&whole) else {
@@ -161,7 +179,7 @@ impl<B: Send + Sync + 'static> PrefixStore<B> {
             };
             found.blocks.push(Arc::clone(&block.block));
             found.positions += size;
-            used.push(whole);
+            found.keys.push(whole);
         }
         let rest = &chain.digests[found.positions..positions_max];
         if let Some((sibling, block, common)) =
@@ -169,22 +187,24 @@ impl<B: Send + Sync + 'static> PrefixStore<B> {
         {
             found.blocks.push(block);
             found.positions += common;
-            used.push(sibling);
+            found.keys.push(sibling);
         }
-        if found.positions <= more_than {
-            if more_than == 0 && !rest.is_empty() {
-                // Nothing is there; the cache is to know that it was asked for.
-                let _missed = self
-                    .cache
-                    .get(&key(chain.digests[size.min(positions_max) - 1]));
+        (found.positions > more_than).then_some(found)
+    }
+
+    /// Counts what was found for a chain and is used, or that nothing was.
+    pub(crate) fn count(&self, chain: &Chain, access: &CacheAccess, found: Option<&Found<B>>) {
+        let Some(found) = found else {
+            let first = self.block_positions.min(chain.len());
+            if access.prefix.read && first > 0 {
+                let _missed = self.cache.get(&key(access.scope, chain.digests[first - 1]));
             }
-            return None;
-        }
+            return;
+        };
         // The end first, as in `keep`.
-        for key in used.iter().rev() {
+        for key in found.keys.iter().rev() {
             let _counted = self.cache.get(key);
         }
-        Some(found)
     }
 
     /// Of the blocks that go on from a key, the one with most positions in common with `rest`.
@@ -284,9 +304,15 @@ impl<B: Send + Sync + 'static> PrefixStore<B> {
         });
     }
 
-    /// Gives up one block for others to use. False when there is none left.
+    /// Gives up one block for others to use. False when there is none left that nobody else holds, and so none that would
+    /// free memory.
     pub(crate) fn evict(&self) -> bool {
-        self.cache.evict()
+        self.cache.evict(PrefixBlock::is_alone)
+    }
+
+    /// Blocks that can be given up.
+    pub(crate) fn evictable(&self) -> usize {
+        self.cache.count(PrefixBlock::is_alone)
     }
 }
 

@@ -76,6 +76,8 @@ pub(crate) struct Scheduler<L: ModelLoader> {
     running: Vec<Sequence<L::Model>>,
     /// Sequences so far.
     admitted: u64,
+    /// There were no KV blocks for the first that waits; there will be none before a sequence leaves.
+    is_full: bool,
     is_orphaned: bool,
 }
 
@@ -98,6 +100,7 @@ impl<L: ModelLoader> Scheduler<L> {
             waiting: VecDeque::new(),
             running: Vec::new(),
             admitted: 0,
+            is_full: false,
             is_orphaned: false,
         }
     }
@@ -188,14 +191,18 @@ impl<L: ModelLoader> Scheduler<L> {
 
     /// Starts those in front as long as there is room.
     fn admit(&mut self) {
+        // Whoever runs alone has all blocks there are.
+        self.is_full &= !self.running.is_empty();
         while self.running.len() < self.slices.sequences_max
+            && !self.is_full
             && self.model.is_some()
             && let Some(mut sequence) = self.waiting.pop_front()
         {
             let is_first = !sequence.was_admitted();
             match self.start(&mut sequence) {
                 Err(Trouble::Full) if !self.running.is_empty() => {
-                    return self.waiting.push_front(sequence);
+                    self.is_full = true;
+                    self.waiting.push_front(sequence);
                 }
                 started => {
                     self.count_in(&mut sequence, is_first);
@@ -211,9 +218,16 @@ impl<L: ModelLoader> Scheduler<L> {
         }
     }
 
-    /// Starts a sequence, with the blocks of cached prefixes if there are no others.
+    /// Starts a sequence.
     fn start(&mut self, sequence: &mut Sequence<L::Model>) -> Result<(), Trouble> {
-        self.with_room(|bench| sequence.start(bench))
+        let Some(model) = &self.model else {
+            return Err(Trouble::Cancelled);
+        };
+        sequence.start(&mut Bench {
+            model,
+            features: &self.stores.features,
+            prefixes: &mut self.stores.prefixes,
+        })
     }
 
     /// Does what needs KV blocks, giving up cached ones until it succeeds or there are none left.
@@ -393,6 +407,7 @@ impl<L: ModelLoader> Scheduler<L> {
             return;
         };
         sequence.rewind();
+        self.is_full = false;
         let mut stats = self.shared().stats();
         stats.running -= 1;
         stats.wait(sequence.request.prompt.ids.len());
@@ -456,12 +471,14 @@ impl<L: ModelLoader> Scheduler<L> {
         self.running.insert(place, sequence);
     }
 
-    fn end(&self, sequence: Sequence<L::Model>, reason: Finish, stop: Option<String>) {
+    fn end(&mut self, sequence: Sequence<L::Model>, reason: Finish, stop: Option<String>) {
+        self.is_full = false;
         self.close(&sequence, Outcome::Finished);
         sequence.finish(reason, stop);
     }
 
-    fn interrupt(&self, sequence: Sequence<L::Model>, interrupt: Interrupt) {
+    fn interrupt(&mut self, sequence: Sequence<L::Model>, interrupt: Interrupt) {
+        self.is_full = false;
         let outcome = match interrupt {
             Interrupt::Stopped if !sequence.was_admitted() => Outcome::Failed,
             interrupt => Outcome::from(interrupt),

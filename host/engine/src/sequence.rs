@@ -52,6 +52,24 @@ pub(crate) struct Bench<'a, M: Model> {
     pub(crate) prefixes: &'a mut PrefixStore<M::Block>,
 }
 
+impl<M: Model> Bench<'_, M> {
+    /// Gives up cached blocks until so many are free; none where that would not be enough.
+    fn make_room(&self, blocks: usize) -> Result<(), Trouble> {
+        let free = || {
+            let kv = self.model.kv();
+            kv.blocks_max.saturating_sub(kv.blocks_used)
+        };
+        if free() >= blocks {
+            return Ok(());
+        }
+        if free() + self.prefixes.evictable() < blocks {
+            return Err(Trouble::Full);
+        }
+        while free() < blocks && self.prefixes.evict() {}
+        Ok(())
+    }
+}
+
 /// An admitted request.
 pub(crate) struct Sequence<M: Model> {
     pub(crate) request: GenerateRequest,
@@ -172,6 +190,19 @@ impl<M: Model> Sequence<M> {
         let found = bench
             .prefixes
             .find(&chain, &self.request.cache, (0, self.len() - 1));
+        // One that had to give up its blocks comes back when it can go on for a while.
+        let size = model.kv().block_positions.max(1);
+        let headroom = if self.tokens.is_empty() {
+            0
+        } else {
+            HEADROOM_BLOCKS * size
+        };
+        let shared = found.as_ref().map_or(0, |found| found.whole_blocks(size));
+        bench.make_room(
+            (self.len() + headroom)
+                .div_ceil(size)
+                .saturating_sub(shared),
+        )?;
         let state = guarded(|| {
             let mut state = model.begin(&self.request.prompt, &image_tokens)?;
             for token in &self.tokens {
@@ -180,15 +211,12 @@ impl<M: Model> Sequence<M> {
             if let Some(found) = &found {
                 model.adopt(&mut state, &found.blocks, found.positions)?;
             }
-            // One that had to give up its blocks comes back when it can go on for a while.
-            let headroom = if self.tokens.is_empty() {
-                0
-            } else {
-                HEADROOM_BLOCKS * model.kv().block_positions
-            };
             model.reserve(&mut state, self.len() + headroom)?;
             Ok(state)
         })?;
+        bench
+            .prefixes
+            .count(&chain, &self.request.cache, found.as_ref());
         let adopted = self.len() - M::pending(&state);
         self.chain = Some(chain);
         self.want_pictures(adopted, model);
@@ -333,6 +361,9 @@ impl<M: Model> Sequence<M> {
             bench.model.adopt(state, &found.blocks, found.positions)?;
             bench.model.reserve(state, len)
         })?;
+        bench
+            .prefixes
+            .count(chain, &self.request.cache, Some(&found));
         self.cached_tokens = Some(count(found.positions));
         Ok(())
     }

@@ -111,13 +111,26 @@ impl<V> Index<V> {
         }
     }
 
-    /// Removes the next victim, if there is one.
-    pub(super) fn evict_one(&mut self) -> bool {
-        let victim = self.next_victim();
-        if let Some(id) = victim {
-            self.remove(id, RemovalCause::Evicted);
+    /// Removes the first of the strategy's victims, else of the native order, whose value is wanted.
+    pub(super) fn evict_one(&mut self, wanted: impl Fn(&V) -> bool) -> bool {
+        let is_wanted = |id: &u64| {
+            let entry = self.entries.get(id);
+            entry.is_some_and(|entry| wanted(&entry.value))
+        };
+        let chosen = self.reserve.iter().copied().find(is_wanted);
+        let victim = chosen.or_else(|| self.order.ids().find(is_wanted));
+        let Some(id) = victim else { return false };
+        if chosen.is_some() {
+            self.reserve.retain(|victim| *victim != id);
+            self.stats.evicted_by_strategy += 1;
         }
-        victim.is_some()
+        self.remove(id, RemovalCause::Evicted);
+        true
+    }
+
+    pub(super) fn count(&self, wanted: impl Fn(&V) -> bool) -> usize {
+        let values = self.entries.values();
+        values.filter(|entry| wanted(&entry.value)).count()
     }
 
     /// Stores a value and makes room for it first. False when it may not be stored.

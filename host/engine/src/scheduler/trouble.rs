@@ -36,6 +36,7 @@ impl<L: ModelLoader> Scheduler<L> {
 
     /// Sequences that have to be computed again wait for their turn, in front of all others.
     fn again(&mut self, sequences: Vec<Sequence<L::Model>>) {
+        self.is_full = false;
         for mut sequence in sequences.into_iter().rev() {
             // What it holds may lie on a broken device, which may panic.
             let freed = guarded(|| {
@@ -100,7 +101,8 @@ impl<L: ModelLoader> Scheduler<L> {
         }
     }
 
-    fn fail(&self, mut sequence: Sequence<L::Model>, error: EngineError) {
+    fn fail(&mut self, mut sequence: Sequence<L::Model>, error: EngineError) {
+        self.is_full = false;
         self.close(&sequence, Outcome::Failed);
         // What it holds may lie on a broken device, which may panic.
         let freed = guarded(|| {

@@ -204,3 +204,35 @@ fn a_small_cache_keeps_what_it_can_and_gives_everything_back() {
     house.caches.prefixes.invalidate_all();
     assert_eq!(house.script.blocks_used.load(Ordering::Relaxed), 0);
 }
+
+/// A prompt for which there is no room waits; what is cached stays, and is not asked for again at every step.
+#[test]
+fn who_cannot_start_empties_no_cache() {
+    let options = EngineOptions {
+        context_tokens_max: 80,
+        kv_bytes: 1,
+        sequences_max: 2,
+        ..options()
+    };
+    let house = house(Script::new(Answer::Hashed(600)), 1 << 20, options);
+    let kept: Vec<i64> = (0..12).map(|id| 100 + id).collect();
+    ask(&house.engine, saying(&kept));
+    let entries = house.caches.prefixes.stats().entries;
+    assert!(entries > 0);
+    let long = |first: i64, tokens_max| {
+        let mut request = saying(&(0..40).map(|id| first + id).collect::<Vec<_>>());
+        request.tokens_max = tokens_max;
+        request.cache.prefix = Access {
+            read: true,
+            write: false,
+        };
+        request
+    };
+    let first = house.engine.submit(long(300, 25)).unwrap();
+    let second = house.engine.submit(long(500, 2)).unwrap();
+    hear(&first);
+    hear(&second);
+    let stats = house.caches.prefixes.stats();
+    assert!(stats.hits + stats.misses < 20, "{stats:?}");
+    assert_eq!(house.engine.stats().failed, 0);
+}
