@@ -88,7 +88,7 @@ fn a_client_that_writes_much_still_reads_why_it_was_turned_away() {
     let send = |header: &str| {
         let mut stream = TcpStream::connect(server.address).expect("the server accepts");
         let head = format!(
-            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n{header}connection: close\r\ncontent-length: {}\r\n\r\n",
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n{header}connection: close\r\ncontent-length: {}\r\n\r\n",
             much.len()
         );
         stream
@@ -111,7 +111,7 @@ fn who_is_over_its_limits_keeps_nobody_out() {
     let mut dripping = Vec::new();
     for _ in 0..8 {
         let mut stream = TcpStream::connect(server.address).expect("the server accepts");
-        let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-api-key: slow\r\ncontent-length: 999\r\n\r\n{";
+        let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-api-key: slow\r\ncontent-length: 999\r\n\r\n{";
         stream
             .write_all(head.as_bytes())
             .expect("the head is taken");
@@ -222,8 +222,11 @@ fn a_web_page_may_ask_only_from_a_listed_origin() {
     answer.ok();
     assert_eq!(answer.header(allow), Some("https://a.example"));
     assert_eq!(answer.header("vary"), Some("origin"));
-    let unreadable = from("https://b.example");
-    assert_eq!((unreadable.status, unreadable.header(allow)), (200, None));
+    let refused = from("https://b.example");
+    refused.error(403);
+    assert_eq!(refused.header(allow), None);
+    let own = format!("http://{}", server.address);
+    from(&own).ok();
     let denied = ask(&server, &[("origin", "https://a.example")]);
     denied.error(401);
     assert_eq!(
@@ -231,6 +234,31 @@ fn a_web_page_may_ask_only_from_a_listed_origin() {
         Some("https://a.example"),
         "errors too"
     );
+}
+
+/// A page whose own name resolves to this machine asks as if it were the server's.
+#[test]
+fn without_keys_only_names_of_this_machine_are_asked() {
+    let server = Server::start_with("[access]\nhosts = [\"visor.example\"]\n");
+    let by = |host: &str| {
+        let mut stream = TcpStream::connect(server.address).expect("the server accepts");
+        let head = format!("GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+        stream
+            .write_all(head.as_bytes())
+            .expect("the head is taken");
+        Incoming::read_head(stream).finish().status
+    };
+    for (host, status) in [
+        ("localhost:8080", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:9", 200),
+        ("visor.example:8080", 200),
+        ("Visor.Example", 200),
+        ("evil.example:8080", 403),
+        ("localhost.evil.example", 403),
+    ] {
+        assert_eq!(by(host), status, "{host}");
+    }
 }
 
 #[test]

@@ -80,7 +80,7 @@ fn a_client_that_leaves_while_waiting_for_a_whole_answer_is_noticed_too() {
     let server = Server::start();
     let body = with(long(3), json!({"stream": false})).to_string();
     let head = format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     let mut stream = std::net::TcpStream::connect(server.address).expect("the server accepts");

@@ -59,14 +59,17 @@ fn a_slow_sender_is_sent_away() {
 
     let stream = connect(&server);
     let slow = stream.try_clone().expect("cloned");
-    let head = format!("GET /health HTTP/1.1\r\nhost: x\r\nx: {}", "y".repeat(200));
+    let head = format!(
+        "GET /health HTTP/1.1\r\nhost: localhost\r\nx: {}",
+        "y".repeat(200)
+    );
     thread::spawn(move || drip(slow, &head));
     let said = last_words(stream);
     assert!(!said.contains("200 OK"), "{said}");
 
     let mut stream = connect(&server);
     stream
-        .write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        .write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         .expect("sent");
     let said = last_words(stream);
     assert!(
@@ -76,7 +79,9 @@ fn a_slow_sender_is_sent_away() {
 
     let mut stream = connect(&server);
     stream
-        .write_all(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 200\r\n\r\n")
+        .write_all(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 200\r\n\r\n",
+        )
         .expect("sent");
     let slow = stream.try_clone().expect("cloned");
     thread::spawn(move || drip(slow, &"{".repeat(200)));
@@ -94,7 +99,7 @@ fn a_slow_sender_is_sent_away() {
 #[test]
 fn broken_framing_is_refused_and_the_next_client_served() {
     let server = shared();
-    let post = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n";
+    let post = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n";
     let long = format!(
         "GET /health HTTP/1.1\r\nx: {}\r\n\r\n",
         "y".repeat(128 << 10)
@@ -140,11 +145,11 @@ fn broken_framing_is_refused_and_the_next_client_served() {
 #[test]
 fn a_length_beside_chunks_ends_the_connection() {
     let server = shared();
-    let inside = "GET /health HTTP/1.1\r\nhost: x\r\n\r\n";
+    let inside = "GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n";
     let body = "2\r\n{}\r\n0\r\n\r\n";
     let mut stream = connect(&server);
     let smuggled = format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\ncontent-length: {}\r\n\r\n{body}{inside}",
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\ncontent-length: {}\r\n\r\n{body}{inside}",
         body.len() + inside.len()
     );
     stream.write_all(smuggled.as_bytes()).expect("sent");
@@ -164,7 +169,7 @@ fn a_client_that_leaves_during_prefill_is_given_up() {
     let body = body.to_string();
     let mut stream = connect(&server);
     let head = format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     stream.write_all((head + &body).as_bytes()).expect("sent");
@@ -199,7 +204,7 @@ fn connections_over_the_limit_are_turned_away_until_there_is_room() {
             let mut stream = connect(&server);
             // An answer shows that it is in, not in the queue before it.
             stream
-                .write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+                .write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
                 .expect("sent");
             let answer = Incoming::read_head(stream.try_clone().expect("cloned"));
             assert_eq!(answer.status, 200);
@@ -215,8 +220,8 @@ fn connections_over_the_limit_are_turned_away_until_there_is_room() {
     drop(held);
     until("there is room", || {
         let mut stream = connect(&server);
-        let asked =
-            stream.write_all(b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        let asked = stream
+            .write_all(b"GET /ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
         (asked.is_ok() && last_words(stream).starts_with("HTTP/1.1 200")).then_some(())
     });
 }

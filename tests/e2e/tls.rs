@@ -53,7 +53,7 @@ fn ask(
 }
 
 fn get(path: &str) -> String {
-    format!("GET {path} HTTP/1.1\r\nhost: visor.example\r\nconnection: close\r\n\r\n")
+    format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn with_a_certificate_everything_is_sealed() {
     });
     let body = with(chat(&[text("hello")]), json!({"stream": true})).to_string();
     let post = format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: visor.example\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
     let said = ask(&server, &certificate, &post).expect("a proper end");

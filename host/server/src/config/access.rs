@@ -14,6 +14,9 @@ pub struct AccessConfig {
     pub stats_need_key: bool,
     /// Origins whose web pages may ask, such as `https://app.example.org`; `*` is all.
     pub cors_origins: Vec<String>,
+    /// Names by which this server may be asked, beside those of this machine, while it listens on loopback and has no keys; `*` is
+    /// any.
+    pub hosts: Vec<String>,
     /// Keys, by name.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<KeyConfig>,
@@ -26,6 +29,7 @@ impl Default for AccessConfig {
             requests_in_flight_max: 0,
             stats_need_key: true,
             cors_origins: Vec::new(),
+            hosts: Vec::new(),
             keys: Vec::new(),
         }
     }

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::uri::Authority;
-use axum::http::{HeaderMap, Request, Response, StatusCode, header};
+use axum::http::{Request, Response, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::routing::{get, post};
 use serde_json::json;
 
+use super::cors::asks_this_machine;
 use super::error;
 use super::routes::{json, whole};
 use crate::wiring::House;
@@ -50,19 +50,6 @@ async fn guard(State(admin): State<Admin>, request: Request<Body>, next: Next) -
         Ok(()) => next.run(request).await,
         Err(failure) => whole(error::fallback_response(&failure)),
     }
-}
-
-/// Whether the `Host` is this machine under one of its own names. Programs may leave it out.
-fn asks_this_machine(headers: &HeaderMap) -> bool {
-    let Some(host) = headers.get(header::HOST) else {
-        return true;
-    };
-    let Ok(authority) = Authority::try_from(host.as_bytes()) else {
-        return false;
-    };
-    let host = authority.host();
-    let address = host.trim_start_matches('[').trim_end_matches(']').parse();
-    host == "localhost" || address.is_ok_and(|address: std::net::IpAddr| address.is_loopback())
 }
 
 /// What is in service, by file and revision, and what is not and why.
@@ -107,6 +94,8 @@ async fn forget(State(admin): State<Admin>) -> Response<Body> {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::HeaderMap;
+
     use super::*;
 
     #[test]

@@ -1,9 +1,11 @@
 //! Which web pages may ask: none, unless their origin is listed.
 //!
-//! A browser asks before it lets a page of another origin read an answer. Nobody else minds these
-//! headers, so this keeps out pages, not programs; keys do that.
+//! A browser asks before it lets a page of another origin read an answer, but not before it lets it send a plain request: one
+//! from an origin that is not listed is refused. Where there are no keys, neither does a page get in whose own name resolves to
+//! this machine. Nobody else minds these headers, so this keeps out pages, not programs; keys do that.
 
 use axum::body::Body;
+use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 
 /// What a page may send, whatever the adapters serve.
@@ -37,6 +39,57 @@ pub(super) fn origin(headers: &HeaderMap, listed: &[String]) -> Origin {
     } else {
         Origin::Unlisted
     }
+}
+
+/// Whether the origin is the very server that is asked.
+fn is_own(origin: &HeaderValue, headers: &HeaderMap) -> bool {
+    let host = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok());
+    let origin = origin.to_str().ok();
+    let named = origin.and_then(|origin| origin.split_once("://"));
+    named.is_some_and(|(_, name)| Some(name) == host)
+}
+
+/// Why a request may not be served, going by who sent its page and by what name it asks: for a server on loopback without keys
+/// that has to be one of this machine's, or `hosts`.
+pub(super) fn refusal(
+    origin: &Origin,
+    headers: &HeaderMap,
+    hosts: Option<&[String]>,
+) -> Option<&'static str> {
+    let from = headers.get(header::ORIGIN);
+    if *origin == Origin::Unlisted && !from.is_some_and(|from| is_own(from, headers)) {
+        return Some(
+            "web pages of this origin may not ask; access.cors_origins lists those that may",
+        );
+    }
+    let hosts = hosts?;
+    let is_known = asks_this_machine(headers)
+        || hosts
+            .iter()
+            .any(|host| host == "*" || is_named(headers, host));
+    (!is_known).then_some("this server is not asked by that name; access.hosts lists further ones")
+}
+
+fn is_named(headers: &HeaderMap, host: &str) -> bool {
+    let asked = headers.get(header::HOST);
+    let authority = asked.and_then(|asked| Authority::try_from(asked.as_bytes()).ok());
+    authority.is_some_and(|authority| authority.host().eq_ignore_ascii_case(host))
+}
+
+/// Whether the `Host` is this machine under one of its own names. Programs may leave it out.
+pub(super) fn asks_this_machine(headers: &HeaderMap) -> bool {
+    let Some(host) = headers.get(header::HOST) else {
+        return true;
+    };
+    let Ok(authority) = Authority::try_from(host.as_bytes()) else {
+        return false;
+    };
+    let host = authority.host();
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse();
+    host.eq_ignore_ascii_case("localhost")
+        || address.is_ok_and(|address: std::net::IpAddr| address.is_loopback())
 }
 
 /// The answer to a browser's question whether a page may ask; none when this is no such question.

@@ -55,9 +55,19 @@ pub fn router(house: Arc<House>, gate: Arc<Gate>) -> Router {
 async fn pages(State(http): State<Http>, request: Request<Body>, next: Next) -> Response<Body> {
     let origin = cors::origin(request.headers(), &http.house.config().access.cors_origins);
     let answered = cors::preflight(request.method(), request.headers(), &origin);
-    let mut response = match answered {
-        Some(response) => response,
-        None => next.run(request).await,
+    let config = http.house.config();
+    let hosts = config.asks_by_name().then_some(&config.access.hosts[..]);
+    let refusal = cors::refusal(&origin, request.headers(), hosts);
+    let mut response = match (answered, refusal) {
+        (Some(response), _) => response,
+        (None, Some(why)) => {
+            let error = serde_json::json!({ "message": why, "type": "invalid_request_error", "param": null, "code": "forbidden" });
+            json(
+                StatusCode::FORBIDDEN,
+                &serde_json::json!({ "error": error }),
+            )
+        }
+        (None, None) => next.run(request).await,
     };
     cors::grant(&mut response, origin);
     response
