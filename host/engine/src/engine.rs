@@ -58,7 +58,7 @@ impl Default for EngineOptions {
             sequences_max: 8,
             kv_bytes: 2 << 30,
             prefill_chunk_tokens: 128,
-            slice: Duration::from_millis(250),
+            slice: Duration::from_millis(500),
             stop_strings_max: 16,
             model_digest: String::new(),
         }

@@ -237,7 +237,7 @@ impl Default for ModelSection {
             sequences_max: 8,
             kv_cache_mib: 2048,
             prefill_chunk_tokens: 128,
-            slice_ms: 250,
+            slice_ms: 500,
         }
     }
 }
