@@ -17,7 +17,6 @@ use std::time::{Duration, Instant};
 use sha2::{Digest as _, Sha256};
 use visor_model::image::PixelValues;
 
-use crate::prefix_cache::PrefixBlock;
 use crate::request::Answer;
 use maintenance::{Clock, Core};
 pub use strategy::{
@@ -276,8 +275,8 @@ pub struct CacheBytes {
     pub prefixes: u64,
 }
 
-/// The caches of one server. `F` is the model's features, `B` its KV blocks, `R` what a whole answer is.
-pub struct Caches<F, B, R = Answer> {
+/// The caches of one server. `F` is the model's features, `P` a block of a prefix, `R` what a whole answer is.
+pub struct Caches<F, P, R = Answer> {
     /// Crops by source, recorded operations and normalisation.
     pub pixels: Arc<Cache<PixelValues>>,
     /// What the vision tower made of crops.
@@ -285,10 +284,10 @@ pub struct Caches<F, B, R = Answer> {
     /// Whole answers to identical requests.
     pub responses: Arc<Cache<R>>,
     /// KV blocks of prompt prefixes.
-    pub prefixes: Arc<Cache<PrefixBlock<B>>>,
+    pub prefixes: Arc<Cache<P>>,
 }
 
-impl<F, B, R> Clone for Caches<F, B, R> {
+impl<F, P, R> Clone for Caches<F, P, R> {
     fn clone(&self) -> Self {
         Self {
             pixels: Arc::clone(&self.pixels),
@@ -299,10 +298,10 @@ impl<F, B, R> Clone for Caches<F, B, R> {
     }
 }
 
-impl<F, B, R> Caches<F, B, R>
+impl<F, P, R> Caches<F, P, R>
 where
     F: Send + Sync + 'static,
-    B: Send + Sync + 'static,
+    P: Send + Sync + 'static,
     R: Send + Sync + 'static,
 {
     /// Empty caches.

@@ -10,10 +10,10 @@ use crate::cache::Caches;
 use crate::error::EngineError;
 use crate::features::FeatureStore;
 use crate::job::Job;
-use crate::model::{Model, ModelLoader};
-use crate::prefix_cache::PrefixStore;
+use crate::model::ModelLoader;
+use crate::prefix_cache::{PrefixBlock, PrefixStore};
 use crate::request::{EventReceiver, GenerateRequest};
-use crate::scheduler::{Scheduler, Slices, Stores, Wake};
+use crate::scheduler::{Block, Features, Scheduler, Slices, Stores, Wake};
 use crate::shared::{EngineState, Shared};
 use crate::slot::{KvLimit, ModelSlot};
 use crate::stats::EngineStats;
@@ -87,7 +87,7 @@ impl Engine {
     pub fn start<L: ModelLoader, R>(
         loader: L,
         tokenizer: Arc<Tokenizer>,
-        caches: &Caches<<L::Model as Model>::Features, <L::Model as Model>::Block, R>,
+        caches: &Caches<Features<L>, PrefixBlock<Block<L>>, R>,
         options: EngineOptions,
     ) -> Self {
         let shared = Arc::new(Shared::new());

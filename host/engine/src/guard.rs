@@ -60,6 +60,17 @@ pub(crate) fn guarded<T>(call: impl FnOnce() -> Result<T, ModelError>) -> Result
     }
 }
 
+/// Frees what may lie on a broken device, and may panic going.
+pub(crate) fn freed(what: &str, free: impl FnOnce()) {
+    let freed = guarded(|| {
+        free();
+        Ok(())
+    });
+    if let Err(trouble) = freed {
+        tracing::warn!(?trouble, what, "cannot be freed");
+    }
+}
+
 /// What a panic said.
 pub(crate) fn message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();

@@ -123,8 +123,6 @@ pub struct KvFigures {
     pub blocks_used: usize,
     /// Alive at most.
     pub blocks_max: usize,
-    /// Whether sequences can share them.
-    pub can_share: bool,
 }
 
 /// Makes the model for a device, on the engine thread: at start, and when an accelerator breaks.
@@ -190,7 +188,6 @@ impl Model for Phi3V {
             block_bytes: pool.block_bytes(),
             blocks_used: pool.blocks_used(),
             blocks_max: pool.blocks_max(),
-            can_share: pool.can_share(),
         }
     }
 

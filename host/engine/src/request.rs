@@ -216,7 +216,7 @@ pub struct Usage {
     pub prompt_tokens: u32,
     /// Positions that are slots of pictures.
     pub image_tokens: u32,
-    /// Prompt positions whose KV values were there already when it was admitted.
+    /// Prompt positions whose KV values were there already when the first of the others ran.
     pub cached_tokens: u32,
     /// Generated tokens, the stop token included.
     pub completion_tokens: u32,

@@ -42,8 +42,8 @@ pub(crate) enum Wake {
     Step,
 }
 
-type Features<L> = <<L as ModelLoader>::Model as Model>::Features;
-type Block<L> = <<L as ModelLoader>::Model as Model>::Block;
+pub(crate) type Features<L> = <<L as ModelLoader>::Model as Model>::Features;
+pub(crate) type Block<L> = <<L as ModelLoader>::Model as Model>::Block;
 
 /// How the loop shares out its time.
 pub(crate) struct Slices {
@@ -59,6 +59,17 @@ pub(crate) struct Slices {
 pub(crate) struct Stores<F, B> {
     pub(crate) features: FeatureStore<F>,
     pub(crate) prefixes: PrefixStore<B>,
+}
+
+impl<F, B> Stores<F, B> {
+    /// These, and a model to compute with.
+    fn bench<'a, M: Model<Features = F, Block = B>>(&'a mut self, model: &'a M) -> Bench<'a, M> {
+        Bench {
+            model,
+            features: &self.features,
+            prefixes: &mut self.prefixes,
+        }
+    }
 }
 
 pub(crate) struct Scheduler<L: ModelLoader> {
@@ -223,11 +234,7 @@ impl<L: ModelLoader> Scheduler<L> {
         let Some(model) = &self.model else {
             return Err(Trouble::Cancelled);
         };
-        sequence.start(&mut Bench {
-            model,
-            features: &self.stores.features,
-            prefixes: &mut self.stores.prefixes,
-        })
+        sequence.start(&mut self.stores.bench(model))
     }
 
     /// Does what needs KV blocks, giving up cached ones until it succeeds or there are none left.
@@ -238,11 +245,7 @@ impl<L: ModelLoader> Scheduler<L> {
         let Some(model) = &self.model else {
             return Err(Trouble::Cancelled);
         };
-        let mut bench = Bench {
-            model,
-            features: &self.stores.features,
-            prefixes: &mut self.stores.prefixes,
-        };
+        let mut bench = self.stores.bench(model);
         loop {
             match work(&mut bench) {
                 Err(Trouble::Full) if bench.prefixes.evict() => (),
@@ -282,11 +285,7 @@ impl<L: ModelLoader> Scheduler<L> {
         let watch = sequence.watch();
         let keep_going =
             || Instant::now() < until && watch.interrupt().is_none() && !shared.is_stop_due();
-        let mut bench = Bench {
-            model,
-            features: &self.stores.features,
-            prefixes: &mut self.stores.prefixes,
-        };
+        let mut bench = self.stores.bench(model);
         let seen = sequence.see(&mut bench, &keep_going);
         match seen {
             Ok(()) => self.put_back(sequence),
@@ -407,11 +406,16 @@ impl<L: ModelLoader> Scheduler<L> {
             return;
         };
         sequence.rewind();
+        self.shared().stats().preempted += 1;
+        self.wait_again(sequence);
+    }
+
+    /// One that ran and holds nothing any more waits in front of all others.
+    fn wait_again(&mut self, sequence: Sequence<L::Model>) {
         self.is_full = false;
         let mut stats = self.shared().stats();
         stats.running -= 1;
         stats.wait(sequence.request.prompt.ids.len());
-        stats.preempted += 1;
         drop(stats);
         self.waiting.push_front(sequence);
     }
@@ -430,11 +434,7 @@ impl<L: ModelLoader> Scheduler<L> {
                 self.put_back(sequence);
                 continue;
             };
-            let mut bench = Bench {
-                model,
-                features: &self.stores.features,
-                prefixes: &mut self.stores.prefixes,
-            };
+            let mut bench = self.stores.bench(model);
             let tokens_before = sequence.usage().completion_tokens;
             let progress = sequence.take(logits, &mut bench);
             let tokens = sequence.usage().completion_tokens - tokens_before;
@@ -472,18 +472,18 @@ impl<L: ModelLoader> Scheduler<L> {
     }
 
     fn end(&mut self, sequence: Sequence<L::Model>, reason: Finish, stop: Option<String>) {
-        self.is_full = false;
         self.close(&sequence, Outcome::Finished);
         sequence.finish(reason, stop);
     }
 
     fn interrupt(&mut self, sequence: Sequence<L::Model>, interrupt: Interrupt) {
-        self.is_full = false;
         let outcome = match interrupt {
             Interrupt::Stopped if !sequence.was_admitted() => Outcome::Failed,
             interrupt => Outcome::from(interrupt),
         };
         if sequence.is_idle() {
+            // Another may be the first that waits.
+            self.is_full = false;
             let prompt_tokens = sequence.request.prompt.ids.len();
             self.count_out(outcome, |stats| stats.unwait(prompt_tokens));
         } else {
@@ -493,7 +493,8 @@ impl<L: ModelLoader> Scheduler<L> {
     }
 
     /// Counts a running sequence out, before its client hears of the end: whoever asks next finds room.
-    fn close(&self, sequence: &Sequence<L::Model>, outcome: Outcome) {
+    fn close(&mut self, sequence: &Sequence<L::Model>, outcome: Outcome) {
+        self.is_full = false;
         self.count_out(outcome, |stats| {
             stats.running -= 1;
             stats.running_tokens = stats.running_tokens.saturating_sub(sequence.len() as u64);

@@ -84,7 +84,7 @@ pub(crate) struct Sequence<M: Model> {
     /// Generated so far. What is needed to go on where it was.
     tokens: Vec<u32>,
     tokens_unsent: u32,
-    /// Prompt positions that were there at admission; `None` before.
+    /// Prompt positions that were there when the first of the others ran; `None` before admission.
     cached_tokens: Option<u32>,
     timings: Timings,
     /// A step of which it was a part failed: it runs alone until one succeeds, so that it is known whose fault it is.
@@ -224,7 +224,7 @@ impl<M: Model> Sequence<M> {
             Some(first) => Phase::Vision(state, Box::new(Picture::new(first))),
             None => Phase::Forward(state),
         };
-        if self.cached_tokens.is_none() {
+        if !self.was_admitted() {
             self.cached_tokens = Some(count(adopted));
             self.timings.queue_us = micros(self.outlet.submitted.elapsed());
             let usage = self.usage();
@@ -494,7 +494,7 @@ impl<M: Model> Sequence<M> {
 
     /// Ends it before its time.
     pub(crate) fn interrupt(mut self, interrupt: Interrupt) {
-        let was_admitted = self.cached_tokens.is_some();
+        let was_admitted = self.was_admitted();
         if !was_admitted {
             self.timings.queue_us = micros(self.outlet.submitted.elapsed());
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use visor_model::{DeviceKind, ModelError, Prompt, Tokenizer};
 
-use crate::guard::{Trouble, guarded};
+use crate::guard::{Trouble, freed, guarded};
 use crate::model::{KvFigures, Model, ModelLoader, Part};
 use crate::sampler;
 use crate::sequence::HEADROOM_BLOCKS;
@@ -95,13 +95,7 @@ impl<L: ModelLoader> ModelSlot<L> {
         self.shared.stats().device_fallbacks += 1;
         tracing::warn!(%device, "device broke in the middle of a request; going on on the CPU");
         // First, so that two models need not fit at once. A broken driver may panic here as well.
-        let freed = guarded(|| {
-            drop(old);
-            Ok(())
-        });
-        if let Err(trouble) = freed {
-            tracing::warn!(%device, ?trouble, "cannot free the broken device's model");
-        }
+        freed("the broken device's model", || drop(old));
         match self.load_on(DeviceKind::Cpu, tokenizer) {
             Ok(model) => Some(model),
             Err(why) => {

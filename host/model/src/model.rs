@@ -212,15 +212,15 @@ impl Phi3V {
                 grid + 1
             )));
         }
-        if pass.projector.is_none() {
-            let tower = &mut pass.tower;
-            let Some(patches) = self.tower.advance(tower, &pixels.crops, keep_going)? else {
-                return Ok(None);
-            };
-            pass.projector = Some(self.begin_projection(&patches, pixels)?);
-        }
-        let Some(projector) = &mut pass.projector else {
-            return Ok(None);
+        let projector = match &mut pass.projector {
+            Some(projector) => projector,
+            none => {
+                let tower = &mut pass.tower;
+                let Some(patches) = self.tower.advance(tower, &pixels.crops, keep_going)? else {
+                    return Ok(None);
+                };
+                none.insert(self.begin_projection(&patches, pixels)?)
+            }
         };
         let rows = self.projector.advance(projector, keep_going)?;
         Ok(rows.map(|rows| ImageFeatures { rows }))

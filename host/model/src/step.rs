@@ -28,8 +28,8 @@ impl Phi3V {
     ///
     /// # Errors
     /// [`ModelError::Prompt`] when nothing is pending or an image is missing, [`ModelError::KvFull`] when a block is needed
-    /// that was not reserved: the sequences are then as they were. [`ModelError::Cancelled`] once `keep_going` says no,
-    /// [`ModelError::Forward`] when the device fails.
+    /// that was not reserved, [`ModelError::Cancelled`] once `keep_going` says no, [`ModelError::Forward`] when the device
+    /// fails. What the step ran of a sequence is then lost or done; one sequence alone is as it was.
     pub fn step(
         &self,
         parts: &mut [StepPart<'_>],

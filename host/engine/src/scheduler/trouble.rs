@@ -1,7 +1,7 @@
 //! What becomes of sequences whose step went wrong, and of all of them when the device did.
 
 use crate::error::EngineError;
-use crate::guard::{Trouble, guarded};
+use crate::guard::{Trouble, freed};
 use crate::model::{Model, ModelLoader};
 use crate::sequence::Sequence;
 use crate::slot::chain;
@@ -36,21 +36,9 @@ impl<L: ModelLoader> Scheduler<L> {
 
     /// Sequences that have to be computed again wait for their turn, in front of all others.
     fn again(&mut self, sequences: Vec<Sequence<L::Model>>) {
-        self.is_full = false;
         for mut sequence in sequences.into_iter().rev() {
-            // What it holds may lie on a broken device, which may panic.
-            let freed = guarded(|| {
-                sequence.rewind();
-                Ok(())
-            });
-            if let Err(trouble) = freed {
-                tracing::warn!(?trouble, "cannot free what a sequence holds");
-            }
-            let mut stats = self.shared().stats();
-            stats.running -= 1;
-            stats.wait(sequence.request.prompt.ids.len());
-            drop(stats);
-            self.waiting.push_front(sequence);
+            freed("a sequence", || sequence.rewind());
+            self.wait_again(sequence);
         }
     }
 
@@ -69,13 +57,7 @@ impl<L: ModelLoader> Scheduler<L> {
         let mut sequences = std::mem::take(&mut self.running);
         sequences.insert(0, sequence);
         self.again(sequences);
-        let freed = guarded(|| {
-            self.stores.features.invalidate_all();
-            Ok(())
-        });
-        if let Err(trouble) = freed {
-            tracing::warn!(?trouble, "cannot free what the broken device holds");
-        }
+        freed("image features", || self.stores.features.invalidate_all());
         self.reset_prefixes();
         self.model = self.slot.fall_back(old, &self.tokenizer);
         self.reset_prefixes();
@@ -92,26 +74,12 @@ impl<L: ModelLoader> Scheduler<L> {
     pub(super) fn reset_prefixes(&mut self) {
         let positions = self.model.as_ref().map(|model| model.kv().block_positions);
         let prefixes = &mut self.stores.prefixes;
-        let reset = guarded(|| {
-            prefixes.reset(positions.unwrap_or(1));
-            Ok(())
-        });
-        if let Err(trouble) = reset {
-            tracing::warn!(?trouble, "cannot free cached prefixes");
-        }
+        freed("cached prefixes", || prefixes.reset(positions.unwrap_or(1)));
     }
 
     fn fail(&mut self, mut sequence: Sequence<L::Model>, error: EngineError) {
-        self.is_full = false;
         self.close(&sequence, Outcome::Failed);
-        // What it holds may lie on a broken device, which may panic.
-        let freed = guarded(|| {
-            sequence.rewind();
-            Ok(())
-        });
-        if let Err(trouble) = freed {
-            tracing::warn!(?trouble, "cannot free what a sequence holds");
-        }
+        freed("a sequence", || sequence.rewind());
         sequence.fail(error);
     }
 }

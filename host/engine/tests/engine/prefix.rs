@@ -3,14 +3,14 @@
 use std::sync::atomic::Ordering;
 
 use visor_engine::{
-    Access, CacheBytes, Caches, Engine, EngineOptions, GenerateRequest, Scope, Tier,
+    Access, CacheBytes, Caches, Engine, EngineOptions, GenerateRequest, PrefixBlock, Scope, Tier,
 };
 
 use crate::scripted::*;
 
 struct House {
     engine: Engine,
-    caches: Caches<ScriptedFeatures, Block>,
+    caches: Caches<ScriptedFeatures, PrefixBlock<Block>>,
     script: Script,
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use visor_engine::{
     CacheBytes, Caches, CheckpointLoader, Engine, EngineOptions, EngineState, GenerateRequest,
+    PrefixBlock,
 };
 use visor_model::image::PixelValues;
 use visor_model::{Activations, Checkpoint, DeviceKind, ImageFeatures, KvBlock, Phi3V, Prompt};
@@ -64,7 +65,7 @@ fn the_engine_says_what_the_model_says() {
     let tokenizer = Arc::new(checkpoint.tokenizer().unwrap());
     let model = Phi3V::load(&checkpoint, DeviceKind::Cpu, &|_| ()).unwrap();
     let megabytes = 64 << 20;
-    let caches: Caches<ImageFeatures, KvBlock> = Caches::new(CacheBytes {
+    let caches: Caches<ImageFeatures, PrefixBlock<KvBlock>> = Caches::new(CacheBytes {
         features: megabytes,
         ..CacheBytes::default()
     });

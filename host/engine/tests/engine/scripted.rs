@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use visor_engine::{
     Access, CacheBytes, Caches, Engine, EngineError, EngineOptions, EngineState, Event,
-    EventReceiver, Finish, GenerateRequest, KvFigures, Model, ModelLoader, Part, TokenInfo, Usage,
+    EventReceiver, Finish, GenerateRequest, KvFigures, Model, ModelLoader, Part, PrefixBlock,
+    TokenInfo, Usage,
 };
 use visor_model::image::PixelValues;
 use visor_model::{DeviceKind, ModelError, Prompt, Tokenizer};
@@ -316,7 +317,6 @@ impl Model for ScriptedModel {
             block_bytes: 1000,
             blocks_used: self.blocks_used.load(Ordering::Relaxed),
             blocks_max: self.blocks_max.load(Ordering::Relaxed),
-            can_share: true,
         }
     }
 
@@ -414,7 +414,7 @@ pub(crate) fn tokenizer() -> Arc<Tokenizer> {
     Arc::clone(TOKENIZER.get_or_init(load))
 }
 
-pub(crate) fn caches() -> Caches<ScriptedFeatures, Block> {
+pub(crate) fn caches() -> Caches<ScriptedFeatures, PrefixBlock<Block>> {
     let megabyte = 1 << 20;
     Caches::new(CacheBytes {
         pixels: megabyte,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwapOption;
 use visor_engine::{
     Cache, CacheBytes, CacheStrategy, Caches, CheckpointLoader, Engine, EngineOptions, EngineState,
-    Native,
+    Native, PrefixBlock,
 };
 use visor_model::image::PixelValues;
 use visor_model::{ImageFeatures, KvBlock, LoadProgress};
@@ -65,7 +65,7 @@ pub struct House {
 /// The wiring in force and what a swap touches. Shared with the plugin folder's thread.
 pub(super) struct Current {
     wiring: ArcSwapOption<Wiring>,
-    pub(super) caches: Caches<ImageFeatures, KvBlock, Answer>,
+    pub(super) caches: Caches<ImageFeatures, PrefixBlock<KvBlock>, Answer>,
     /// The configuration whose plugin settings were asked for last: a plugin set that arrives was
     /// loaded with those, so it is wired with that configuration.
     asked: Mutex<Arc<Config>>,
