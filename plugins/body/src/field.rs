@@ -192,6 +192,20 @@ impl<'a> Field<'a> {
         field.map(|field| field.count(least)).transpose()
     }
 
+    /// This whole number from 0 to `most`, if it is there: alternatives to a token.
+    ///
+    /// # Errors
+    /// What is no such number.
+    pub fn optional_count_to(&self, most: u8) -> Result<Option<u8>, Wrong> {
+        let Some(count) = self.optional_count(0)? else {
+            return Ok(None);
+        };
+        let fitting = u8::try_from(count).ok().filter(|count| *count <= most);
+        let fitting =
+            fitting.ok_or_else(|| self.wrong_value(&format!("an integer from 0 to {most}")));
+        fitting.map(Some)
+    }
+
     /// This number, if it is there; as [`Self::number`].
     ///
     /// # Errors

@@ -6,5 +6,5 @@ mod picture;
 mod wrong;
 
 pub use field::{Field, IsNeutral};
-pub use picture::{Picture, Place, is_url, lifted};
+pub use picture::{Picture, Place, is_url, lifted, sources};
 pub use wrong::{Kind, Wrong};

@@ -1,5 +1,7 @@
 //! Where a picture of a body is: lifted out by the host, or a URL.
 
+use crate::wrong::{Kind, Wrong};
+
 /// Where an image is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -16,6 +18,26 @@ pub struct Picture {
     pub param: String,
     /// Where it is.
     pub place: Place,
+}
+
+/// Where the host finds each picture: behind its URL, or in the lifted string that `blob` takes.
+///
+/// # Errors
+/// A lifted string that is not there any more.
+pub fn sources<S>(
+    pictures: Vec<Picture>,
+    url: impl Fn(String) -> S,
+    blob: impl Fn(u32) -> Option<S>,
+) -> Result<Vec<S>, Wrong> {
+    let source = |picture: Picture| match picture.place {
+        Place::Url(text) => Ok(url(text)),
+        Place::Lifted(index) => blob(index).ok_or_else(|| Wrong {
+            kind: Kind::Invalid,
+            message: "there is no such image".to_owned(),
+            param: Some(picture.param),
+        }),
+    };
+    pictures.into_iter().map(source).collect()
 }
 
 /// The number of a lifted string, if `text` stands for one. `marker` is the word the host puts in
@@ -56,6 +78,23 @@ mod tests {
             assert_eq!(lifted(wrong, "blob-7f"), None, "{wrong}");
         }
         assert_eq!(lifted(":0", ""), None);
+    }
+
+    #[test]
+    fn a_picture_is_taken_from_where_it_is() {
+        let at = |place| Picture {
+            param: "images[0]".to_owned(),
+            place,
+        };
+        let take = |place| {
+            let blob = |index| (index == 1).then(|| "blob".to_owned());
+            sources(vec![at(place)], |url| url, blob)
+        };
+        assert_eq!(take(Place::Lifted(1)), Ok(vec!["blob".to_owned()]));
+        assert_eq!(take(Place::Url("data:,".into())), Ok(vec!["data:,".into()]));
+        let wrong = take(Place::Lifted(2)).expect_err("it is not there");
+        assert_eq!(wrong.param.as_deref(), Some("images[0]"));
+        assert_eq!(wrong.message, "there is no such image");
     }
 
     #[test]

@@ -15,7 +15,7 @@ mod time;
 use std::cell::RefCell;
 
 use serde_json::{Value, json};
-use visor_plugin_body::{Field, Kind, Picture, Place, Wrong};
+use visor_plugin_body::{Field, Kind, Picture, Wrong, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
@@ -145,19 +145,8 @@ fn answer(shape: Shape, wanted: Wanted, request: &Request) -> Result<(Option<Rep
 
 /// Takes the pictures from where they are.
 fn pictures(pictures: Vec<Picture>, request: &Request) -> Result<Vec<Source>, Error> {
-    let source = |picture: Picture| match picture.place {
-        Place::Url(url) => Ok(Source::Url(url)),
-        Place::Lifted(index) => match request.blob(index) {
-            Some(blob) => Ok(Source::Blob(blob)),
-            None => Err(Error {
-                code: ErrorCode::InvalidRequest,
-                message: "there is no such image".to_owned(),
-                param: Some(picture.param),
-                retry_after: None,
-            }),
-        },
-    };
-    pictures.into_iter().map(source).collect()
+    let blob = |index| request.blob(index).map(Source::Blob);
+    Ok(sources(pictures, Source::Url, blob)?)
 }
 
 fn tags() -> Value {

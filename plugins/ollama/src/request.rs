@@ -12,7 +12,7 @@ use crate::visor::plugin::types::{Extensions, Message, Part, Role};
 /// Strings that may end an answer; the host takes as many.
 const STOPS_MAX: usize = 8;
 /// Most alternatives per token.
-const TOP_LOGPROBS_MAX: u32 = 20;
+const TOP_LOGPROBS_MAX: u8 = 20;
 const NO_TOOLS: &str = "this server does not call tools";
 
 /// A request as far as it can be understood without the host.
@@ -213,14 +213,10 @@ fn sampling(options: &Field, logprobs: Option<u8>) -> Result<Sampling, Wrong> {
 
 fn logprobs(body: &Field) -> Result<Option<u8>, Wrong> {
     let wanted = body.get("logprobs").flag()?;
-    let top = body.get("top_logprobs");
-    let count = top.optional_count(0)?.unwrap_or(0);
-    let fitting = u8::try_from(count)
-        .ok()
-        .filter(|_| count <= TOP_LOGPROBS_MAX);
-    let what = format!("an integer from 0 to {TOP_LOGPROBS_MAX}");
-    let count = fitting.ok_or_else(|| top.wrong_value(&what))?;
-    Ok(wanted.then_some(count))
+    let count = body
+        .get("top_logprobs")
+        .optional_count_to(TOP_LOGPROBS_MAX)?;
+    Ok(wanted.then_some(count.unwrap_or(0)))
 }
 
 /// A negative number leaves it to the server.

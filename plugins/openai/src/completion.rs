@@ -33,7 +33,7 @@ pub(crate) fn parse(text: &str) -> Result<CompletionRequest, Wrong> {
         }),
     ];
     body.refuse(&table)?;
-    let logprobs = options::alternatives(&body.get("logprobs"), LOGPROBS_MAX)?;
+    let logprobs = body.get("logprobs").optional_count_to(LOGPROBS_MAX)?;
     let mut options = options::parse(&body, logprobs)?;
     options.max_tokens = options.max_tokens.or(Some(MAX_TOKENS));
     best_of(&body, options.count)?;

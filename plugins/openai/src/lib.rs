@@ -34,7 +34,7 @@ mod tokens;
 use std::cell::RefCell;
 
 use serde_json::{Value, json};
-use visor_plugin_body::{Kind, Picture, Place, Wrong};
+use visor_plugin_body::{Kind, Picture, Wrong, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
@@ -226,22 +226,13 @@ fn head(stream: bool) -> Head {
 
 /// Takes the pictures from where they are.
 fn pictures(pictures: Vec<Picture>, request: &Request) -> Result<Vec<Source>, Error> {
-    let source = |picture: Picture| match picture.place {
-        Place::Url(url) => Ok(Source::Url(url)),
-        Place::Lifted(index) => match request.blob(index) {
-            Some(blob) => Ok(Source::Blob(blob)),
-            None => Err(Error {
-                code: ErrorCode::InvalidRequest,
-                message: format!(
-                    "Invalid value for '{}': there is no such image.",
-                    picture.param
-                ),
-                param: Some(picture.param),
-                retry_after: None,
-            }),
-        },
-    };
-    pictures.into_iter().map(source).collect()
+    let blob = |index| request.blob(index).map(Source::Blob);
+    let found = sources(pictures, Source::Url, blob);
+    found.map_err(|mut wrong| {
+        let param = wrong.param.as_deref().unwrap_or_default();
+        wrong.message = format!("Invalid value for '{param}': {}.", wrong.message);
+        wrong.into()
+    })
 }
 
 impl From<Wrong> for Error {

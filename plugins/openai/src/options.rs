@@ -85,13 +85,3 @@ fn max_tokens(body: &Field) -> Result<Option<u32>, Wrong> {
     let older = body.get("max_tokens").optional_count(1)?;
     Ok(newer.or(older))
 }
-
-/// A whole number of alternatives, at most `most`.
-pub(crate) fn alternatives(field: &Field, most: u8) -> Result<Option<u8>, Wrong> {
-    let Some(count) = field.optional_count(0)? else {
-        return Ok(None);
-    };
-    let fitting = u8::try_from(count).ok().filter(|count| *count <= most);
-    let fitting = fitting.ok_or_else(|| field.wrong_value(&format!("an integer from 0 to {most}")));
-    fitting.map(Some)
-}

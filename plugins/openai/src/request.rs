@@ -171,7 +171,7 @@ impl Reader<'_> {
 fn logprobs(body: &Field) -> Result<Option<u8>, Wrong> {
     let wanted = body.get("logprobs").flag()?;
     let top = body.get("top_logprobs");
-    let count = options::alternatives(&top, TOP_LOGPROBS_MAX)?;
+    let count = top.optional_count_to(TOP_LOGPROBS_MAX)?;
     if !wanted && count.is_some_and(|count| count > 0) {
         return Err(top.invalid("'top_logprobs' needs 'logprobs' to be true.".to_owned()));
     }

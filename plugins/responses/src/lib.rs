@@ -14,7 +14,7 @@ mod request;
 
 use std::cell::RefCell;
 
-use visor_plugin_body::{Kind, Picture, Place, Wrong};
+use visor_plugin_body::{Kind, Picture, Wrong, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
@@ -132,19 +132,8 @@ fn head(shape: Shape) -> Head {
 
 /// Takes the pictures from where they are.
 fn pictures(pictures: Vec<Picture>, request: &Request) -> Result<Vec<Source>, Error> {
-    let source = |picture: Picture| match picture.place {
-        Place::Url(url) => Ok(Source::Url(url)),
-        Place::Lifted(index) => match request.blob(index) {
-            Some(blob) => Ok(Source::Blob(blob)),
-            None => Err(Error {
-                code: ErrorCode::InvalidRequest,
-                message: "there is no such image".to_owned(),
-                param: Some(picture.param),
-                retry_after: None,
-            }),
-        },
-    };
-    pictures.into_iter().map(source).collect()
+    let blob = |index| request.blob(index).map(Source::Blob);
+    Ok(sources(pictures, Source::Url, blob)?)
 }
 
 /// The model of that name, or the first there is.

@@ -9,7 +9,7 @@ use crate::exports::visor::plugin::adapter::Sampling;
 use crate::visor::plugin::types::{Extensions, Message, Part, Role};
 
 /// Most alternatives per token, as OpenAI has it.
-const TOP_LOGPROBS_MAX: u32 = 20;
+const TOP_LOGPROBS_MAX: u8 = 20;
 const NO_TOOLS: &str = "this server does not call tools";
 const NO_STORE: &str = "this server keeps no responses; send the whole conversation as 'input'";
 
@@ -226,14 +226,10 @@ fn logprobs(body: &Field) -> Result<Option<u8>, Wrong> {
             _ => return Err(field.unsupported("there is no such output here")),
         }
     }
-    let top = body.get("top_logprobs");
-    let count = top.optional_count(0)?.unwrap_or(0);
-    let fitting = u8::try_from(count)
-        .ok()
-        .filter(|_| count <= TOP_LOGPROBS_MAX);
-    let what = format!("an integer from 0 to {TOP_LOGPROBS_MAX}");
-    let count = fitting.ok_or_else(|| top.wrong_value(&what))?;
-    Ok(wanted.then_some(count))
+    let count = body
+        .get("top_logprobs")
+        .optional_count_to(TOP_LOGPROBS_MAX)?;
+    Ok(wanted.then_some(count.unwrap_or(0)))
 }
 
 fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
