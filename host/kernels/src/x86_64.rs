@@ -47,6 +47,14 @@ fn load_bytes(bytes: &[u8; 32]) -> __m256i {
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
 
+/// Sixteen bytes below sixteen others.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn load_halves(low: &[u8; 16], high: &[u8; 16]) -> __m256i {
+    // SAFETY: sixteen bytes each, and the load needs no alignment.
+    unsafe { _mm256_loadu2_m128i(high.as_ptr().cast(), low.as_ptr().cast()) }
+}
+
 #[target_feature(enable = "avx2")]
 #[inline]
 fn load_words(words: &[i32]) -> __m256i {
@@ -81,6 +89,21 @@ fn transpose_f32(mut rows: [__m256; 8]) -> [__m256; 8] {
         rows[index] = _mm256_castsi256_ps(whole[index]);
     }
     rows
+}
+
+/// In each half: lane c of row r becomes lane r of row c.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn transpose_halves(rows: [__m256i; 4]) -> [__m256i; 4] {
+    let [a, b, c, d] = rows;
+    let (low_ab, high_ab) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    let (low_cd, high_cd) = (_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    [
+        _mm256_unpacklo_epi64(low_ab, low_cd),
+        _mm256_unpackhi_epi64(low_ab, low_cd),
+        _mm256_unpacklo_epi64(high_ab, high_cd),
+        _mm256_unpackhi_epi64(high_ab, high_cd),
+    ]
 }
 
 /// Lane c of row r becomes lane r of row c.

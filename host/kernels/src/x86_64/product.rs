@@ -11,11 +11,14 @@
 //!
 //! 16-bit sums: a pair is at most 2 * 15 * 127 = 3810, eight of them 30480: they fit in 32767, and only then become 32 bits.
 
+mod several;
+
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::{
-    Avx2, load_bytes, load_f32, load_half, load_words, store, transpose_f32, transpose_i32,
+    Avx2, load_bytes, load_f32, load_half, load_halves, load_words, store, transpose_f32,
+    transpose_halves,
 };
 use crate::activations::{BLOCK, Eight, QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::int4::{Int4Rows, ScaleType};
@@ -44,19 +47,21 @@ impl Avx2 {
         x: &QuantizedRows,
         out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
     ) {
-        if x.rows() == 1 {
-            // SAFETY: `self` exists, so `detect` saw the features.
-            unsafe { few_rows::<1>(weights, panels, x, out) };
-        } else if x.rows() == 2 {
-            // SAFETY: `self` exists, so `detect` saw the features.
-            unsafe { few_rows::<2>(weights, panels, x, out) };
-        } else if x.rows() == 3 {
-            // SAFETY: `self` exists, so `detect` saw the features.
-            unsafe { few_rows::<3>(weights, panels, x, out) };
-        } else {
-            // SAFETY: `self` exists, so `detect` saw the features.
-            unsafe { many_rows(weights, panels, x, out) };
-        }
+        let kernel = match x.rows() {
+            1 => few_rows::<1>,
+            2 => few_rows::<2>,
+            3 => few_rows::<3>,
+            4 => several::several_rows::<4>,
+            5 => several::several_rows::<5>,
+            6 => several::several_rows::<6>,
+            7 => several::several_rows::<7>,
+            8 => several::several_rows::<8>,
+            9 => several::several_rows::<9>,
+            10 => several::several_rows::<10>,
+            _ => many_rows,
+        };
+        // SAFETY: `self` exists, so `detect` saw the features.
+        unsafe { kernel(weights, panels, x, out) };
     }
 }
 
@@ -98,15 +103,30 @@ impl<'a> Panel<'a> {
         }
     }
 
+    /// One block of all rows: of the eight words of a row, one in each register.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn words(&self, block: usize) -> [__m256i; PANEL] {
+        let codes = |row: usize| -> &[[u8; BLOCK / 4]; 2] {
+            let [codes, ..] = self.rows[row];
+            &codes.as_chunks().0.as_chunks().0[block]
+        };
+        let mut words = [_mm256_setzero_si256(); PANEL];
+        for half in 0..2 {
+            let mut rows = [_mm256_setzero_si256(); PANEL / 2];
+            for (row, pair) in rows.iter_mut().enumerate() {
+                *pair = load_halves(&codes(row)[half], &codes(row + PANEL / 2)[half]);
+            }
+            words[4 * half..][..4].copy_from_slice(&transpose_halves(rows));
+        }
+        words
+    }
+
     /// One block of all rows, as the module's comment draws it, into place `offset` of each step.
     #[target_feature(enable = "avx2")]
     #[inline]
     fn unpack(&self, block: usize, steps: &mut [[__m256i; TILE_PANELS]; WORDS], offset: usize) {
-        let mut words = [_mm256_setzero_si256(); PANEL];
-        for (word, [codes, ..]) in words.iter_mut().zip(&self.rows) {
-            *word = load_bytes(&codes.as_chunks().0[block]);
-        }
-        let words = transpose_i32(words);
+        let words = self.words(block);
         let nibble = _mm256_set1_epi8(0xF);
         for t in 0..8 {
             steps[t][offset] = _mm256_and_si256(words[t], nibble);
@@ -271,27 +291,27 @@ impl Unpacked {
                 panel.unpack(block, &mut self.codes[index], offset);
                 self.lines[index][offset] = panel.lines[block];
             }
-            prefetch_after(&panels[0], block);
+            prefetch_after(&panels[0], block, TILE_PANELS);
         }
     }
 }
 
-/// Asks for the panels that follow in memory, as far on as this block is in its panel: rows lie one behind the other, so the
+/// Asks for what follows `panels` panels in memory, as far on as this block is in them: rows lie one behind the other, so the
 /// requests of all blocks run through the next panels from beginning to end.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn prefetch_after(first: &Panel<'_>, block: usize) {
-    const STEP: usize = TILE_PANELS * PANEL * BLOCK / 2;
+fn prefetch_after(first: &Panel<'_>, block: usize, panels: usize) {
+    let step = panels * PANEL * BLOCK / 2;
     let codes = first.rows[0][0];
     let next = codes
         .as_ptr()
-        .wrapping_add(codes.len() * PANEL * TILE_PANELS + block * STEP);
-    for line in 0..STEP / 64 {
+        .wrapping_add(codes.len() * PANEL * panels + block * step);
+    for line in 0..step / 64 {
         _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64 * line).cast());
     }
 }
 
-/// Several rows: weights are unpacked once for a chunk of them. A stretch of blocks of the chunk's activations is read from the
+/// Many rows: weights are unpacked once for a chunk of them. A stretch of blocks of the chunk's activations is read from the
 /// second-level cache for every pair of panels in turn; with few rows it is in the first-level cache anyway, and pairs are
 /// taken one by one, so that weights are read in their order.
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -1,0 +1,91 @@
+//! A product with several rows of activations, what a few sequences decode together: one panel at a time meets all of them, each
+//! row of activations has its sums in a register, and weights go from their file into the product without being stored unpacked.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::{Panel, accumulate, prefetch_after};
+use crate::activations::{QuantizedRows, TILE_ROWS, Tile};
+use crate::int4::Int4Rows;
+use crate::product::PANEL;
+use crate::x86_64::store;
+
+/// Values of all panels' rows for the N rows of `x`, at most two tiles.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn several_rows<const N: usize>(
+    weights: &Int4Rows<'_>,
+    panels: Range<usize>,
+    x: &QuantizedRows,
+    out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+) {
+    let mut panel = Panel::new();
+    let first = panels.start;
+    let tiles = [
+        &x.tiles[..x.blocks],
+        &x.tiles[x.tiles.len() - x.blocks..], // the same for up to TILE_ROWS
+    ];
+    for index in panels {
+        panel.find(weights, index);
+        panel.read_lines(weights);
+        let mut values = [_mm256_setzero_ps(); N];
+        for (block, lines) in panel.lines.iter().enumerate() {
+            let words = panel.words(block);
+            prefetch_after(&panel, block, 1);
+            let tiles = [&tiles[0][block], &tiles[1][block]];
+            let dots = dots::<N>(&words, tiles);
+            for row in 0..N {
+                let tile = tiles[row / TILE_ROWS];
+                let x = [tile.scales[row % TILE_ROWS], tile.sums[row % TILE_ROWS]];
+                values[row] = accumulate(values[row], dots[row], *lines, x);
+            }
+        }
+        for (row, value) in values.iter().enumerate() {
+            out(index - first, row, &store(*value));
+        }
+    }
+}
+
+/// Dot products of a block of a panel with N rows of activations: (rows of x), lanes: the panel's rows.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn dots<const N: usize>(words: &[__m256i; PANEL], tiles: [&Tile; 2]) -> [__m256i; N] {
+    let nibble = _mm256_set1_epi8(0xF);
+    let ones = _mm256_set1_epi16(1);
+    // Unknown to the compiler, which would unroll the loops and then hold more than there are registers.
+    let words = &words[..std::hint::black_box(PANEL)];
+    let [first, last] = tiles.map(|tile| tile.words.split_at(PANEL));
+    let mut dots = [_mm256_setzero_si256(); N];
+
+    let mut sums = [_mm256_setzero_si256(); N];
+    for (word, x) in words.iter().zip(first.0.iter().zip(last.0)) {
+        let codes = _mm256_and_si256(*word, nibble);
+        add_products(&mut sums, codes, x.into());
+    }
+    for row in 0..N {
+        dots[row] = _mm256_madd_epi16(sums[row], ones);
+    }
+    let mut sums = [_mm256_setzero_si256(); N];
+    for (word, x) in words.iter().zip(first.1.iter().zip(last.1)) {
+        let codes = _mm256_and_si256(_mm256_srli_epi16::<4>(*word), nibble);
+        add_products(&mut sums, codes, x.into());
+    }
+    for row in 0..N {
+        dots[row] = _mm256_add_epi32(dots[row], _mm256_madd_epi16(sums[row], ones));
+    }
+    dots
+}
+
+/// Adds the products of four columns of the panel's rows, neighbours added, to the 16-bit sums of each row of x.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add_products<const N: usize>(
+    sums: &mut [__m256i; N],
+    codes: __m256i,
+    x: [&[i32; TILE_ROWS]; 2],
+) {
+    for row in 0..N {
+        let activation = _mm256_set1_epi32(x[row / TILE_ROWS][row % TILE_ROWS]);
+        let products = _mm256_maddubs_epi16(codes, activation);
+        sums[row] = _mm256_add_epi16(sums[row], products);
+    }
+}
