@@ -5,7 +5,7 @@ use std::sync::Arc;
 use visor_model::image::PixelValues;
 use visor_model::{
     Activations, Checkpoint, DeviceKind, ImageFeatures, ImagePass, KvBlock, LoadProgress,
-    ModelError, Phi3V, Prompt, SequenceState, StepPart,
+    ModelError, Phi3V, Prompt, QuantizedCache, SequenceState, StepPart,
 };
 
 /// Pixels and tokens in, logits out. Lives on the engine thread alone.
@@ -235,25 +235,44 @@ impl Model for Phi3V {
 /// Loads [`Phi3V`] from a checkpoint and tells how far it is.
 pub struct CheckpointLoader<P> {
     checkpoint: Arc<Checkpoint>,
+    /// Not looked into yet.
+    cache: Option<QuantizedCache>,
     activations: Activations,
     progress: P,
 }
 
-impl<P: Fn(LoadProgress) + Send + 'static> CheckpointLoader<P> {
-    /// `progress` is called on the engine thread while weights are read.
+impl<P: Fn(LoadProgress) -> bool + Send + 'static> CheckpointLoader<P> {
+    /// `progress` is called on the engine thread while weights are read, and answers whether to go on.
     pub fn new(checkpoint: Arc<Checkpoint>, activations: Activations, progress: P) -> Self {
         Self {
             checkpoint,
+            cache: None,
             activations,
             progress,
         }
     }
+
+    /// The same for the INT4 form of the checkpoint, which `cache` has or makes.
+    #[must_use]
+    pub fn quantized(self, cache: Option<QuantizedCache>) -> Self {
+        Self { cache, ..self }
+    }
 }
 
-impl<P: Fn(LoadProgress) + Send + 'static> ModelLoader for CheckpointLoader<P> {
+impl<P: Fn(LoadProgress) -> bool + Send + 'static> ModelLoader for CheckpointLoader<P> {
     type Model = Phi3V;
 
     fn load(&mut self, device: DeviceKind) -> Result<Phi3V, ModelError> {
-        Phi3V::load_with(&self.checkpoint, device, self.activations, &self.progress)
+        let progress = &self.progress;
+        if let Some(cache) = &self.cache {
+            // Once; the next device takes what is there then.
+            if let Some(quantized) = cache.open(&self.checkpoint, &mut |done| progress(done))? {
+                self.checkpoint = Arc::new(quantized);
+            }
+            self.cache = None;
+        }
+        Phi3V::load_with(&self.checkpoint, device, self.activations, &|done| {
+            progress(done); // it does not take long: nobody stops it
+        })
     }
 }

@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use crate::config::{Keys, ModelConfig, parse_json};
 use crate::error::ModelError;
+use crate::quantize::MARKER;
 use crate::table;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{StoredType, Weights, read_file};
@@ -68,6 +69,24 @@ impl Checkpoint {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_with(dir: &Path, config_file: &str) -> Result<Self, ModelError> {
+        if dir.join(MARKER).exists() {
+            return Err(ModelError::Config {
+                file: dir.display().to_string(),
+                message: "this folder is not whole: it is being written, or that was interrupted; run the command again".into(),
+            });
+        }
+        Self::open_unmarked(dir, config_file)
+    }
+
+    /// A folder that this process is still writing.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub(crate) fn open_written(dir: &Path) -> Result<Self, ModelError> {
+        Self::open_unmarked(dir, "config.json")
+    }
+
+    fn open_unmarked(dir: &Path, config_file: &str) -> Result<Self, ModelError> {
         if !dir.is_dir() {
             let hint = "give the folder that holds config.json and the weight files".to_owned();
             return Err(ModelError::MissingFile {
@@ -203,6 +222,19 @@ impl Checkpoint {
             .as_ref()
             .map(|dir| dir.join("tokenizer.json"))
             .filter(|path| path.is_file())
+    }
+
+    /// Its folder; none for the one inside the binary.
+    pub(crate) fn dir(&self) -> Option<&Path> {
+        self.dir.as_deref()
+    }
+
+    /// Whether some matrix is INT4.
+    pub(crate) fn is_quantized(&self) -> bool {
+        let tensors = self.weights.in_order();
+        tensors
+            .iter()
+            .any(|tensor| tensor.name.ends_with(".scales"))
     }
 
     pub(crate) fn weights(&self) -> &Weights {

@@ -17,6 +17,7 @@ pub mod image;
 mod kv_cache;
 mod linear;
 pub mod model;
+mod progress;
 mod projector;
 pub mod quantize;
 mod rope;
@@ -34,8 +35,12 @@ pub use device::{Activations, DeviceChoice, DeviceKind};
 pub use error::ModelError;
 pub use golden::{Outcome, StageResult, Totals, VerifyOptions, verify, verify_some};
 pub use kv_cache::{KvBlock, KvPool};
-pub use model::{ImageFeatures, ImagePass, LoadProgress, Phi3V};
-pub use quantize::{FloatType, ModuleError, Precision, QuantizeOptions, QuantizeReport, quantize};
+pub use model::{ImageFeatures, ImagePass, Phi3V};
+pub use progress::{LoadProgress, LoadStage};
+pub use quantize::{
+    FloatType, ModuleError, Precision, Quantization, QuantizeOptions, QuantizeReport,
+    QuantizedCache, quantize, quantized_facts,
+};
 pub use sequence::SequenceState;
 pub use step::StepPart;
 pub use tokenizer::{Prompt, PromptPart, TokenKind, Tokenizer};

@@ -11,7 +11,7 @@ use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, StoredMatrix, St
 
 use crate::config::PATCH_SIDE_PX;
 use crate::error::ModelError;
-use crate::model::LoadProgress;
+use crate::progress::{LoadProgress, LoadStage};
 use crate::rows::Rows;
 use crate::table;
 use crate::weights::{StoredTensor, StoredType, Weights};
@@ -354,6 +354,7 @@ impl Loader<'_> {
     fn count(&self, bytes: u64) {
         self.bytes_done.set(self.bytes_done.get() + bytes);
         (self.progress)(LoadProgress {
+            stage: LoadStage::Loading,
             bytes_done: self.bytes_done.get(),
             bytes_total: self.weights.bytes(),
         });

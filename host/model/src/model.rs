@@ -18,16 +18,8 @@ use crate::error::ModelError;
 use crate::image::PixelValues;
 use crate::kv_cache::KvPool;
 use crate::linear::Loader;
+use crate::progress::{LoadProgress, LoadStage};
 use crate::projector::{Projector, ProjectorPass};
-
-/// How far loading is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LoadProgress {
-    /// Weight bytes ready.
-    pub bytes_done: u64,
-    /// Weight bytes in all.
-    pub bytes_total: u64,
-}
 
 /// The model: image tower, projector and decoder on one device.
 pub struct Phi3V {
@@ -148,6 +140,7 @@ impl Phi3V {
         };
         let bytes_total = checkpoint.weights().bytes();
         progress(LoadProgress {
+            stage: LoadStage::Loading,
             bytes_done: bytes_total,
             bytes_total,
         });

@@ -5,11 +5,14 @@
 //! of the source, `weight` (u32), `scales` and `biases` for a quantized module, the patch convolution channels-last, and
 //! `quantization` in `config.json`.
 
+mod content;
+mod kept;
+mod partial;
 mod plan;
 mod writer;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
 use visor_kernels::ScaleType;
@@ -17,11 +20,13 @@ use visor_kernels::ScaleType;
 use crate::checkpoint::Checkpoint;
 use crate::config::parse_json;
 use crate::error::ModelError;
-use crate::model::LoadProgress;
+use crate::progress::{LoadProgress, LoadStage};
 use crate::weights::read_file;
 use plan::{Step, plan};
 use writer::write_tensor;
 
+pub use kept::{QuantizedCache, quantized_facts};
+pub(crate) use partial::{MARKER, Partial};
 pub(crate) use plan::{Action, Planned};
 pub(crate) use writer::Writer;
 
@@ -29,8 +34,6 @@ pub(crate) use writer::Writer;
 pub const GROUP: usize = 64;
 /// Longest small file that goes along; tokenizers are under 10 MiB.
 const COMPANION_BYTES_MAX: u64 = 64 << 20;
-/// In a folder that is being written.
-const MARKER: &str = ".visor-partial";
 
 /// How a part of the model is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +53,50 @@ pub struct QuantizeOptions {
     pub embeddings: Precision,
     /// Of scales, biases and everything that is not quantized: f16 or bf16.
     pub float_type: FloatType,
+}
+
+/// What published INT4 conversions are: the language model in four bits, the vision tower in floats.
+impl Default for QuantizeOptions {
+    fn default() -> Self {
+        Self {
+            vision: Precision::Float,
+            embeddings: Precision::Int4,
+            float_type: FloatType::F16,
+        }
+    }
+}
+
+/// What becomes of weights when they are loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Quantization {
+    /// They are used as they are stored.
+    #[default]
+    None,
+    /// Floats become INT4, once.
+    Int4,
+}
+
+impl std::fmt::Display for Quantization {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::Int4 => "int4",
+        })
+    }
+}
+
+impl std::str::FromStr for Quantization {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            "int4" => Ok(Self::Int4),
+            _ => Err(format!(
+                "quantization {text:?} is unknown; use none or int4"
+            )),
+        }
+    }
 }
 
 /// How floats are stored.
@@ -111,11 +158,24 @@ pub fn quantize(
 ) -> Result<QuantizeReport, ModelError> {
     let checkpoint = Checkpoint::open(source)?;
     let partial = Partial::create(target)?;
-    let report = write_weights(&checkpoint, &partial.path, options, progress)?;
-    write_config(source, &partial.path)?;
-    copy_companions(source, &partial.path)?;
-    Checkpoint::open(&partial.path)?; // what was written is a checkpoint
+    let report = write_checkpoint(&checkpoint, &partial.path, options, progress)?;
     partial.finish(target)?;
+    Ok(report)
+}
+
+/// Everything that belongs into the folder of the INT4 form.
+fn write_checkpoint(
+    checkpoint: &Checkpoint,
+    folder: &Path,
+    options: &QuantizeOptions,
+    progress: &mut dyn FnMut(LoadProgress) -> bool,
+) -> Result<QuantizeReport, ModelError> {
+    let report = write_weights(checkpoint, folder, options, progress)?;
+    if let Some(source) = checkpoint.dir() {
+        write_config(source, folder)?;
+        copy_companions(source, folder)?;
+    }
+    Checkpoint::open_written(folder)?; // what was written is a checkpoint
     Ok(report)
 }
 
@@ -135,6 +195,7 @@ fn write_weights(
         let mut on_bytes = |bytes: u64| {
             done += bytes;
             progress(LoadProgress {
+                stage: LoadStage::Quantizing,
                 bytes_done: done,
                 bytes_total: weights.bytes(),
             })
@@ -201,59 +262,6 @@ fn copy_companions(source: &Path, folder: &Path) -> Result<(), ModelError> {
         }
     }
     Ok(())
-}
-
-/// A folder that is being written; it is gone when it is not finished.
-pub(crate) struct Partial {
-    pub(crate) path: PathBuf,
-    finished: bool,
-}
-
-impl Partial {
-    /// The folder that becomes `target`; what an interrupted run left of it is taken away.
-    pub(crate) fn create(target: &Path) -> Result<Self, ModelError> {
-        if target.exists() {
-            return Err(cannot_write(
-                target,
-                "it exists; name a folder that does not",
-            ));
-        }
-        let mut name = target.as_os_str().to_owned();
-        name.push(".partial");
-        let path = PathBuf::from(name);
-        if path.join(MARKER).is_file() {
-            fs::remove_dir_all(&path).map_err(|source| cannot_write(&path, source))?;
-        } else if path.exists() {
-            let hint = "it is in the way and not of an earlier run; move it";
-            return Err(cannot_write(&path, hint));
-        }
-        fs::create_dir_all(&path).map_err(|source| cannot_write(&path, source))?;
-        let partial = Self {
-            path,
-            finished: false,
-        };
-        let marker = partial.path.join(MARKER);
-        fs::write(&marker, "").map_err(|source| cannot_write(&marker, source))?;
-        Ok(partial)
-    }
-
-    /// Gives the folder its name.
-    pub(crate) fn finish(mut self, target: &Path) -> Result<(), ModelError> {
-        let done =
-            fs::remove_file(self.path.join(MARKER)).and_then(|()| fs::rename(&self.path, target));
-        done.map_err(|source| cannot_write(target, source))?;
-        self.finished = true;
-        Ok(())
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        if !self.finished {
-            // A folder that cannot be removed keeps its marker or lacks its weights: it does not load as whole.
-            let _ = fs::remove_dir_all(&self.path);
-        }
-    }
 }
 
 fn cannot_write(path: &Path, reason: impl std::fmt::Display) -> ModelError {

@@ -15,7 +15,7 @@ use visor_kernels::ScaleType;
 use crate::checkpoint::{Checkpoint, PHI3_TOKENIZER, PREPROCESSOR_CONFIG};
 use crate::config::{ModelConfig, PATCH_SIDE_PX, parse_json};
 use crate::error::ModelError;
-use crate::model::LoadProgress;
+use crate::progress::{LoadProgress, LoadStage};
 use crate::quantize::{
     Action, GROUP, Partial, Planned, Writer, write_file, write_quantized_config,
 };
@@ -64,7 +64,7 @@ pub fn write_random(
     ] {
         write_file(&partial.path.join(name), bytes)?;
     }
-    Checkpoint::open(&partial.path)?; // what was written is a checkpoint
+    Checkpoint::open_written(&partial.path)?; // what was written is a checkpoint
     partial.finish(target)
 }
 
@@ -176,6 +176,7 @@ impl Drawing<'_> {
         self.writer.put(bytes)?;
         self.bytes_done += bytes.len() as u64;
         let go_on = (self.progress)(LoadProgress {
+            stage: LoadStage::Drawing,
             bytes_done: self.bytes_done,
             bytes_total: self.bytes_total,
         });

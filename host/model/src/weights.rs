@@ -7,7 +7,7 @@
 #![expect(unsafe_code, reason = "the one memory map of weight files")]
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -86,14 +86,36 @@ enum FileBytes {
 pub(crate) struct WeightFile {
     pub(crate) name: String,
     bytes: FileBytes,
+    /// When it was opened; none inside the binary.
+    pub(crate) metadata: Option<Metadata>,
 }
 
 impl WeightFile {
-    fn bytes(&self) -> &[u8] {
+    /// All of it.
+    pub(crate) fn bytes(&self) -> &[u8] {
         match &self.bytes {
             FileBytes::Mapped(map) => map,
             FileBytes::Embedded(bytes) => bytes,
         }
+    }
+
+    /// Lets the system take back the memory of these pages; the next reader gets them from the file again.
+    pub(crate) fn release(&self, span: Range<usize>) {
+        #[cfg(unix)]
+        if let FileBytes::Mapped(map) = &self.bytes {
+            // SAFETY: the map is read-only and backed by its file: dropped pages come back with the same bytes.
+            let advised = unsafe {
+                map.unchecked_advise_range(
+                    memmap2::UncheckedAdvice::DontNeed,
+                    span.start,
+                    span.len(),
+                )
+            };
+            // Advice that is not taken costs memory, nothing else.
+            drop(advised);
+        }
+        #[cfg(not(unix))]
+        drop(span);
     }
 }
 
@@ -143,19 +165,7 @@ impl StoredTensor {
 
     /// Lets the system take back the memory of this tensor's pages; the next reader gets them from the file again.
     pub(crate) fn release(&self) {
-        #[cfg(unix)]
-        if let FileBytes::Mapped(map) = &self.file.bytes {
-            // SAFETY: the map is read-only and backed by its file: dropped pages come back with the same bytes.
-            let advised = unsafe {
-                map.unchecked_advise_range(
-                    memmap2::UncheckedAdvice::DontNeed,
-                    self.span.start,
-                    self.span.len(),
-                )
-            };
-            // Advice that is not taken costs memory, nothing else.
-            drop(advised);
-        }
+        self.file.release(self.span.clone());
     }
 
     /// The values of an i64 tensor, or nothing for other types.
@@ -213,6 +223,7 @@ impl Weights {
         weights.add(WeightFile {
             name: name.to_owned(),
             bytes: FileBytes::Embedded(bytes),
+            metadata: None,
         })?;
         Ok(weights)
     }
@@ -264,6 +275,11 @@ impl Weights {
         for file in &self.files {
             hasher.update(format!("{} {}\n", file.name, file.bytes().len()));
         }
+    }
+
+    /// The files, for who reads every byte of them.
+    pub(crate) fn files(&self) -> &[Arc<WeightFile>] {
+        &self.files
     }
 
     /// The shards an index lists, each tensor where the index says.
@@ -323,8 +339,8 @@ impl Weights {
         }
         };
         let file = File::open(path).map_err(io)?;
-        let bytes = file.metadata().map_err(io)?.len();
-        if bytes == 0 {
+        let metadata = file.metadata().map_err(io)?;
+        if metadata.len() == 0 {
             return Err(ModelError::Truncated {
                 file: shown,
                 have_bytes: 0,
@@ -337,6 +353,7 @@ impl Weights {
         self.add(WeightFile {
             name: name.to_owned(),
             bytes: FileBytes::Mapped(map),
+            metadata: Some(metadata),
         })
     }
 

@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use visor_model::DeviceChoice;
+use visor_model::{DeviceChoice, Quantization};
 
 use crate::eval::Floor;
 
@@ -110,6 +110,9 @@ pub struct Overrides {
     /// auto, cpu, metal or cuda
     #[arg(long, value_name = "D", env = "VISOR_DEVICE")]
     pub device: Option<DeviceChoice>,
+    /// none or int4: what becomes of weights stored as floats
+    #[arg(long, value_name = "Q", env = "VISOR_QUANTIZATION")]
+    pub quantization: Option<Quantization>,
     /// Folder watched for plugins
     #[arg(long, value_name = "DIR", env = "VISOR_PLUGINS")]
     pub plugins: Option<PathBuf>,

@@ -21,7 +21,7 @@ pub use images::{FetchConfig, ImagesConfig};
 pub use plugins::{PluginConfig, PluginLimits, PluginsConfig};
 pub use report::{ConfigError, Issue};
 pub use sandbox::SandboxConfig;
-use visor_model::{Activations, DeviceChoice};
+use visor_model::{Activations, DeviceChoice, Quantization};
 
 /// The embedded copy of `config/visor.toml`: every key, its unit, its default and why.
 pub const DOCUMENTED: &str = include_str!("../../../config/visor.toml");
@@ -209,6 +209,11 @@ pub struct ModelSection {
     /// `int8` or `float`: what INT4 weights are multiplied with on the CPU. Needs a restart.
     #[serde(with = "choice_text")]
     pub activations: Activations,
+    /// `none` or `int4`: what becomes of weights stored as floats. Needs a restart.
+    #[serde(with = "choice_text")]
+    pub quantization: Quantization,
+    /// Folder where quantized weights are kept; empty is `visor/quantized` in the user's cache folder. Needs a restart.
+    pub quantized_folder: PathBuf,
     /// Longest prompt plus answer, in tokens. Needs a restart.
     pub context_tokens: u32,
     /// Name clients use; empty takes the checkpoint's. Needs a restart.
@@ -231,6 +236,8 @@ impl Default for ModelSection {
             path: PathBuf::new(),
             device: DeviceChoice::Auto,
             activations: Activations::Int8,
+            quantization: Quantization::None,
+            quantized_folder: PathBuf::new(),
             context_tokens: 4096,
             served_name: String::new(),
             aliases: Vec::new(),

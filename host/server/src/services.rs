@@ -36,12 +36,15 @@ pub struct ServedModel {
 }
 
 impl ServedModel {
-    /// The facts of a checkpoint under the operator's names.
+    /// A checkpoint under the operator's names; `facts` are of the weights that compute.
     ///
     /// # Errors
     /// A checkpoint without a usable tokenizer.
-    pub fn new(checkpoint: &Checkpoint, config: &ModelSection) -> Result<Self, ModelError> {
-        let facts = checkpoint.facts();
+    pub fn new(
+        checkpoint: &Checkpoint,
+        facts: CheckpointFacts,
+        config: &ModelSection,
+    ) -> Result<Self, ModelError> {
         let model = checkpoint.config();
         let tokenizer = checkpoint.tokenizer()?;
         let positions_max = u32::try_from(model.positions_max).unwrap_or(u32::MAX);

@@ -5,14 +5,19 @@
 //! configuration comes from, now and after every change.
 
 mod house;
+mod load;
 mod reload;
 mod report;
 pub mod shipped;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use visor_engine::CacheStrategy;
-use visor_model::{Checkpoint, ModelError};
+use visor_model::{
+    Checkpoint, CheckpointFacts, ModelError, Quantization, QuantizeOptions, QuantizedCache,
+    quantized_facts,
+};
 use visor_sandbox::{
     CallBudgets, LimitOverrides, Plugin, PluginSet, PluginSettings, Role, RoleLimits,
     SandboxOptions, SettingsFor,
@@ -215,6 +220,45 @@ pub fn open_checkpoint(config: &Config) -> Result<Checkpoint, ModelError> {
     } else {
         Checkpoint::open(path)
     }
+}
+
+/// What a client may be told of the weights: those that compute, which may have to be made first.
+///
+/// # Errors
+/// Why they cannot be made.
+pub fn served_facts(
+    config: &Config,
+    checkpoint: &Checkpoint,
+) -> Result<CheckpointFacts, ModelError> {
+    match config.model.quantization {
+        Quantization::None => Ok(checkpoint.facts()),
+        Quantization::Int4 => quantized_facts(checkpoint, &QuantizeOptions::default()),
+    }
+}
+
+/// Where the INT4 form of a checkpoint is kept, when one is to be served. `cache_folder` is this program's in the user's.
+///
+/// # Errors
+/// When there is no such folder and the configuration names none.
+fn quantized_cache(
+    config: &Config,
+    cache_folder: Option<&Path>,
+) -> anyhow::Result<Option<QuantizedCache>> {
+    if config.model.quantization == Quantization::None {
+        return Ok(None);
+    }
+    let named = Some(&config.model.quantized_folder).filter(|named| !named.as_os_str().is_empty());
+    let folder = match (named, cache_folder) {
+        (Some(named), _) => named.clone(),
+        (None, Some(folder)) => folder.join("quantized"),
+        (None, None) => anyhow::bail!(
+            "no cache folder is known, HOME is not set; name a folder for quantized weights with model.quantized_folder"
+        ),
+    };
+    Ok(Some(QuantizedCache {
+        folder,
+        options: QuantizeOptions::default(),
+    }))
 }
 
 /// What the operator says about one plugin, in the sandbox's terms.

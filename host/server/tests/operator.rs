@@ -4,6 +4,8 @@
 mod commands;
 #[path = "operator/house.rs"]
 mod house;
+#[path = "operator/quantized.rs"]
+mod quantized;
 #[path = "operator/serving.rs"]
 mod serving;
 
@@ -14,7 +16,15 @@ use std::process::{Command, Output};
 fn visor(folder: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_visor"));
     command.args(args).current_dir(folder);
-    for name in ["LISTEN", "MODEL", "DEVICE", "CONFIG", "PLUGINS", "LOG"] {
+    for name in [
+        "LISTEN",
+        "MODEL",
+        "DEVICE",
+        "QUANTIZATION",
+        "CONFIG",
+        "PLUGINS",
+        "LOG",
+    ] {
         command.env_remove(format!("VISOR_{name}"));
     }
     command

@@ -74,7 +74,7 @@ fn the_engine_says_what_the_model_says() {
         model_digest: checkpoint.facts().digest,
         ..EngineOptions::default()
     };
-    let loader = CheckpointLoader::new(Arc::clone(&checkpoint), Activations::Float, |_| ());
+    let loader = CheckpointLoader::new(Arc::clone(&checkpoint), Activations::Float, |_| true);
     let engine = Engine::start(loader, Arc::clone(&tokenizer), &caches, options);
     let device = DeviceKind::Cpu;
     assert_eq!(engine.wait_ready(PATIENCE), EngineState::Ready { device });

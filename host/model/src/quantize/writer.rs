@@ -34,15 +34,7 @@ impl Writer {
         tensors: &[Planned<'_>],
         float_type: ScaleType,
     ) -> Result<Self, ModelError> {
-        let mut header = Header {
-            entries: Map::new(),
-            at: 0,
-        };
-        let metadata = json!({ "format": "mlx" });
-        header.entries.insert("__metadata__".to_owned(), metadata);
-        for planned in tensors {
-            header.add_planned(planned, float_type);
-        }
+        let header = Header::of(tensors, float_type);
         let tensor_bytes = header.at as u64;
         let mut text = Value::Object(header.entries).to_string().into_bytes();
         text.resize(text.len().next_multiple_of(8), b' ');
@@ -78,12 +70,29 @@ impl Writer {
     }
 }
 
+/// Bytes of tensors that a file would hold.
+pub(super) fn tensor_bytes(tensors: &[Planned<'_>], float_type: ScaleType) -> u64 {
+    Header::of(tensors, float_type).at as u64
+}
+
 struct Header {
     entries: Map<String, Value>,
     at: usize,
 }
 
 impl Header {
+    fn of(tensors: &[Planned<'_>], float_type: ScaleType) -> Self {
+        let metadata = json!({ "format": "mlx" });
+        let mut header = Self {
+            entries: Map::from_iter([("__metadata__".to_owned(), metadata)]),
+            at: 0,
+        };
+        for planned in tensors {
+            header.add_planned(planned, float_type);
+        }
+        header
+    }
+
     fn add_planned(&mut self, planned: &Planned<'_>, float_type: ScaleType) {
         let (name, shape) = (planned.name, planned.shape);
         let float = (float_name(float_type), float_type.bytes());

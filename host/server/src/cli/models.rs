@@ -6,12 +6,12 @@ use serde_json::{Map, Value, json};
 
 use super::start::load_config;
 use super::{EXIT_DONE, Failure, ModelsArgs};
-use crate::wiring::open_checkpoint;
+use crate::wiring::{open_checkpoint, served_facts};
 
 pub(super) fn run(args: &ModelsArgs) -> Result<u8, Failure> {
     let (config, _) = load_config(&args.overrides, None)?;
     let checkpoint = open_checkpoint(&config).map_err(Failure::start)?;
-    let facts = checkpoint.facts();
+    let facts = served_facts(&config, &checkpoint).map_err(Failure::start)?;
     let model = checkpoint.config();
     let embedded = config.model.path.as_os_str().is_empty();
     let id = if config.model.served_name.is_empty() {

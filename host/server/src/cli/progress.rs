@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use visor_model::LoadProgress;
+use visor_model::{LoadProgress, LoadStage};
 
 /// Between two log lines when there is no terminal to draw on.
 const LOG_INTERVAL: Duration = Duration::from_secs(5);
@@ -15,55 +15,70 @@ pub(super) fn line(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
-/// How a loading model is shown: a bar on a terminal, else a log line now and then.
+/// How a model's bytes on their way are shown: a bar on a terminal, else a line now and then.
 pub(super) struct Loading {
-    command: Option<&'static str>,
+    /// Lines are for a person, not for the log.
+    command: bool,
     bar: Option<ProgressBar>,
-    logged: Mutex<Instant>,
+    shown: Mutex<Shown>,
+}
+
+struct Shown {
+    stage: Option<LoadStage>,
+    logged: Instant,
 }
 
 impl Loading {
     pub(super) fn new() -> Self {
-        Self::shown("loading model", None)
+        Self::shown(false)
     }
 
-    /// The same for a command that goes through a model's bytes and has no log.
-    pub(super) fn by_command(doing: &'static str) -> Self {
-        Self::shown(doing, Some(doing))
+    /// The same for a command that has no log.
+    pub(super) fn by_command() -> Self {
+        Self::shown(true)
     }
 
-    fn shown(doing: &str, command: Option<&'static str>) -> Self {
-        let template = format!("{doing} {{bar:40}} {{bytes}}/{{total_bytes}} {{eta}}");
+    fn shown(command: bool) -> Self {
         Self {
             command,
-            bar: bar(0, &template),
-            logged: Mutex::new(Instant::now()),
+            bar: bar(0, "{bar:40}"),
+            shown: Mutex::new(Shown {
+                stage: None,
+                logged: Instant::now(),
+            }),
         }
     }
 
-    /// Shows one step; the bar goes away with the last.
+    /// Shows one step; the bar goes away with the last of a stage.
     pub(super) fn step(&self, progress: LoadProgress) {
-        let LoadProgress {
-            bytes_done,
-            bytes_total,
-        } = progress;
+        let Ok(mut shown) = self.shown.lock() else {
+            return;
+        };
+        let stage = progress.stage;
+        let new = shown.stage.replace(stage) != Some(stage);
         if let Some(bar) = &self.bar {
-            bar.set_length(bytes_total);
-            bar.set_position(bytes_done);
-            if bytes_done >= bytes_total {
+            let template = format!("{stage} {{bar:40}} {{bytes}}/{{total_bytes}} {{eta}}");
+            if let Some(style) = ProgressStyle::with_template(&template).ok().filter(|_| new) {
+                bar.reset();
+                bar.set_style(style);
+            }
+            bar.set_length(progress.bytes_total);
+            bar.set_position(progress.bytes_done);
+            if progress.bytes_done >= progress.bytes_total {
                 bar.finish_and_clear();
             }
             return;
         }
-        let Ok(mut logged) = self.logged.lock() else {
-            return;
-        };
-        if logged.elapsed() >= LOG_INTERVAL {
-            *logged = Instant::now();
-            let percent = bytes_done.saturating_mul(100) / bytes_total.max(1);
-            match self.command {
-                Some(doing) => line(&format!("{doing}: {percent} %")),
-                None => tracing::info!(bytes_done, bytes_total, percent, "loading model"),
+        // A model is loaded in an instant as a rule; what takes minutes is said when it begins.
+        let begins = new && stage == LoadStage::Quantizing && !self.command;
+        if begins || shown.logged.elapsed() >= LOG_INTERVAL {
+            shown.logged = Instant::now();
+            let (done, percent) = (progress.bytes_done, progress.percent());
+            if self.command {
+                line(&format!("{stage}: {percent} %"));
+            } else {
+                let total = progress.bytes_total;
+                tracing::info!(bytes_done = done, bytes_total = total, percent, "{stage}");
             }
         }
     }

@@ -63,7 +63,7 @@ pub(super) fn run(args: &QuantizeArgs) -> Result<u8, Failure> {
         embeddings: args.embeddings.into(),
         float_type: args.float_type.into(),
     };
-    let bar = Loading::by_command("quantizing");
+    let bar = Loading::by_command();
     let mut on_progress = |done| {
         bar.step(done);
         !stop.is_cancelled()

@@ -1,5 +1,6 @@
 //! What every command that needs the server's rooms does first: configuration, log, house.
 
+use std::env;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -50,6 +51,9 @@ fn adjust(
     }
     if let Some(device) = overrides.device {
         config.model.device = device;
+    }
+    if let Some(quantization) = overrides.quantization {
+        config.model.quantization = quantization;
     }
     if let Some(folder) = &overrides.plugins {
         config.plugins.folder.clone_from(folder);
@@ -114,6 +118,7 @@ pub(super) fn open_house(
     let loading = Loading::new();
     let options = HouseOptions {
         source,
+        cache_folder: cache_folder(),
         progress: Box::new(move |progress| loading.step(progress)),
     };
     House::open(config, options).map_err(Failure::start)
@@ -124,4 +129,22 @@ pub(super) fn wait_ready(house: &House) -> Result<(), Failure> {
     house
         .wait_ready()
         .map_err(|reason| Failure::start(anyhow::anyhow!("{reason}")))
+}
+
+/// Where programs of this user keep what can be made again; nothing when the environment does not say.
+pub(super) fn cache_folder() -> Option<PathBuf> {
+    let from = |variable: &str| {
+        env::var_os(variable)
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+    };
+    let home = |inside: &str| from("HOME").map(|home| home.join(inside));
+    let found = if cfg!(windows) {
+        from("LOCALAPPDATA")
+    } else if cfg!(target_os = "macos") {
+        home("Library/Caches")
+    } else {
+        from("XDG_CACHE_HOME").or_else(|| home(".cache"))
+    };
+    found.map(|folder| folder.join("visor"))
 }

@@ -201,6 +201,10 @@ fn numbers_that_are_no_numbers_are_refused() {
         mistake("[model]\nactivations = \"int2\"\n").key,
         "model.activations"
     );
+    assert_eq!(
+        mistake("[model]\nquantization = \"int3\"\n").key,
+        "model.quantization"
+    );
 }
 
 #[test]

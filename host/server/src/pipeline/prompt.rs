@@ -218,6 +218,7 @@ mod tests {
 
         let options = crate::wiring::HouseOptions {
             source: None,
+            cache_folder: None,
             progress: Box::new(|_| {}),
         };
         let mut config = crate::config::Config::default();

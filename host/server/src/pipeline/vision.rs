@@ -218,6 +218,7 @@ mod tests {
     fn the_shipped_policy_records_the_reference_transform() {
         let options = crate::wiring::HouseOptions {
             source: None,
+            cache_folder: None,
             progress: Box::new(|_| {}),
         };
         let config = crate::config::Config::default();

@@ -1,5 +1,6 @@
 //! The house: everything one server shares between requests, and how it changes while it runs.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -13,9 +14,11 @@ use visor_model::image::PixelValues;
 use visor_model::{ImageFeatures, KvBlock, LoadProgress};
 use visor_sandbox::{FileError, FolderOptions, PluginFolder, PluginSet, Registry, Sandbox};
 
+use super::load::Load;
 use super::reload::{ConfigSource, ConfigWatcher};
 use super::{
-    Pinned, WiredRoute, Wiring, open_checkpoint, sandbox_options, settings_for, shipped, wire,
+    Pinned, WiredRoute, Wiring, open_checkpoint, quantized_cache, sandbox_options, served_facts,
+    settings_for, shipped, wire,
 };
 use crate::config::change::{Change, keep_restart_keys};
 use crate::config::{CacheConfig, Config, ConfigError};
@@ -32,6 +35,8 @@ const READY_LOOK: Duration = Duration::from_millis(200);
 pub struct HouseOptions {
     /// Watched for changes; none watches nothing, as a command that asks once needs.
     pub source: Option<ConfigSource>,
+    /// Where this program may keep what can be made again; needed by `model.quantization` without a folder of its own.
+    pub cache_folder: Option<PathBuf>,
     /// Told how far the model is loaded, on the engine's thread.
     pub progress: Box<dyn Fn(LoadProgress) + Send>,
 }
@@ -58,6 +63,7 @@ pub struct House {
     aside: AtomicBool,
     pub(super) started: Instant,
     pub(super) reloads: Mutex<ReloadState>,
+    load: Arc<Load>,
     watcher: Mutex<Option<ConfigWatcher>>,
     source: Option<ConfigSource>,
 }
@@ -82,7 +88,8 @@ impl House {
         let started = Instant::now();
         let config = Arc::new(config);
         let checkpoint = Arc::new(open_checkpoint(&config)?);
-        let model = Arc::new(ServedModel::new(&checkpoint, &config.model)?);
+        let facts = served_facts(&config, &checkpoint)?;
+        let model = Arc::new(ServedModel::new(&checkpoint, facts, &config.model)?);
         let caches = Caches::new(cache_bytes(&config.cache));
         let current = Arc::new(Current {
             wiring: ArcSwapOption::empty(),
@@ -95,7 +102,15 @@ impl House {
             Arc::new(Services(Arc::clone(&model))),
         )?;
         let folder = open_folder(&config, &sandbox, &current)?;
-        let loader = CheckpointLoader::new(checkpoint, config.model.activations, options.progress);
+        let load = Arc::new(Load::default());
+        let loader = CheckpointLoader::new(checkpoint, config.model.activations, {
+            let (load, shown) = (Arc::clone(&load), options.progress);
+            move |progress| {
+                shown(progress);
+                load.note(progress)
+            }
+        })
+        .quantized(quantized_cache(&config, options.cache_folder.as_deref())?);
         let engine_options = EngineOptions {
             devices: config.model.device.kinds(),
             queue_requests_max: config.server.queue_requests_max,
@@ -129,6 +144,7 @@ impl House {
             source: options.source.clone(),
             started,
             reloads: Mutex::default(),
+            load,
             watcher: Mutex::default(),
         });
         if let Some(source) = options.source {
@@ -201,7 +217,7 @@ impl House {
         }
         match self.engine.state() {
             EngineState::Ready { .. } => Ok(()),
-            EngineState::Loading => Err("the model is still loading".to_owned()),
+            EngineState::Loading => Err(self.load.told()),
             EngineState::Failed(reason) => Err(format!("the model cannot be used: {reason}")),
             EngineState::Stopped => Err("the engine has stopped".to_owned()),
         }
@@ -257,6 +273,7 @@ impl House {
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         drop(watcher);
+        self.load.stop();
         self.engine.stop(Duration::ZERO);
     }
 

@@ -9,6 +9,7 @@ use visor::wiring::{House, HouseOptions};
 fn open(config: Config) -> Arc<House> {
     let options = HouseOptions {
         source: None,
+        cache_folder: None,
         progress: Box::new(|_| {}),
     };
     House::open(config, options).expect("the defaults open")

@@ -7,15 +7,24 @@ use std::process::{Child, ChildStderr, Command, Stdio};
 use super::visor;
 
 /// A server on a free port, killed when dropped.
-struct Served {
-    child: Child,
+pub(super) struct Served {
+    pub(super) child: Child,
     log: std::io::Lines<BufReader<ChildStderr>>,
-    address: String,
+    /// Lines read so far.
+    seen: Vec<String>,
+    pub(super) address: String,
 }
 
 impl Served {
     fn start(folder: &Path) -> Self {
-        let mut child = visor(folder, &["serve", "--listen", "127.0.0.1:0"])
+        let mut served = Self::listening(visor(folder, &["serve", "--listen", "127.0.0.1:0"]));
+        served.wait_for("ready on cpu");
+        served
+    }
+
+    /// A server whose model may still be loading.
+    pub(super) fn listening(mut command: Command) -> Self {
+        let mut child = command
             .stderr(Stdio::piped())
             .spawn()
             .expect("the binary runs");
@@ -23,25 +32,30 @@ impl Served {
         let mut served = Self {
             child,
             log,
+            seen: Vec::new(),
             address: String::new(),
         };
         let line = served.wait_for("listening on ");
         served.address = line.rsplit(' ').next().expect("an address").to_owned();
-        served.wait_for("ready on cpu");
         served
     }
 
     /// The next line of the log with these words; panics when the log ends first.
-    fn wait_for(&mut self, words: &str) -> String {
-        let mut seen = Vec::new();
+    pub(super) fn wait_for(&mut self, words: &str) -> String {
         for line in self.log.by_ref() {
             let line = line.expect("the log is UTF-8");
+            self.seen.push(line.clone());
             if line.contains(words) {
                 return line;
             }
-            seen.push(line);
         }
-        panic!("the log ended without `{words}`:\n{}", seen.join("\n"));
+        panic!("the log ended without `{words}`:\n{}", self.seen.join("\n"));
+    }
+
+    /// The same, and a line that was read already will do: the engine's thread logs beside the others.
+    pub(super) fn told(&mut self, words: &str) -> String {
+        let seen = self.seen.iter().find(|line| line.contains(words)).cloned();
+        seen.unwrap_or_else(|| self.wait_for(words))
     }
 
     fn stats(&self) -> serde_json::Value {
@@ -51,7 +65,7 @@ impl Served {
     }
 
     #[cfg(unix)]
-    fn interrupt(&self) {
+    pub(super) fn interrupt(&self) {
         let pid = self.child.id().to_string();
         let sent = Command::new("kill")
             .args(["-INT", &pid])

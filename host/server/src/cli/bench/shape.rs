@@ -1,8 +1,7 @@
 //! `visor bench --shape`: what this machine does with a model of a shape, whose weights are drawn at random and kept.
 
-use std::env;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::json;
 use visor_model::bench::{self, BenchOptions, BenchReport, Ceilings};
@@ -12,7 +11,7 @@ use visor_model::{Activations, Checkpoint, DeviceKind, ModelError};
 use super::print_peak;
 use crate::cli::progress::{self, Loading};
 use crate::cli::signals::stop_signal;
-use crate::cli::start::{private_config, start_log};
+use crate::cli::start::{cache_folder, private_config, start_log};
 use crate::cli::{BenchArgs, EXIT_DONE, EXIT_STOPPED, Failure};
 use crate::stats::Memory;
 
@@ -48,7 +47,14 @@ pub(super) fn run(shape: &str, args: &BenchArgs) -> Result<u8, Failure> {
     let shape = Shape::find(shape)?;
     let folder = match &args.shape_folder {
         Some(folder) => folder.clone(),
-        None => cache_folder()?.join("visor").join("bench"),
+        None => match cache_folder() {
+            Some(folder) => folder.join("bench"),
+            None => {
+                let error =
+                    "no cache folder is known, HOME is not set; name a folder with --shape-folder";
+                return Err(Failure::usage(anyhow::anyhow!(error)));
+            }
+        },
     };
     let folder = folder.join(format!("{}-{}", shape.name, shape::digest(&shape.config)));
     let stop = stop_signal()?;
@@ -97,27 +103,6 @@ impl Shape {
     }
 }
 
-/// Where programs of this user keep what can be made again.
-fn cache_folder() -> Result<PathBuf, Failure> {
-    let from = |variable: &str| {
-        env::var_os(variable)
-            .map(PathBuf::from)
-            .filter(|path| path.is_absolute())
-    };
-    let home = |inside: &str| from("HOME").map(|home| home.join(inside));
-    let found = if cfg!(windows) {
-        from("LOCALAPPDATA")
-    } else if cfg!(target_os = "macos") {
-        home("Library/Caches")
-    } else {
-        from("XDG_CACHE_HOME").or_else(|| home(".cache"))
-    };
-    found.ok_or_else(|| {
-        let error = "no cache folder is known, HOME is not set; name a folder with --shape-folder";
-        Failure::usage(anyhow::anyhow!(error))
-    })
-}
-
 /// Makes the checkpoint unless an earlier run did.
 fn made(shape: &Shape, folder: &Path, keep_going: &dyn Fn() -> bool) -> Result<(), ModelError> {
     if folder.exists() {
@@ -129,7 +114,7 @@ fn made(shape: &Shape, folder: &Path, keep_going: &dyn Fn() -> bool) -> Result<(
             });
     }
     progress::line(&format!("making random weights in {}", folder.display()));
-    let bar = Loading::by_command("making weights");
+    let bar = Loading::by_command();
     shape::write_random((&shape.file, &shape.config), folder, &mut |done| {
         bar.step(done);
         keep_going()
