@@ -219,6 +219,21 @@ impl Tower {
         Ok(())
     }
 
+    /// As [`Self::advance`] of one crop as floats, with what its rows are behind every layer given to `seen`.
+    pub(crate) fn forward_layers(
+        &self,
+        crop: &[f32],
+        seen: &mut dyn FnMut(usize, &Tensor) -> Result<(), ModelError>,
+    ) -> Result<Tensor, ModelError> {
+        let mut hidden = self.embed(crop, 1)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            hidden = self.run_layer(layer, &hidden, 1)?;
+            seen(index, &hidden)?;
+        }
+        let hidden = hidden.reshape((1, 1 + PATCHES, self.width))?;
+        Ok(hidden.narrow(1, 1, PATCHES)?.contiguous()?)
+    }
+
     fn run_layer(
         &self,
         layer: &Layer,

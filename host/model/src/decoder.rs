@@ -183,19 +183,46 @@ impl Decoder {
             if !keep_going() {
                 return Err(ModelError::Cancelled);
             }
-            let normed = rms_norm(&hidden.contiguous()?, &layer.input_norm, self.eps)?;
-            let (q, k, v) = self.shape.split(&layer.qkv.forward(&normed)?)?;
-            let rotate = |x: &Tensor| rope(&x.unsqueeze(0)?, &cosines, &sines)?.squeeze(0);
-            let (keys, values) = cache.append_tensors(index, &rotate(&k)?, &v)?;
-            let mixed = self.shape.attend(&rotate(&q)?, &keys, &values)?;
-            hidden = (hidden + layer.output.forward(&mixed)?)?;
-            let normed = rms_norm(&hidden, &layer.post_norm, self.eps)?;
-            hidden = (hidden
-                + layer
-                    .down
-                    .forward(&swiglu(&layer.gate_up.forward(&normed)?)?)?)?;
+            hidden = self.run_layer((index, layer), hidden, cache, (&cosines, &sines))?;
         }
         cache.commit(*count, *regime);
+        Ok(hidden)
+    }
+
+    /// One layer on the positions behind those of the cache, which has room; they are not committed.
+    fn run_layer(
+        &self,
+        (index, layer): (usize, &Layer),
+        hidden: Tensor,
+        cache: &KvCache,
+        (cosines, sines): (&Tensor, &Tensor),
+    ) -> candle_core::Result<Tensor> {
+        let normed = rms_norm(&hidden.contiguous()?, &layer.input_norm, self.eps)?;
+        let (q, k, v) = self.shape.split(&layer.qkv.forward(&normed)?)?;
+        let rotate = |x: &Tensor| rope(&x.unsqueeze(0)?, cosines, sines)?.squeeze(0);
+        let (keys, values) = cache.append_tensors(index, &rotate(&k)?, &v)?;
+        let mixed = self.shape.attend(&rotate(&q)?, &keys, &values)?;
+        let hidden = (hidden + layer.output.forward(&mixed)?)?;
+        let normed = rms_norm(&hidden, &layer.post_norm, self.eps)?;
+        let inner = swiglu(&layer.gate_up.forward(&normed)?)?;
+        hidden + layer.down.forward(&inner)?
+    }
+
+    /// As [`Self::forward`] of a new sequence as floats, with what `x` is behind every layer given to `seen`.
+    pub(crate) fn forward_layers(
+        &self,
+        x: Tensor,
+        mut cache: KvCache,
+        seen: &mut dyn FnMut(usize, &Tensor) -> Result<(), ModelError>,
+    ) -> Result<Tensor, ModelError> {
+        let (count, place) = (x.dim(0)?, (&self.device, self.dtype));
+        cache.reserve_tensors(count, &self.device, self.dtype)?;
+        let (cosines, sines) = self.rope.tables(self.rope.regime(count), 0, count, place)?;
+        let mut hidden = x;
+        for (index, layer) in self.layers.iter().enumerate() {
+            hidden = self.run_layer((index, layer), hidden, &cache, (&cosines, &sines))?;
+            seen(index, &hidden)?;
+        }
         Ok(hidden)
     }
 

@@ -26,8 +26,8 @@ pub struct Phi3V {
     config: ModelConfig,
     kind: DeviceKind,
     dtype: DType,
-    tower: Tower,
-    projector: Projector,
+    pub(crate) tower: Tower,
+    pub(crate) projector: Projector,
     pub(crate) decoder: Decoder,
     pub(crate) kv_pool: Arc<KvPool>,
 }

@@ -5,6 +5,7 @@
 //! of the source, `weight` (u32), `scales` and `biases` for a quantized module, the patch convolution channels-last, and
 //! `quantization` in `config.json`.
 
+mod compare;
 mod content;
 mod kept;
 mod partial;
@@ -25,6 +26,7 @@ use crate::weights::read_file;
 use plan::{Step, plan};
 use writer::write_tensor;
 
+pub use compare::{Comparison, StageError, compare};
 pub use kept::{QuantizedCache, quantized_facts};
 pub(crate) use partial::{MARKER, Partial};
 pub(crate) use plan::{Action, Planned};

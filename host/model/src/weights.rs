@@ -277,6 +277,18 @@ impl Weights {
         }
     }
 
+    /// Lets the system take back the memory of the tensors whose names begin so; tells their bytes.
+    pub(crate) fn release(&self, prefix: &str) -> u64 {
+        let tensors = self.tensors.values();
+        let released = tensors.filter(|tensor| tensor.name.starts_with(prefix));
+        released
+            .map(|tensor| {
+                tensor.release();
+                tensor.bytes().len() as u64
+            })
+            .sum()
+    }
+
     /// The files, for who reads every byte of them.
     pub(crate) fn files(&self) -> &[Arc<WeightFile>] {
         &self.files

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
+use visor_model::quantize::compare;
 use visor_model::{
     Checkpoint, FloatType, ModelError, Precision, QuantizeOptions, QuantizeReport, quantize,
 };
@@ -207,4 +208,43 @@ fn a_weight_that_is_no_number_is_told_with_its_row() {
         "no advice that does not help: {error}"
     );
     assert!(!target.exists() && !folder.path().join("int4.partial").exists());
+}
+
+#[test]
+fn both_checkpoints_are_run_and_compared_layer_by_layer() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, target) = (golden("ckpt_mha"), folder.path().join("int4"));
+    quantized(&source, &target, &EVERYTHING);
+    let mut done = Vec::new();
+    let compared = compare(&source, &target, &mut |progress| {
+        done.push(progress.bytes_done);
+        true
+    })
+    .unwrap();
+    assert!(done.is_sorted() && done.len() > 4, "{done:?}");
+    let stage = |name: &str| {
+        let stages = &compared.stages;
+        let found = stages.iter().find(|stage| stage.stage == name);
+        found.unwrap_or_else(|| panic!("{stages:?}")).relative
+    };
+    for name in [
+        "vision layer 0",
+        "image features",
+        "layer 0",
+        "layer 1",
+        "logits",
+    ] {
+        assert!(
+            (0.001..0.5).contains(&stage(name)),
+            "{name} {}",
+            stage(name)
+        );
+    }
+    assert!(compared.tokens > 48 && compared.same_tokens <= compared.tokens);
+    // What is compared with itself is the same.
+    let same = compare(&source, &source, &mut |_| true).unwrap();
+    assert!(same.stages.iter().all(|stage| stage.relative == 0.0));
+    assert_eq!(same.same_tokens, same.tokens);
+    let stopped = compare(&source, &target, &mut |_| false);
+    assert!(matches!(stopped, Err(ModelError::Cancelled)));
 }

@@ -260,6 +260,9 @@ struct QuantizeArgs {
     /// f16 or bf16: scales, biases, and whatever stays float
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     float_type: quantize::Floats,
+    /// Do not run both checkpoints on a picture and a text, layer by layer
+    #[arg(long)]
+    no_compare: bool,
     /// One JSON document instead of a table
     #[arg(long)]
     json: bool,

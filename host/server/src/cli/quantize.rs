@@ -4,6 +4,7 @@ use std::io::Write;
 
 use clap::ValueEnum;
 use serde_json::json;
+use visor_model::quantize::{Comparison, StageError, compare};
 use visor_model::{FloatType, ModelError, ModuleError, Precision, QuantizeOptions, QuantizeReport};
 
 use super::progress::{self, Loading};
@@ -14,7 +15,8 @@ use super::{EXIT_DONE, EXIT_STOPPED, Failure, QuantizeArgs};
 pub(super) const HELP: &str = "\
 TARGET is what mlx-vlm writes with -q: groups of 64 weights with a scale and a bias, any reader of MLX's affine
 INT4 loads it. The scale and bias of a group are searched for the least squared error; the table tells the
-relative error of every module, and what it had been with MLX's own choice.
+relative error of every module, and what it had been with MLX's own choice. Then a picture and a text run through both
+checkpoints, and the relative error behind every layer is told; its memory does not grow with the model.
 
 TARGET appears when it is whole. Until then it is TARGET.partial, which Ctrl-C removes and the next run replaces.
 
@@ -68,39 +70,89 @@ pub(super) fn run(args: &QuantizeArgs) -> Result<u8, Failure> {
         bar.step(done);
         !stop.is_cancelled()
     };
-    match visor_model::quantize(&args.source, &args.target, &options, &mut on_progress) {
-        Ok(report) => {
-            tell(&report, args)?;
-            Ok(EXIT_DONE)
-        }
+    let report = match visor_model::quantize(&args.source, &args.target, &options, &mut on_progress)
+    {
+        Ok(report) => report,
         Err(ModelError::Cancelled) => {
             progress::line("stopped: nothing was written");
-            Ok(EXIT_STOPPED)
+            return Ok(EXIT_STOPPED);
         }
-        Err(error) => Err(Failure::start(error)),
+        Err(error) => return Err(Failure::start(error)),
+    };
+    let compared = match args.no_compare {
+        true => None,
+        false => match compare(&args.source, &args.target, &mut on_progress) {
+            Ok(compared) => Some(compared),
+            Err(ModelError::Cancelled) => {
+                progress::line("stopped: the checkpoint is written, and not compared");
+                return Ok(EXIT_STOPPED);
+            }
+            Err(error) => return Err(Failure::start(error)),
+        },
+    };
+    if args.json {
+        tell_json(&report, compared.as_ref())?;
+    } else {
+        tell(&report, args)?;
+        compared.iter().try_for_each(tell_compared)?;
     }
+    Ok(EXIT_DONE)
 }
 
+fn tell_json(report: &QuantizeReport, compared: Option<&Comparison>) -> Result<(), Failure> {
+    let module = |module: &ModuleError| {
+        json!({
+            "module": module.module,
+            "shape": [module.rows, module.columns],
+            "relative_error": module.relative,
+            "relative_error_by_ends": module.relative_by_ends,
+        })
+    };
+    let modules: Vec<_> = report.modules.iter().map(module).collect();
+    let compared = compared.map(|compared| {
+        let stage =
+            |stage: &StageError| json!({ "stage": stage.stage, "relative_error": stage.relative });
+        json!({
+            "stages": compared.stages.iter().map(stage).collect::<Vec<_>>(),
+            "same_tokens": compared.same_tokens,
+            "tokens": compared.tokens,
+        })
+    });
+    let document = json!({
+        "source_bytes": report.source_bytes,
+        "bytes": report.bytes,
+        "modules": modules,
+        "compared": compared,
+    });
+    writeln!(std::io::stdout().lock(), "{document}")?;
+    Ok(())
+}
+
+/// What comes out of every stage, beside what the floats give.
+fn tell_compared(compared: &Comparison) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "a picture and a text through both, errors added up:")?;
+    let width = compared.stages.iter().map(|stage| stage.stage.len());
+    let width = width.max().unwrap_or(0);
+    for stage in &compared.stages {
+        writeln!(
+            out,
+            "{:<width$} {:>7.2} %",
+            stage.stage,
+            100.0 * stage.relative
+        )?;
+    }
+    let (same, tokens) = (compared.same_tokens, compared.tokens);
+    writeln!(
+        out,
+        "{same} of {tokens} most likely next tokens are the same"
+    )?;
+    Ok(())
+}
+
+/// The modules, as they are stored.
 fn tell(report: &QuantizeReport, args: &QuantizeArgs) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
-    if args.json {
-        let module = |module: &ModuleError| {
-            json!({
-                "module": module.module,
-                "shape": [module.rows, module.columns],
-                "relative_error": module.relative,
-                "relative_error_by_ends": module.relative_by_ends,
-            })
-        };
-        let modules: Vec<_> = report.modules.iter().map(module).collect();
-        let document = json!({
-            "source_bytes": report.source_bytes,
-            "bytes": report.bytes,
-            "modules": modules,
-        });
-        writeln!(out, "{document}")?;
-        return Ok(());
-    }
     let width = report.modules.iter().map(|module| module.module.len());
     let width = width.max().unwrap_or(0);
     writeln!(

@@ -226,6 +226,10 @@ fn a_float_checkpoint_is_quantized_and_serves() {
         "{table}"
     );
     assert!(table.contains("int4: "), "{table}");
+    assert!(
+        table.contains("vision layer 0") && table.contains("most likely next tokens"),
+        "{table}"
+    );
     let out = run(folder.path(), &["models", "--json", "--model", "int4"]);
     assert_eq!(json(&out.stdout)["quantization"], "int4 group 64");
     let out = run(folder.path(), &["quantize", &source, "int4"]);
