@@ -55,7 +55,13 @@ fn once_there_is_a_key_every_request_needs_one() {
         );
         assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
         assert!(answer.header("x-request-id").is_some());
-        for path in ["/v1/models", "/stats", "/metrics", "/nowhere"] {
+        for path in [
+            "/v1/models",
+            "/stats",
+            "/metrics",
+            "/openapi.json",
+            "/nowhere",
+        ] {
             send(&server, "GET", path, wrong).error(401);
         }
     }
@@ -64,6 +70,11 @@ fn once_there_is_a_key_every_request_needs_one() {
         ("x-api-key", "secret-of-alice"),
     ] {
         ask(&server, &[right]).ok();
+        let document = send(&server, "GET", "/openapi.json", &[right]).ok();
+        assert!(
+            document["security"].is_array(),
+            "it tells that a key is needed"
+        );
         for path in ["/v1/models", "/stats", "/metrics"] {
             assert_eq!(send(&server, "GET", path, &[right]).status, 200, "{path}");
         }

@@ -15,6 +15,7 @@ mod admin;
 mod chat;
 mod client;
 mod demo;
+mod described;
 mod dialects;
 mod errors;
 mod eval;

@@ -9,6 +9,7 @@ pub mod error;
 pub mod form;
 pub mod gate;
 pub mod keys;
+mod openapi;
 pub mod paths;
 mod patience;
 pub mod routes;

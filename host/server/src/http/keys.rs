@@ -88,6 +88,12 @@ impl KeyRing {
         }
     }
 
+    /// Whether everybody may ask.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
     /// The key that a request shows; none when the server has no keys and everybody may ask.
     ///
     /// # Errors

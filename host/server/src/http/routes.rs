@@ -1,4 +1,4 @@
-//! From a path to who serves it: four native pages, and the adapters below their prefixes.
+//! From a path to who serves it: five native pages, and the adapters below their prefixes.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use visor_sandbox::ErrorCode;
 use super::body::{self, Held};
 use super::gate::{Gate, Permit};
 use super::keys::{Key, SECRET_HEADERS};
-use super::{cors, error, paths, trace};
+use super::{cors, error, openapi, paths, trace};
 use crate::pipeline::{self, Call, CancelOnDrop, Failure, Incoming, Reply, ReplyReceiver};
 use crate::wiring::{House, Pinned};
 
@@ -46,6 +46,7 @@ pub fn router(house: Arc<House>, gate: Arc<Gate>) -> Router {
         .route("/ready", get(ready))
         .route("/stats", get(stats))
         .route("/metrics", get(metrics))
+        .route("/openapi.json", get(described))
         .fallback(exchange)
         .layer(middleware::from_fn_with_state(http.clone(), pages))
         .with_state(http)
@@ -116,6 +117,19 @@ async fn metrics(State(http): State<Http>, headers: HeaderMap) -> Response<Body>
         .headers_mut()
         .insert(header::CONTENT_TYPE, content_type);
     response
+}
+
+/// What is mounted, for clients that read it. It names plugins, so strangers do not get it once there is
+/// a key.
+async fn described(State(http): State<Http>, headers: HeaderMap) -> Response<Body> {
+    let wiring = http.house.wiring();
+    match wiring.keys.find(&headers) {
+        Ok(_) => json(
+            StatusCode::OK,
+            &openapi::document(&wiring, &http.house.model),
+        ),
+        Err(failure) => whole(error::fallback_response(&failure)),
+    }
 }
 
 /// Whether a caller may see what is counted.
