@@ -55,6 +55,7 @@ fn once_there_is_a_key_every_request_needs_one() {
         );
         assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
         assert!(answer.header("x-request-id").is_some());
+        assert_eq!(answer.header("x-visor-plugins"), None, "for strangers");
         for path in [
             "/v1/models",
             "/stats",
@@ -69,7 +70,9 @@ fn once_there_is_a_key_every_request_needs_one() {
         ("authorization", "Bearer secret-of-alice"),
         ("x-api-key", "secret-of-alice"),
     ] {
-        ask(&server, &[right]).ok();
+        let answer = ask(&server, &[right]);
+        assert!(answer.header("x-visor-plugins").is_some());
+        answer.ok();
         let document = send(&server, "GET", "/openapi.json", &[right]).ok();
         assert!(
             document["security"].is_array(),

@@ -160,18 +160,19 @@ async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<
         Some(pinned) => {
             let plugins = pipeline::plugins_header(&pinned);
             let mut incoming = incoming(&head, &pinned, id.clone(), accepted);
-            let mut response = match pinned.keys.find(&head.headers) {
+            match pinned.keys.find(&head.headers) {
                 Ok(key) => {
                     incoming.principal = key.as_ref().map(|key| key.name.clone());
-                    serve(&http, pinned, (incoming, key), body).await
+                    let mut response = serve(&http, pinned, (incoming, key), body).await;
+                    body::add_header(&mut response, "x-visor-plugins", &plugins);
+                    response
                 }
+                // What runs here is nothing that strangers are told.
                 Err(failure) => {
                     discard(&pinned, body).await;
                     refuse(&http, pinned, incoming, failure).await
                 }
-            };
-            body::add_header(&mut response, "x-visor-plugins", &plugins);
-            response
+            }
         }
         None => {
             let message = format!("no route serves {}", head.uri.path());
