@@ -1,6 +1,7 @@
 """A server for a class of tests: the real binary on a free port, ended by Ctrl-C."""
 
 import base64
+import json
 import pathlib
 import signal
 import socket
@@ -14,6 +15,8 @@ import urllib.request
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PHOTOS = ROOT / "tests" / "photos"
 QUESTION = "What do you see in this image?"
+# Bans the tokens that end an answer of the demo, so that there is something left to abort.
+ENDLESS = {"2": -100, "1307": -100, "1314": -100}
 
 
 def free_port():
@@ -29,12 +32,15 @@ def photo(name):
 
 class Served(unittest.TestCase):
     binary = None
+    # What differs from the shipped configuration.
+    config = ""
 
     @classmethod
     def setUpClass(cls):
         cls.folder = tempfile.TemporaryDirectory()
         cls.port = free_port()
         cls.base = f"http://127.0.0.1:{cls.port}"
+        (pathlib.Path(cls.folder.name) / "visor.toml").write_text(cls.config)
         cls.log = open(pathlib.Path(cls.folder.name) / "log", "w+")
         cls.server = subprocess.Popen(
             [Served.binary, "serve", "--listen", f"127.0.0.1:{cls.port}"],
@@ -60,6 +66,17 @@ class Served(unittest.TestCase):
         cls.log.close()
         cls.folder.cleanup()
         assert code == 0, f"the server ended with {code} after Ctrl-C"
+
+    def aborts(self):
+        """How many answers the server stopped because nobody was left to read them."""
+        with urllib.request.urlopen(self.base + "/stats") as reply:
+            return json.load(reply)["engine"]["aborted"]
+
+    def wait_aborted(self, before):
+        deadline = time.monotonic() + 20
+        while self.aborts() == before:
+            self.assertLess(time.monotonic(), deadline, "the abort was not noticed")
+            time.sleep(0.05)
 
 
 def main():

@@ -8,12 +8,10 @@ served demo model answers is the evaluation suite's business (tests/suite).
 import json
 import pathlib
 import subprocess
-import time
-import urllib.request
 
 import openai
 
-from served import QUESTION, Served, main, photo
+from served import ENDLESS, QUESTION, Served, main, photo
 
 
 def data_uri(name, mime):
@@ -188,17 +186,11 @@ class OpenAIClient(Served):
         self.assertEqual(bad.exception.body["code"], "context_length_exceeded")
 
     def test_a_closed_stream_is_counted_as_an_abort(self):
-        def aborts():
-            with urllib.request.urlopen(self.base + "/stats") as reply:
-                return json.load(reply)["engine"]["aborted"]
-        before = aborts()
-        stream = self.create([{"role": "user", "content": "Go on and on"}], max_tokens=3000, stream=True)
+        before = self.aborts()
+        stream = self.create([{"role": "user", "content": "Go on and on"}], max_tokens=3000, logit_bias=ENDLESS, stream=True)
         next(iter(stream))
         stream.close()
-        deadline = time.monotonic() + 20
-        while aborts() == before:
-            self.assertLess(time.monotonic(), deadline, "the abort was not noticed")
-            time.sleep(0.05)
+        self.wait_aborted(before)
 
     def test_curl(self):
         body = pathlib.Path(self.folder.name) / "body.json"

@@ -149,7 +149,7 @@ pub(super) fn check_least(
         return Ok(());
     }
     let message = format!(
-        "the prompt is at least {least} tokens ({image_tokens} of images, {text_tokens} of text); \
+        "the prompt is too long: at least {least} tokens ({image_tokens} of images, {text_tokens} of text); \
          {tokens_max} fit beside one token of answer"
     );
     Err(Failure::new(ErrorCode::ContextOverflow, message).at("messages"))
@@ -168,12 +168,13 @@ pub(super) fn output_tokens(
     let prompt_tokens = u32::try_from(prompt.ids.len()).unwrap_or(u32::MAX);
     let text_tokens = prompt_tokens.saturating_sub(prompt.image_tokens);
     let sizes = format!(
-        "the prompt is {prompt_tokens} tokens ({} of images, {text_tokens} of text)",
+        "it is {prompt_tokens} tokens ({} of images, {text_tokens} of text)",
         prompt.image_tokens
     );
     let prompt_max = prompt_tokens_max(config, model);
     if prompt_tokens > prompt_max {
-        let message = format!("{sizes}; {prompt_max} fit beside one token of answer");
+        let message =
+            format!("the prompt is too long: {sizes}; {prompt_max} fit beside one token of answer");
         return Err(Failure::new(ErrorCode::ContextOverflow, message).at("messages"));
     }
     let room = model.context_tokens - prompt_tokens;
@@ -185,7 +186,8 @@ pub(super) fn output_tokens(
     if granted > room {
         let context = model.context_tokens;
         let message = format!(
-            "{sizes} and {wanted} tokens of answer were asked for; the context holds {context} together"
+            "this model's maximum context length is {context} tokens, prompt and answer together; the prompt, \
+             {sizes}, and {wanted} tokens of answer were asked for"
         );
         return Err(Failure::new(ErrorCode::ContextOverflow, message).at("max_tokens"));
     }

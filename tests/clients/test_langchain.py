@@ -1,0 +1,64 @@
+"""The real `langchain-openai` client against the real binary.
+
+Run:  python3 tests/clients/test_langchain.py PATH/TO/visor
+"""
+
+import openai
+from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_openai import ChatOpenAI
+
+from served import ENDLESS, QUESTION, Served, main, photo
+
+
+class LangChainClient(Served):
+    def chat(self, **more):
+        more = {"model": "visor-demo", "max_tokens": 12, "temperature": 0, **more}
+        return ChatOpenAI(base_url=self.base + "/v1", api_key="unused", max_retries=0, timeout=120, **more)
+
+    def picture(self):
+        image = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + photo("cat.jpg")}}
+        return HumanMessage([{"type": "text", "text": QUESTION}, image])
+
+    def test_a_text(self):
+        reply = self.chat().invoke([SystemMessage("Be brief."), HumanMessage("Hello")])
+        self.assertTrue(reply.content)
+        self.assertIn(reply.response_metadata["finish_reason"], ["stop", "length"])
+        self.assertGreater(reply.usage_metadata["input_tokens"], 0)
+
+    def test_a_picture_streaming_and_not(self):
+        whole = self.chat().invoke([self.picture()])
+        self.assertGreater(whole.usage_metadata["input_tokens"], 313)
+        pieces = list(self.chat(stream_usage=True).stream([self.picture()]))
+        self.assertEqual("".join(piece.content for piece in pieces), whole.content)
+        total = pieces[0]
+        for piece in pieces[1:]:
+            total += piece
+        self.assertEqual(total.usage_metadata["total_tokens"], whole.usage_metadata["total_tokens"])
+
+    def test_its_own_words_for_a_picture(self):
+        image = {"type": "image", "base64": photo("cat.jpg"), "mime_type": "image/jpeg"}
+        standard = HumanMessage([{"type": "text", "text": QUESTION}, image])
+        self.assertEqual(self.chat().invoke([standard]).content, self.chat().invoke([self.picture()]).content)
+
+    def test_responses_say_the_same(self):
+        whole = self.chat().invoke([self.picture()])
+        other = self.chat(use_responses_api=True).invoke([self.picture()])
+        self.assertEqual(other.text, whole.text)
+
+    def test_errors_are_typed(self):
+        with self.assertRaises(openai.NotFoundError):
+            self.chat(model="no-such-model").invoke("hi")
+        with self.assertRaises(openai.BadRequestError) as bad:
+            self.chat(temperature=9).invoke("hi")
+        self.assertEqual(bad.exception.body["param"], "temperature")
+
+    def test_a_closed_stream_is_counted_as_an_abort(self):
+        before = self.aborts()
+        stream = self.chat(max_tokens=3000, logit_bias=ENDLESS).stream("Go on and on")
+        next(stream)
+        stream.close()
+        self.wait_aborted(before)
+
+
+if __name__ == "__main__":
+    main()
