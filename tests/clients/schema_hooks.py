@@ -1,0 +1,73 @@
+"""What the schema says in words only, said to schemathesis in Python: what a picture is, which token
+ids there are, and which combinations of fields are refused, or not looked at, although the schema has no words for it."""
+
+import base64
+import io
+
+import schemathesis
+from hypothesis import strategies
+from PIL import Image
+
+
+def picture(kind, size):
+    out = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 30)).save(out, kind)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+PICTURES = [picture(kind, size) for kind in ("PNG", "JPEG", "WEBP") for size in ((8, 8), (40, 24))]
+BASE64 = strategies.sampled_from(PICTURES)
+
+schemathesis.openapi.format("picture-base64", BASE64)
+schemathesis.openapi.format("picture-url", BASE64.map(lambda data: f"data:image/png;base64,{data}"))
+schemathesis.openapi.format("token-id", strategies.integers(0, 500).map(str))
+
+
+
+
+def whole(value):
+    """JSON Schema counts 1.0 among the integers, the adapters do not."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+        return int(value)
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    return value
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    if not isinstance(case.body, dict):
+        return
+    body = case.body = whole(case.body)
+    path = case.operation.path
+    # Alternatives to a token are told only with the token.
+    top = body.get("top_logprobs")
+    if path.endswith("/chat/completions") and isinstance(top, int) and top > 0 and body.get("logprobs") in (None, False):
+        body["logprobs"] = True
+    crops = body.get("num_crops")
+    if path.endswith("/chat/completions") and isinstance(crops, int) and 16 < crops < 2**64:
+        body["num_crops"] = 16
+    # The last message is the user's.
+    messages = body.get("messages")
+    if path.startswith("/v1/messages") and isinstance(messages, list) and messages:
+        last = messages[-1]
+        if isinstance(last, dict) and last.get("role") == "assistant":
+            messages.append({"role": "user", "content": "Go on."})
+    # Without a question, Ollama's dialect asks whether the model is there, and nothing else is looked at.
+    if path == "/api/chat" and messages in (None, []):
+        body["messages"] = [{"role": "user", "content": "Hello"}]
+    if path == "/api/generate" and body.get("prompt") in (None, "") and body.get("images") in (None, []):
+        body["prompt"] = "Hello"
+    # A raw prompt has no system prompt beside it, and none is looked at.
+    if path == "/api/generate" and body.get("raw") is True and not isinstance(body.get("system"), (str, type(None))):
+        body["raw"] = False
+
+
+@schemathesis.hook
+def after_call(context, case, response):
+    """No schema can say how many tokens a prompt is: one that is too long counts as too large, not as bad."""
+    words = ("fit beside one token", "is too long", "maximum context length", "are left")
+    if response.status_code == 400 and any(word in response.text for word in words):
+        response.status_code = 413
