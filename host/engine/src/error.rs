@@ -21,6 +21,16 @@ pub enum EngineError {
     /// The model refuses this prompt or these pictures; another request may do.
     #[error("the model refuses the request")]
     Refused(#[source] ModelError),
+    /// Its keys and values do not fit, even with everything else out of the way.
+    #[error(
+        "{tokens} tokens need more keys and values than there is room for: {kv_tokens_max} tokens"
+    )]
+    KvFull {
+        /// Positions of the request so far.
+        tokens: u32,
+        /// Positions that all KV blocks hold.
+        kv_tokens_max: u64,
+    },
     /// The caller can come back later.
     #[error("{queue_requests_max} requests are waiting for the model already")]
     QueueFull {

@@ -18,12 +18,19 @@ pub(crate) enum Trouble {
     Broken(Box<dyn std::error::Error + Send + Sync>),
     /// The model panicked; otherwise as `Broken`.
     Panicked(String),
+    /// What is done to a step's answer panicked, such as the drawing of a token: nothing is wrong with the device.
+    Spoiled(String),
 }
 
 /// The model panicked; the message went to the panic hook, too.
 #[derive(Debug, thiserror::Error)]
 #[error("the model panicked: {0}")]
 pub(crate) struct Panicked(pub(crate) String);
+
+/// As [`Panicked`], of one sequence's own work behind a step.
+#[derive(Debug, thiserror::Error)]
+#[error("the answer's text could not be made: {0}")]
+pub(crate) struct Spoiled(pub(crate) String);
 
 impl From<ModelError> for Trouble {
     fn from(error: ModelError) -> Self {
@@ -44,6 +51,7 @@ impl Trouble {
         match self {
             Self::Cancelled => Box::new(ModelError::Cancelled),
             Self::Full => Box::new(ModelError::KvFull { blocks_max: 0 }),
+            Self::Spoiled(message) => Box::new(Spoiled(message)),
             Self::Refused(error) => Box::new(error),
             Self::Broken(error) => error,
             Self::Panicked(message) => Box::new(Panicked(message)),
@@ -58,6 +66,13 @@ pub(crate) fn guarded<T>(call: impl FnOnce() -> Result<T, ModelError>) -> Result
         Ok(result) => result.map_err(Trouble::from),
         Err(panic) => Err(Trouble::Panicked(message(panic.as_ref()))),
     }
+}
+
+/// Runs what a sequence does with its part of a step's answer. It is the request's own: a panic ends that request, and the sequence
+/// is not used again.
+pub(crate) fn alone<T>(work: impl FnOnce() -> Result<T, Trouble>) -> Result<T, Trouble> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|panic| Err(Trouble::Spoiled(message(panic.as_ref()))))
 }
 
 /// Frees what may lie on a broken device, and may panic going.

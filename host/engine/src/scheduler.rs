@@ -89,6 +89,8 @@ pub(crate) struct Scheduler<L: ModelLoader> {
     admitted: u64,
     /// There were no KV blocks for the first that waits; there will be none before a sequence leaves.
     is_full: bool,
+    /// Whether a sequence that has to run alone ran in the last step: the others are next.
+    ran_alone: bool,
     is_orphaned: bool,
 }
 
@@ -112,6 +114,7 @@ impl<L: ModelLoader> Scheduler<L> {
             running: Vec::new(),
             admitted: 0,
             is_full: false,
+            ran_alone: false,
             is_orphaned: false,
         }
     }
@@ -234,7 +237,10 @@ impl<L: ModelLoader> Scheduler<L> {
         let Some(model) = &self.model else {
             return Err(Trouble::Cancelled);
         };
-        sequence.start(&mut self.stores.bench(model))
+        let size = model.kv().block_positions.max(1);
+        let growth = self.running.iter().map(|other| other.growth_blocks(size));
+        let growth = growth.sum();
+        sequence.start(&mut self.stores.bench(model), growth)
     }
 
     /// Does what needs KV blocks, giving up cached ones until it succeeds or there are none left.
@@ -336,17 +342,24 @@ impl<L: ModelLoader> Scheduler<L> {
     }
 
     /// Which sequences take part in a step, by their order, and with how many positions.
-    fn plan(&self) -> Vec<(u64, usize)> {
+    fn plan(&mut self) -> Vec<(u64, usize)> {
         let ready = self
             .running
             .iter()
             .filter(|sequence| sequence.pending() > 0);
-        let ready: Vec<_> = ready.collect();
-        if let Some(suspect) = ready.iter().find(|sequence| sequence.is_suspect) {
-            let positions = suspect.pending().min(self.slices.chunk_tokens);
-            return vec![(suspect.order, positions)];
-        }
-        let decoding = ready.iter().filter(|sequence| sequence.is_decoding());
+        // Whoever has to run alone takes turns with all others: these have streams that wait.
+        let (suspects, ready): (Vec<_>, Vec<_>) = ready.partition(|sequence| sequence.is_suspect);
+        self.ran_alone = !suspects.is_empty() && (ready.is_empty() || !self.ran_alone);
+        let ready = if self.ran_alone {
+            suspects.into_iter().take(1).collect()
+        } else {
+            ready
+        };
+        // The others wait for this step, whether they take part in it or not.
+        let decoding = self
+            .running
+            .iter()
+            .filter(|sequence| sequence.is_decoding());
         let decoding = decoding.count();
         let sees = self.running.iter().any(Sequence::needs_vision);
         let mut budget = self.slices.chunk_tokens;
@@ -436,7 +449,7 @@ impl<L: ModelLoader> Scheduler<L> {
             };
             let mut bench = self.stores.bench(model);
             let tokens_before = sequence.usage().completion_tokens;
-            let progress = sequence.take(logits, &mut bench);
+            let progress = guard::alone(|| sequence.take(logits, &mut bench));
             let tokens = sequence.usage().completion_tokens - tokens_before;
             if let Ok(Progress::Done(..)) = &progress {
                 sequence.share(&mut bench, true);
@@ -452,7 +465,7 @@ impl<L: ModelLoader> Scheduler<L> {
         // each runs again alone.
         let (refused, mut broken): (Vec<_>, Vec<_>) = failed
             .into_iter()
-            .partition(|(_, trouble)| matches!(trouble, Trouble::Refused(_)));
+            .partition(|(_, trouble)| matches!(trouble, Trouble::Refused(_) | Trouble::Spoiled(_)));
         for (sequence, trouble) in refused {
             self.troubled(vec![sequence], trouble);
         }

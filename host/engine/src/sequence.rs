@@ -18,6 +18,8 @@ use crate::sampler::{Sampled, Sampler};
 
 /// KV blocks, beside those for what it has, that a sequence needs to go on with.
 pub(crate) const HEADROOM_BLOCKS: usize = 2;
+/// Of what it has, the part that one has to be able to grow by that ran before: what it computes again is to pay.
+const HEADROOM_SHARE: usize = 8;
 
 /// What is being computed.
 enum Phase<M: Model> {
@@ -174,11 +176,29 @@ impl<M: Model> Sequence<M> {
         self.chain = None;
     }
 
+    /// KV blocks of `size` positions that it will take before long, beside those for what it has.
+    pub(crate) fn growth_blocks(&self, size: usize) -> usize {
+        let left = self.request.tokens_max as usize - self.tokens.len();
+        let share = if self.tokens.is_empty() {
+            0
+        } else {
+            self.len() / HEADROOM_SHARE
+        };
+        let growth = left.min(share.max(HEADROOM_BLOCKS * size));
+        (self.len() + growth).div_ceil(size) - self.len().div_ceil(size)
+    }
+
     /// Takes KV blocks for all that is known of it, those of equal beginnings among them; the first time its client is told.
+    /// There have to be as many as it will take before long, too, and `others_growth`: whoever comes in to lose its blocks again a
+    /// few tokens later computes in vain.
     ///
     /// # Errors
     /// [`Trouble::Full`] when there are not as many; it is idle then.
-    pub(crate) fn start(&mut self, bench: &mut Bench<'_, M>) -> Result<(), Trouble> {
+    pub(crate) fn start(
+        &mut self,
+        bench: &mut Bench<'_, M>,
+        others_growth: usize,
+    ) -> Result<(), Trouble> {
         let model = bench.model;
         let image_tokens: Vec<u32> = self
             .request
@@ -190,19 +210,10 @@ impl<M: Model> Sequence<M> {
         let found = bench
             .prefixes
             .find(&chain, &self.request.cache, (0, self.len() - 1));
-        // One that had to give up its blocks comes back when it can go on for a while.
         let size = model.kv().block_positions.max(1);
-        let headroom = if self.tokens.is_empty() {
-            0
-        } else {
-            HEADROOM_BLOCKS * size
-        };
         let shared = found.as_ref().map_or(0, |found| found.whole_blocks(size));
-        bench.make_room(
-            (self.len() + headroom)
-                .div_ceil(size)
-                .saturating_sub(shared),
-        )?;
+        let own = self.len().div_ceil(size).saturating_sub(shared) + self.growth_blocks(size);
+        bench.make_room(own + others_growth)?;
         let state = guarded(|| {
             let mut state = model.begin(&self.request.prompt, &image_tokens)?;
             for token in &self.tokens {
@@ -211,7 +222,7 @@ impl<M: Model> Sequence<M> {
             if let Some(found) = &found {
                 model.adopt(&mut state, &found.blocks, found.positions)?;
             }
-            model.reserve(&mut state, self.len() + headroom)?;
+            model.reserve(&mut state, self.len())?;
             Ok(state)
         })?;
         bench

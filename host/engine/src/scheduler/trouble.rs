@@ -2,6 +2,7 @@
 
 use crate::error::EngineError;
 use crate::guard::{Trouble, freed};
+use crate::job::count;
 use crate::model::{Model, ModelLoader};
 use crate::sequence::Sequence;
 use crate::slot::chain;
@@ -26,11 +27,30 @@ impl<L: ModelLoader> Scheduler<L> {
         };
         match trouble {
             Trouble::Refused(error) => self.fail(sequence, EngineError::Refused(error)),
+            // Nobody is left to give up blocks, and the device is as good as before.
+            Trouble::Full => {
+                let error = self.kv_full(&sequence);
+                tracing::warn!(%error, "a request does not fit");
+                self.fail(sequence, error);
+            }
+            Trouble::Spoiled(_) => {
+                let error = trouble.into_error();
+                tracing::error!(error = chain(&*error), "a request failed");
+                self.fail(sequence, EngineError::Forward(error));
+            }
             trouble => {
                 let error = trouble.into_error();
                 tracing::error!(error = chain(&*error), "forward pass failed");
                 self.broken(sequence, error);
             }
+        }
+    }
+
+    fn kv_full(&self, sequence: &Sequence<L::Model>) -> EngineError {
+        let kv = self.model.as_ref().map(Model::kv).unwrap_or_default();
+        EngineError::KvFull {
+            tokens: count(sequence.len()),
+            kv_tokens_max: (kv.blocks_max as u64).saturating_mul(kv.block_positions as u64),
         }
     }
 

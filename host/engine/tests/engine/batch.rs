@@ -1,9 +1,14 @@
 //! Several sequences at once: nobody notices the others, but for the time.
 
-use std::sync::atomic::Ordering;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use visor_engine::{EngineError, EngineOptions, Event, Finish, GenerateRequest, Sampling};
+use visor_engine::{
+    EngineError, EngineOptions, EngineState, Event, Finish, GenerateRequest, Sampling,
+};
+use visor_model::DeviceKind;
 
 use crate::scripted::*;
 
@@ -136,6 +141,10 @@ fn when_blocks_run_out_the_last_one_waits_and_loses_nothing() {
     }
     let stats = engine.stats();
     assert!(stats.preempted > 0, "{stats:?}");
+    assert!(
+        stats.preempted <= 3,
+        "who comes back finds room to go on: {stats:?}"
+    );
     assert_eq!(stats.kv_blocks_max, 23);
     assert_eq!((stats.finished, stats.failed), (3, 0));
     assert_eq!(script.blocks_used.load(Ordering::Relaxed), 0);
@@ -186,4 +195,70 @@ fn the_one_that_cannot_be_computed_fails_alone() {
         assert_eq!((stats.finished, stats.failed), (3, 1), "{how:?}");
         assert_eq!(script.blocks_used.load(Ordering::Relaxed), 0, "{how:?}");
     }
+}
+
+#[test]
+fn who_does_not_fit_at_all_fails_alone_and_the_device_is_kept() {
+    let script = Script::new(Answer::Hashed(600)).on(|_, call| match call {
+        Call::Advance { from, positions } if (*from..from + positions).contains(&41) => Reply::Full,
+        _ => Reply::Go,
+    });
+    let mut options = together(2);
+    options.devices = vec![DeviceKind::Metal, DeviceKind::Cpu];
+    let engine = start_with(&script, options);
+    engine.wait_ready(PATIENCE);
+    let events = [40, 20].map(|length| engine.submit(asking(length, 12)).unwrap());
+    let [large, small] = events.each_ref().map(hear);
+    let EngineError::KvFull {
+        tokens: 42,
+        kv_tokens_max,
+    } = large.error()
+    else {
+        panic!("{large:?}");
+    };
+    assert!(*kv_tokens_max >= 4096, "{kv_tokens_max}");
+    assert_eq!(small.usage().completion_tokens, 12);
+    let stats = engine.stats();
+    assert_eq!((stats.failed, stats.device_fallbacks), (1, 0));
+    let metal = DeviceKind::Metal;
+    assert_eq!(engine.state(), EngineState::Ready { device: metal });
+}
+
+#[test]
+fn who_has_to_run_alone_takes_turns_with_the_others() {
+    let (failed, hear_failed) = channel::<()>();
+    let (go_on, wait) = channel::<()>();
+    let (failed, wait) = (Mutex::new(failed), Mutex::new(wait));
+    let first = AtomicBool::new(true);
+    let script = Script::new(Answer::Hashed(600)).on(move |_, call| match call {
+        // The long prompt's second chunk, beside the first token of the short one.
+        Call::Advance { from: 24, .. } if first.swap(false, Ordering::Relaxed) => {
+            failed.lock().unwrap().send(()).unwrap();
+            wait.lock().unwrap().recv().unwrap();
+            Reply::Fail
+        }
+        _ => Reply::Go,
+    });
+    let engine = start_with(&script, together(3));
+    engine.wait_ready(PATIENCE);
+    let suspects = [40, 400].map(|length| engine.submit(asking(length, 30)).unwrap());
+    hear_failed.recv_timeout(PATIENCE).unwrap();
+    let newcomer = engine.submit(asking(5, 30)).unwrap();
+    let before = script.calls.lock().unwrap().len();
+    go_on.send(()).unwrap();
+    for events in suspects.iter().chain([&newcomer]) {
+        assert_eq!(hear(events).usage().completion_tokens, 30);
+    }
+    let calls = script.calls.lock().unwrap();
+    let positions: Vec<usize> = calls[before..]
+        .iter()
+        .filter_map(|(_, call)| match call {
+            Call::Advance { positions, .. } => Some(*positions),
+            _ => None,
+        })
+        .collect();
+    let long = positions.iter().filter(|positions| **positions > 32);
+    assert!(long.count() > 6, "{positions:?}");
+    let in_a_row = |pair: &[usize]| pair.iter().all(|positions| *positions > 32);
+    assert!(!positions.windows(2).any(in_a_row), "{positions:?}");
 }

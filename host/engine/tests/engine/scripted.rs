@@ -44,6 +44,8 @@ pub(crate) enum Call {
 pub(crate) enum Reply {
     Go,
     Fail,
+    /// No KV block is left.
+    Full,
     Panic,
     /// Logits that are not numbers.
     Nan,
@@ -104,6 +106,7 @@ impl Script {
             Reply::Fail => Err(ModelError::Forward(candle_core::Error::Msg(
                 "scripted".into(),
             ))),
+            Reply::Full => Err(ModelError::KvFull { blocks_max: 0 }),
             Reply::Panic => panic!("scripted panic at {call:?}"),
             reply => Ok(reply),
         }

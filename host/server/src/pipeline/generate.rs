@@ -223,7 +223,7 @@ pub(super) fn refused(work: &Work, error: &EngineError) -> Failure {
     let busy =
         |message: &str| Failure::new(ErrorCode::Overloaded, message).retry_after(RETRY_AFTER_S);
     match error {
-        EngineError::PromptTooLong { .. } => {
+        EngineError::PromptTooLong { .. } | EngineError::KvFull { .. } => {
             Failure::new(ErrorCode::ContextOverflow, error.to_string())
         }
         EngineError::QueueFull { .. } | EngineError::QueueTokensFull { .. } => {
