@@ -30,7 +30,7 @@ pub(crate) struct Decoder {
     shape: AttentionShape,
     eps: f32,
     dtype: DType,
-    device: candle_core::Device,
+    pub(crate) device: candle_core::Device,
     /// With one, rows are plain memory and products of INT4 weights are the kernel's.
     kernel: Option<Kernel>,
 }

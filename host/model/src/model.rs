@@ -195,6 +195,16 @@ impl Phi3V {
         pixels: &PixelValues,
         keep_going: &(dyn Fn() -> bool + Sync),
     ) -> Result<Option<ImageFeatures>, ModelError> {
+        // A device that computes behind our back has done nothing yet when a layer returns: whoever looks at the time looks once it
+        // has. An error comes again with the next layer.
+        let settled = || {
+            let _again = self.settle();
+            keep_going()
+        };
+        let keep_going: &(dyn Fn() -> bool + Sync) = match self.kind {
+            DeviceKind::Cpu => keep_going,
+            _ => &settled,
+        };
         let grid = u64::from(pixels.columns) * u64::from(pixels.rows);
         if u64::from(pixels.crop_count) != grid + 1 {
             return Err(ModelError::Pixels(format!(
@@ -216,7 +226,13 @@ impl Phi3V {
             }
         };
         let rows = self.projector.advance(projector, keep_going)?;
+        self.settle()?;
         Ok(rows.map(|rows| ImageFeatures { rows }))
+    }
+
+    /// Waits until the device has done all that it was given, so that what is measured is what it takes. On the CPU that is so.
+    pub(crate) fn settle(&self) -> Result<(), ModelError> {
+        Ok(self.decoder.device.synchronize()?)
     }
 
     /// The tower's output, (crops, 576, width).

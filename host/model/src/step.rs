@@ -87,6 +87,8 @@ impl Phi3V {
         let done = |(part, last): (&StepPart<'_>, u32)| (part.state.pending() == 0).then_some(last);
         let lasts: Vec<u32> = parts.iter().zip(ends).filter_map(done).collect();
         if lasts.is_empty() {
+            // Nothing is read that would wait for the device.
+            self.settle()?;
             return Ok(vec![None; parts.len()]);
         }
         let [hidden, logits] = self.finish(&hidden, &lasts)?;
