@@ -41,4 +41,4 @@ pub use request::{
     Sampling, Timings, TokenChance, TokenInfo, Usage,
 };
 pub use shared::EngineState;
-pub use stats::{EngineStats, StageStats};
+pub use stats::{EngineStats, STEP_SIZES, StageStats};

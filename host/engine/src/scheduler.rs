@@ -526,10 +526,7 @@ impl<L: ModelLoader> Scheduler<L> {
     }
 
     fn note_step(&self, sequences: usize, positions: usize) {
-        let mut stats = self.shared().stats();
-        stats.steps += 1;
-        stats.step_sequences += sequences as u64;
-        stats.step_positions += positions as u64;
+        self.shared().stats().add_step(sequences, positions);
     }
 
     fn note_kv(&self) {

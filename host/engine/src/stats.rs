@@ -2,6 +2,9 @@
 
 use crate::request::Timings;
 
+/// Upper bounds of [`EngineStats::step_sizes`]; more sequences run in no step.
+pub const STEP_SIZES: [u64; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
+
 /// How often a stage ran and how long it took in all.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StageStats {
@@ -51,6 +54,8 @@ pub struct EngineStats {
     pub steps: u64,
     /// Sequences that took part in a step, summed over the steps.
     pub step_sequences: u64,
+    /// Steps by the sequences that took part: so many of at most [`STEP_SIZES`], each and above the one before.
+    pub step_sizes: [u64; STEP_SIZES.len()],
     /// Positions that ran, summed over the steps.
     pub step_positions: u64,
     /// Times that a sequence gave up its KV blocks for others and waited.
@@ -82,6 +87,16 @@ impl EngineStats {
         self.waiting_tokens += prompt_tokens as u64;
     }
 
+    /// A step of so many sequences ran so many positions.
+    pub(crate) fn add_step(&mut self, sequences: usize, positions: usize) {
+        let sequences = sequences as u64;
+        self.steps += 1;
+        self.step_sequences += sequences;
+        self.step_positions += positions as u64;
+        let size = STEP_SIZES.partition_point(|size| *size < sequences);
+        self.step_sizes[size.min(STEP_SIZES.len() - 1)] += 1;
+    }
+
     /// It waits no more.
     pub(crate) fn unwait(&mut self, prompt_tokens: usize) {
         self.waiting -= 1;
@@ -100,5 +115,20 @@ impl EngineStats {
                 stage.add(us);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_is_counted_by_its_size() {
+        let mut stats = EngineStats::default();
+        for sequences in [1, 1, 2, 3, 4, 5, 256, 300] {
+            stats.add_step(sequences, 10);
+        }
+        assert_eq!(stats.step_sizes, [2, 1, 2, 1, 0, 0, 0, 0, 2]);
+        assert_eq!((stats.steps, stats.step_positions), (8, 80));
     }
 }

@@ -8,6 +8,7 @@
 mod families;
 mod guest;
 mod sampled;
+mod steps;
 mod text;
 
 use std::sync::Arc;
@@ -114,9 +115,7 @@ impl Metrics {
                     .stages
                     .get_or_create(&name)
                     .observe(seconds(micros));
-                let (count, sum_us) = &families.tally.stages[stage as usize];
-                count.fetch_add(1, Relaxed);
-                sum_us.fetch_add(micros, Relaxed);
+                families.tally.stages[stage as usize].add(micros);
             }
         }
         if record.tokens.completion > 0 && !record.response_cached {
@@ -164,11 +163,12 @@ impl Metrics {
             totals.requests += count;
             totals.outcomes.push((outcome.as_str(), count));
         }
-        for (stage, (count, sum_us)) in Stage::ALL.iter().zip(&families.tally.stages) {
+        for (stage, tally) in Stage::ALL.iter().zip(&families.tally.stages) {
             totals.stages.push(StageTotal {
                 stage: stage.as_str(),
-                count: count.load(Relaxed),
-                seconds: seconds(sum_us.load(Relaxed)),
+                count: tally.count.load(Relaxed),
+                seconds: seconds(tally.sum_us.load(Relaxed)),
+                buckets: tally.buckets(),
             });
         }
         totals
@@ -207,6 +207,8 @@ pub struct StageTotal {
     pub count: u64,
     /// Seconds they spent, together.
     pub seconds: f64,
+    /// How many of them spent at most so many seconds there, for each bound; the rest spent more.
+    pub buckets: Vec<(f64, u64)>,
 }
 
 #[expect(clippy::cast_precision_loss, reason = "2^53 us is 285 years")]

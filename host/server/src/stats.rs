@@ -4,6 +4,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
+use visor_engine::STEP_SIZES;
 use visor_sandbox::{FolderStatus, Origin, Plugin, PluginStats};
 
 use crate::config::change::Change;
@@ -142,8 +143,15 @@ pub fn requests_json(totals: &Totals) -> Value {
         .iter()
         .map(|stage| {
             let mean_ms = stage.seconds * 1e3 * ratio(1, stage.count);
-            let value =
-                json!({ "count": stage.count, "seconds": stage.seconds, "mean_ms": mean_ms });
+            let buckets: Vec<Value> = stage
+                .buckets
+                .iter()
+                .map(|(le_s, count)| json!({ "le_s": le_s, "count": count }))
+                .collect();
+            let value = json!({
+                "count": stage.count, "seconds": stage.seconds, "mean_ms": mean_ms,
+                "buckets": buckets,
+            });
             (stage.stage.to_owned(), value)
         })
         .collect();
@@ -160,6 +168,15 @@ pub fn requests_json(totals: &Totals) -> Value {
     })
 }
 
+/// Steps of the model by how many sequences ran in each, each size up to the next counted together.
+#[must_use]
+pub fn step_sizes_json(counts: &[u64; STEP_SIZES.len()]) -> Value {
+    let sizes = STEP_SIZES.iter().zip(counts);
+    sizes
+        .map(|(sequences_max, steps)| json!({ "sequences_max": sequences_max, "steps": steps }))
+        .collect()
+}
+
 /// One cache tier.
 #[must_use]
 pub fn cache_json(cache: &CacheSample) -> Value {
@@ -168,6 +185,7 @@ pub fn cache_json(cache: &CacheSample) -> Value {
         "hits": cache.hits,
         "misses": cache.misses,
         "hit_rate": ratio(cache.hits, lookups),
+        "saved_s": micros_s(cache.saved_us),
         "saved_us": cache.saved_us,
         "strategy_faults": cache.strategy_faults,
         "inserted": cache.inserted,
@@ -260,6 +278,11 @@ pub fn ratio(part: u64, whole: u64) -> f64 {
     } else {
         part as f64 / whole as f64
     }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "2^53 us is 285 years")]
+fn micros_s(micros: u64) -> f64 {
+    micros as f64 / 1e6
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The metrics that requests count as they happen: name, help, labels, buckets.
 
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -9,9 +10,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 
-use super::OUTCOMES;
 use super::guest::GuestMetrics;
 use super::sampled::{Sample, Sampled};
+use super::steps::StepSizes;
+use super::{OUTCOMES, seconds};
 use crate::pipeline::Stage;
 
 type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
@@ -62,6 +64,7 @@ pub(super) struct Families {
     pub(super) stages: Histograms<StageLabels>,
     pub(super) tally: Tally,
     guest: GuestMetrics,
+    steps: StepSizes,
     sampled: Sampled,
 }
 
@@ -71,7 +74,37 @@ pub(super) struct Tally {
     /// Finished exchanges by [`OUTCOMES`].
     pub(super) outcomes: [AtomicU64; OUTCOMES.len()],
     /// Exchanges that spent time in a [`Stage`], and microseconds they spent.
-    pub(super) stages: [(AtomicU64, AtomicU64); Stage::ALL.len()],
+    pub(super) stages: [StageTally; Stage::ALL.len()],
+}
+
+/// What is kept of one [`Stage`].
+#[derive(Default)]
+pub(super) struct StageTally {
+    pub(super) count: AtomicU64,
+    pub(super) sum_us: AtomicU64,
+    /// Each counted in the first bucket it fits into.
+    in_bucket: [AtomicU64; STAGE_BUCKETS.len()],
+}
+
+impl StageTally {
+    /// One exchange spent so long in the stage.
+    pub(super) fn add(&self, micros: u64) {
+        self.count.fetch_add(1, Relaxed);
+        self.sum_us.fetch_add(micros, Relaxed);
+        let bucket = STAGE_BUCKETS.partition_point(|bound| *bound < seconds(micros));
+        if let Some(count) = self.in_bucket.get(bucket) {
+            count.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// By upper bound, cumulative.
+    pub(super) fn buckets(&self) -> Vec<(f64, u64)> {
+        let counts = self.in_bucket.iter().scan(0, |total, count| {
+            *total += count.load(Relaxed);
+            Some(*total)
+        });
+        STAGE_BUCKETS.into_iter().zip(counts).collect()
+    }
 }
 
 /// vLLM's buckets for the time of whole requests and their stages, in seconds, and two below.
@@ -121,6 +154,7 @@ impl Families {
         let mut registry = Registry::with_labels(std::iter::once(label));
         let families = Self::register_in(&mut registry);
         registry.register_collector(Box::new(families.guest.clone()));
+        registry.register_collector(Box::new(families.steps.clone()));
         let build: Family<BuildLabels, Gauge> =
             add(&mut registry, "visor_build_info", "Version of this server");
         let version = env!("CARGO_PKG_VERSION").to_owned();
@@ -163,6 +197,7 @@ impl Families {
             stages,
             tally: Tally::default(),
             guest: GuestMetrics::default(),
+            steps: StepSizes::default(),
             sampled: Sampled::register(to),
         }
     }
@@ -170,6 +205,7 @@ impl Families {
     /// Copies what other rooms count into our series.
     pub(super) fn take(&self, sample: Sample) {
         self.sampled.take(&sample);
+        self.steps.take(&sample.engine);
         self.guest.take(sample.guest);
     }
 }

@@ -9,6 +9,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use visor_engine::STEP_SIZES;
 use visor_sandbox::{FunctionStats, MetricsSnapshot, PluginStats};
 
 use super::families::add;
@@ -59,6 +60,14 @@ pub struct EngineSample {
     pub step_sequences: u64,
     /// Positions of a step, summed over the steps.
     pub step_positions: u64,
+    /// Steps by their sequences, as the engine counts them.
+    pub step_sizes: [u64; STEP_SIZES.len()],
+    /// KV blocks alive, those of cached prefixes included.
+    pub kv_blocks: u64,
+    /// KV blocks that can be.
+    pub kv_blocks_max: u64,
+    /// Requests the engine refused because its queue was full.
+    pub rejected: u64,
     /// Sequences that gave up their KV blocks for others.
     pub preempted: u64,
     /// Times work was redone on the next device.
@@ -173,6 +182,9 @@ struct EngineSeries {
     steps: Counter,
     step_sequences: Counter,
     step_positions: Counter,
+    kv_blocks: Gauge,
+    kv_blocks_max: Gauge,
+    rejected: Counter,
     preempted: Counter,
     ready: Gauge,
     fallbacks: Counter,
@@ -244,6 +256,9 @@ impl EngineSeries {
             steps: add(to, "visor_steps", "Steps of the model"),
             step_sequences: add(to, "visor_step_sequences", "Sequences in steps"),
             step_positions: add(to, "visor_step_positions", "Positions in steps"),
+            kv_blocks: add(to, "visor_kv_blocks", "KV blocks in use"),
+            kv_blocks_max: add(to, "visor_kv_blocks_max", "KV blocks there can be"),
+            rejected: add(to, "visor_sequences_rejected", "Refused, queue full"),
             preempted: add(
                 to,
                 "vllm:num_preemptions",
@@ -263,6 +278,9 @@ impl EngineSeries {
         mirror(&self.steps, engine.steps);
         mirror(&self.step_sequences, engine.step_sequences);
         mirror(&self.step_positions, engine.step_positions);
+        self.kv_blocks.set(signed(engine.kv_blocks));
+        self.kv_blocks_max.set(signed(engine.kv_blocks_max));
+        mirror(&self.rejected, engine.rejected);
         mirror(&self.preempted, engine.preempted);
         self.ready.set(i64::from(engine.ready));
         mirror(&self.fallbacks, engine.device_fallbacks);

@@ -270,3 +270,32 @@ fn requests_in_flight_are_counted_while_they_live() {
     drop(second);
     assert_eq!(metrics.in_flight_count(), 0);
 }
+
+#[test]
+fn steps_and_stages_are_told_by_size() {
+    let metrics = Metrics::new("demo");
+    metrics.record(&record());
+    let mut sample = sample();
+    sample.engine.steps = 7;
+    sample.engine.step_sequences = 12;
+    sample.engine.step_sizes[..3].copy_from_slice(&[4, 2, 1]);
+    (sample.engine.kv_blocks, sample.engine.rejected) = (9, 2);
+    let samples = read(&metrics.encode(sample, false));
+    let value = |name: &str| samples[name];
+    assert_eq!(value("visor_batch_size_count{model_name=\"demo\"}"), 7.0);
+    assert_eq!(value("visor_batch_size_sum{model_name=\"demo\"}"), 12.0);
+    for (bound, count) in [("1.0", 4.0), ("2.0", 6.0), ("4.0", 7.0), ("+Inf", 7.0)] {
+        let name = format!("visor_batch_size_bucket{{model_name=\"demo\",le=\"{bound}\"}}");
+        assert_eq!(samples[&name], count, "{bound}");
+    }
+    assert_eq!(value("visor_kv_blocks{model_name=\"demo\"}"), 9.0);
+    assert_eq!(
+        value("visor_sequences_rejected_total{model_name=\"demo\"}"),
+        2.0
+    );
+    let totals = metrics.totals();
+    let prefill = totals.stages.iter().find(|stage| stage.stage == "prefill");
+    let buckets = &prefill.unwrap().buckets;
+    assert!(buckets.contains(&(0.01, 0)) && buckets.contains(&(0.025, 1)));
+    assert_eq!(buckets.last(), Some(&(120.0, 1)));
+}
