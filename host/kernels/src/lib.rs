@@ -12,6 +12,7 @@
 mod aarch64;
 mod activation;
 pub mod activations;
+pub mod allocator;
 pub mod attention;
 pub mod encode;
 pub mod int4;

@@ -44,3 +44,4 @@ pub use quantize::{
 pub use sequence::SequenceState;
 pub use step::StepPart;
 pub use tokenizer::{Prompt, PromptPart, TokenKind, Tokenizer};
+pub use visor_kernels::allocator::return_large_blocks;
