@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use visor_model::ModelError;
 
+use crate::constraint::ConstraintError;
+
 /// A refusal by [`crate::Engine::submit`], or the end of a request that was admitted.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -31,6 +33,9 @@ pub enum EngineError {
         /// Positions that all KV blocks hold.
         kv_tokens_max: u64,
     },
+    /// The answer can no longer be held to the rules its request brought along.
+    #[error("the answer cannot be constrained any further: {0}")]
+    Constraint(#[source] ConstraintError),
     /// The caller can come back later.
     #[error("{queue_requests_max} requests are waiting for the model already")]
     QueueFull {

@@ -5,6 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use visor_model::ModelError;
 
+use crate::constraint::ConstraintError;
+
 /// Why a step of a sequence did not succeed.
 #[derive(Debug)]
 pub(crate) enum Trouble {
@@ -14,6 +16,8 @@ pub(crate) enum Trouble {
     Full,
     /// This request cannot be run, on any device.
     Refused(ModelError),
+    /// The answer cannot be held to its rules, on any device.
+    Constraint(ConstraintError),
     /// The forward pass or the device is broken; another device may do.
     Broken(Box<dyn std::error::Error + Send + Sync>),
     /// The model panicked; otherwise as `Broken`.
@@ -46,6 +50,14 @@ impl From<ModelError> for Trouble {
 }
 
 impl Trouble {
+    /// Whether it is the request's own, and no other has a part in it.
+    pub(crate) fn is_own(&self) -> bool {
+        matches!(
+            self,
+            Self::Refused(_) | Self::Constraint(_) | Self::Spoiled(_)
+        )
+    }
+
     /// The error behind it.
     pub(crate) fn into_error(self) -> Box<dyn std::error::Error + Send + Sync> {
         match self {
@@ -53,6 +65,7 @@ impl Trouble {
             Self::Full => Box::new(ModelError::KvFull { blocks_max: 0 }),
             Self::Spoiled(message) => Box::new(Spoiled(message)),
             Self::Refused(error) => Box::new(error),
+            Self::Constraint(error) => Box::new(error),
             Self::Broken(error) => error,
             Self::Panicked(message) => Box::new(Panicked(message)),
         }
@@ -73,6 +86,18 @@ pub(crate) fn guarded<T>(call: impl FnOnce() -> Result<T, ModelError>) -> Result
 pub(crate) fn alone<T>(work: impl FnOnce() -> Result<T, Trouble>) -> Result<T, Trouble> {
     catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|panic| Err(Trouble::Spoiled(message(panic.as_ref()))))
+}
+
+/// The same for the rules that a request brings along.
+pub(crate) fn constrained<T>(
+    call: impl FnOnce() -> Result<T, ConstraintError>,
+) -> Result<T, ConstraintError> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+        tracing::error!(panic = message(panic.as_ref()), "a constraint panicked");
+        Err(ConstraintError(
+            "it failed; the server's log has the reason".into(),
+        ))
+    })
 }
 
 /// Frees what may lie on a broken device, and may panic going.

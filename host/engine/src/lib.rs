@@ -3,10 +3,12 @@
 //! [`Engine`] is the handle: [`Engine::submit`] takes a [`GenerateRequest`] and answers with an
 //! [`EventReceiver`]. Behind it, `scheduler` is the loop and the only file that decides what runs
 //! next; `sequence` is one request as a state machine; `slot` holds the model and moves to the CPU
-//! when an accelerator breaks; `sampler`, `detokenizer` and `stop` turn logits into text. [`cache`]
+//! when an accelerator breaks; `sampler`, `detokenizer` and `stop` turn logits into text, within
+//! the rules of a [`Constraint`]. [`cache`]
 //! keeps what was dear to make. Nothing here knows of HTTP, plugins or async.
 
 pub mod cache;
+mod constraint;
 mod detokenizer;
 mod engine;
 mod error;
@@ -32,6 +34,7 @@ pub use cache::{
     CacheStrategy, Caches, Extensions, Interests, Lookup, Native, NewEntry, Plan, RemovalCause,
     Scope, Scoping, Tier,
 };
+pub use constraint::{Constraint, ConstraintError, Grammar};
 pub use engine::{Engine, EngineOptions};
 pub use error::EngineError;
 pub use model::{CheckpointLoader, KvFigures, Model, ModelLoader, Part};

@@ -10,6 +10,7 @@ use visor_model::Prompt;
 use visor_model::image::PixelValues;
 
 use crate::cache::{Access, Scope, Scoping};
+use crate::constraint::Grammar;
 use crate::error::EngineError;
 
 /// How a token is drawn from logits.
@@ -86,7 +87,7 @@ pub struct TokenChance {
     /// What it adds to the text: a whole character or several, or some bytes of one. A control
     /// token is spelled out.
     pub bytes: Vec<u8>,
-    /// Natural logarithm of its probability at temperature 1, before bias and penalties.
+    /// Natural logarithm of its probability at temperature 1, among the tokens that may come here, before bias and penalties.
     pub logprob: f32,
 }
 
@@ -95,7 +96,7 @@ pub struct TokenChance {
 pub struct TokenInfo {
     /// The token that was drawn.
     pub chosen: TokenChance,
-    /// The likeliest tokens, the likeliest first, perhaps with the one that was drawn.
+    /// The likeliest tokens, the likeliest first, perhaps with the one that was drawn; fewer where fewer may come.
     pub alternatives: Vec<TokenChance>,
 }
 
@@ -165,6 +166,8 @@ pub struct GenerateRequest {
     pub continues: bool,
     /// How tokens are drawn.
     pub sampling: Sampling,
+    /// What the answer may say; `None` leaves it free.
+    pub grammar: Option<Arc<dyn Grammar>>,
     /// Most tokens of the answer; cut to what the context leaves.
     pub tokens_max: u32,
     /// Tokens that end the answer; not part of its text.
@@ -188,6 +191,7 @@ impl GenerateRequest {
             images: Vec::new(),
             continues: false,
             sampling: Sampling::default(),
+            grammar: None,
             tokens_max,
             stop_ids: Vec::new(),
             stop_strings: Vec::new(),

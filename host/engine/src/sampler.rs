@@ -10,7 +10,9 @@ use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 
 pub(crate) use chances::Chances;
 
-use crate::request::Sampling;
+use crate::constraint::{Constraint, ConstraintError};
+use crate::guard::constrained;
+use crate::request::{GenerateRequest, Sampling};
 use adjust::Adjust;
 
 /// Below this, dividing by the temperature would only overflow: it is 0.
@@ -23,6 +25,9 @@ pub(crate) enum SamplerError {
     Empty,
     #[error("logit {index} is {value}")]
     NotFinite { index: usize, value: f32 },
+    /// The request's own doing, whatever the model said.
+    #[error("the constraint leaves no token")]
+    Constraint(#[source] ConstraintError),
     #[error("cannot draw from the logits")]
     Draw(#[source] candle_core::Error),
 }
@@ -32,11 +37,15 @@ pub(crate) enum SamplerError {
 pub(crate) struct Sampled {
     pub(crate) token: u32,
     pub(crate) chances: Option<Chances>,
+    /// The answer is complete with it: the constraint lets nothing follow.
+    pub(crate) is_last: bool,
 }
 
 /// Draws the tokens of one sequence.
 pub(crate) struct Sampler {
     adjust: Adjust,
+    /// What may be said.
+    constraint: Option<Box<dyn Constraint>>,
     /// `None` takes the likeliest.
     drawing: Option<Drawing>,
     /// Likeliest tokens to tell of beside each one drawn, if its chances are told at all.
@@ -44,10 +53,11 @@ pub(crate) struct Sampler {
 }
 
 impl Sampler {
-    /// `prompt_ids` as the engine has them: slots of pictures are negative.
-    pub(crate) fn new(sampling: &Sampling, prompt_ids: &[i64]) -> Self {
+    pub(crate) fn new(request: &GenerateRequest) -> Self {
+        let sampling = &request.sampling;
         Self {
-            adjust: Adjust::new(sampling, prompt_ids),
+            adjust: Adjust::new(sampling, &request.prompt.ids),
+            constraint: request.grammar.as_ref().map(|grammar| grammar.follow()),
             drawing: Drawing::new(sampling),
             alternatives: sampling.logprobs,
         }
@@ -57,6 +67,7 @@ impl Sampler {
     /// on where it was.
     pub(crate) fn sample(&mut self, mut logits: Vec<f32>) -> Result<Sampled, SamplerError> {
         check(&logits)?;
+        self.constrain(&mut logits)?;
         let raw = self.alternatives.map(|count| (logits.clone(), count));
         self.adjust.apply(&mut logits);
         let token = match &mut self.drawing {
@@ -64,8 +75,31 @@ impl Sampler {
             Some(drawing) => drawing.draw(logits)?,
         };
         self.adjust.note(token);
+        let is_last = match &mut self.constraint {
+            None => false,
+            Some(constraint) => {
+                constrained(|| constraint.accept(token)).map_err(SamplerError::Constraint)?
+            }
+        };
         let chances = raw.map(|(logits, count)| Chances::of(token, &logits, count.into()));
-        Ok(Sampled { token, chances })
+        Ok(Sampled {
+            token,
+            chances,
+            is_last,
+        })
+    }
+
+    /// Leaves the tokens that may be said. Probabilities are told of these alone, as vLLM does: what cannot be said has none.
+    fn constrain(&mut self, logits: &mut [f32]) -> Result<(), SamplerError> {
+        let Some(constraint) = &mut self.constraint else {
+            return Ok(());
+        };
+        constrained(|| constraint.mask(logits)).map_err(SamplerError::Constraint)?;
+        if logits.iter().any(|logit| logit.is_finite()) {
+            return Ok(());
+        }
+        let nothing = ConstraintError("the model has no token that may come next".into());
+        Err(SamplerError::Constraint(nothing))
     }
 }
 
@@ -112,7 +146,7 @@ impl Drawing {
     }
 }
 
-/// That a token can be drawn: at least one logit, all of them finite.
+/// That the model gave logits: at least one logit, all of them finite.
 pub(crate) fn check(logits: &[f32]) -> Result<(), SamplerError> {
     if logits.is_empty() {
         return Err(SamplerError::Empty);
@@ -147,8 +181,18 @@ fn random_seed() -> u64 {
 mod tests {
     use super::*;
 
+    fn sampler(sampling: &Sampling) -> Sampler {
+        let prompt = visor_model::Prompt {
+            ids: Vec::new(),
+            image_tokens: 0,
+        };
+        let mut request = GenerateRequest::new(prompt, 1);
+        request.sampling = sampling.clone();
+        Sampler::new(&request)
+    }
+
     fn draw(sampling: Sampling, logits: &[f32], count: usize) -> Vec<u32> {
-        let mut sampler = Sampler::new(&sampling, &[]);
+        let mut sampler = sampler(&sampling);
         let next = || sampler.sample(logits.to_vec()).unwrap().token;
         std::iter::repeat_with(next).take(count).collect()
     }
@@ -279,7 +323,7 @@ mod tests {
             logprobs: Some(1),
             ..Sampling::default()
         };
-        let mut sampler = Sampler::new(&sampling, &[]);
+        let mut sampler = sampler(&sampling);
         let logits = vec![1.0, 0.0];
         let drawn: Vec<Sampled> = (0..3)
             .map(|_| sampler.sample(logits.clone()).unwrap())
@@ -304,7 +348,7 @@ mod tests {
     #[test]
     fn unusable_logits_are_errors() {
         for sampling in [Sampling::default(), warm(1)] {
-            let mut sampler = Sampler::new(&sampling, &[]);
+            let mut sampler = sampler(&sampling);
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let error = sampler.sample(vec![0.0, bad]).unwrap_err();
                 assert!(error.to_string().contains("logit 1"), "{error}");

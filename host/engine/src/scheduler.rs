@@ -465,7 +465,7 @@ impl<L: ModelLoader> Scheduler<L> {
         // each runs again alone.
         let (refused, mut broken): (Vec<_>, Vec<_>) = failed
             .into_iter()
-            .partition(|(_, trouble)| matches!(trouble, Trouble::Refused(_) | Trouble::Spoiled(_)));
+            .partition(|(_, trouble)| trouble.is_own());
         for (sequence, trouble) in refused {
             self.troubled(vec![sequence], trouble);
         }

@@ -14,7 +14,7 @@ use crate::model::{Model, Part};
 use crate::output::Output;
 use crate::prefix_cache::{Chain, Ground, PrefixStore, Worth};
 use crate::request::{Event, Finish, GenerateRequest, Timings, TokenInfo, Usage};
-use crate::sampler::{Sampled, Sampler};
+use crate::sampler::{Sampled, Sampler, SamplerError};
 
 /// KV blocks, beside those for what it has, that a sequence needs to go on with.
 pub(crate) const HEADROOM_BLOCKS: usize = 2;
@@ -107,7 +107,7 @@ impl<M: Model> Sequence<M> {
             phase: Phase::Idle,
             chain: None,
             wanted: vec![false; request.images.len()],
-            sampler: Sampler::new(&request.sampling, &request.prompt.ids),
+            sampler: Sampler::new(&request),
             output: Output::new(Arc::clone(tokenizer), stop_strings, request.continues),
             tokens: Vec::new(),
             tokens_unsent: 0,
@@ -417,7 +417,10 @@ impl<M: Model> Sequence<M> {
         bench: &mut Bench<'_, M>,
     ) -> Result<Progress, Trouble> {
         let sampled = self.sampler.sample(logits);
-        let sampled = sampled.map_err(|error| Trouble::Broken(Box::new(error)))?;
+        let sampled = sampled.map_err(|error| match error {
+            SamplerError::Constraint(error) => Trouble::Constraint(error),
+            error => Trouble::Broken(Box::new(error)),
+        })?;
         let token = sampled.token;
         self.is_suspect = false;
         if self.tokens.is_empty() {
@@ -444,7 +447,7 @@ impl<M: Model> Sequence<M> {
 
     /// Takes a generated token: text to the client, and whether the answer ends with it.
     fn accept(&mut self, sampled: Sampled) -> Progress {
-        let token = sampled.token;
+        let (token, is_last) = (sampled.token, sampled.is_last);
         self.tokens.push(token);
         self.tokens_unsent += 1;
         if self.request.stop_ids.contains(&token) {
@@ -454,6 +457,9 @@ impl<M: Model> Sequence<M> {
         self.send_delta(passed.text, passed.infos);
         if passed.stop.is_some() {
             return Progress::Done(Finish::Stop, passed.stop);
+        }
+        if is_last {
+            return Progress::Done(Finish::Stop, None);
         }
         if count(self.tokens.len()) >= self.request.tokens_max {
             return Progress::Done(Finish::Length, None);

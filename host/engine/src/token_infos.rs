@@ -108,7 +108,11 @@ mod tests {
             alternatives: vec![(token, -1.0), (byte_token(0xF0), -2.0), (32007, -3.0)],
         };
         let chances = Some(chances);
-        Sampled { token, chances }
+        Sampled {
+            token,
+            chances,
+            is_last: false,
+        }
     }
 
     /// Text and tokens as told, up to a stop string.
@@ -195,6 +199,7 @@ mod tests {
         let mut infos = TokenInfos::new(tokenizer(), false);
         infos.push(sampled(32007));
         infos.push(Sampled {
+            is_last: false,
             token: byte_token(b'a'),
             chances: None,
         });

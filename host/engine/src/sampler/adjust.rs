@@ -41,7 +41,7 @@ impl Adjust {
     }
 
     /// Changes the (vocab_size) logits: the bias first, then the penalties, as vLLM orders them.
-    /// They stay finite.
+    /// Finite ones stay finite, and what cannot be said stays so.
     pub(crate) fn apply(&self, logits: &mut [f32]) {
         for (token, bias) in &self.bias {
             change(logits, *token, |logit| logit + bias);
@@ -74,9 +74,10 @@ impl Adjust {
     }
 }
 
-/// A token the model has no logit for changes nothing.
+/// A token the model has no logit for, or may not say, changes nothing.
 fn change(logits: &mut [f32], token: u32, new: impl Fn(f32) -> f32) {
-    if let Some(logit) = logits.get_mut(token as usize) {
+    let logit = logits.get_mut(token as usize);
+    if let Some(logit) = logit.filter(|logit| logit.is_finite()) {
         *logit = new(*logit).clamp(f32::MIN, f32::MAX);
     }
 }
@@ -128,6 +129,18 @@ mod tests {
             ..Sampling::default()
         };
         assert_eq!(adjusted(&sampling, &[1], &[]), [2.0, 2.0, 0.0, 4.0]);
+    }
+
+    #[test]
+    fn no_bias_brings_back_what_may_not_be_said() {
+        let sampling = Sampling {
+            logit_bias: vec![(0, 100.0)],
+            repetition_penalty: 0.5,
+            ..Sampling::default()
+        };
+        let mut logits = vec![f32::NEG_INFINITY, 1.0];
+        Adjust::new(&sampling, &[0, 1]).apply(&mut logits);
+        assert_eq!(logits, [f32::NEG_INFINITY, 2.0]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! How likely a token was to the model itself, and which others were.
+//! How likely a token was to the model itself, among those that might come, and which others were.
 
 use std::cmp::Ordering;
 
@@ -7,12 +7,12 @@ use std::cmp::Ordering;
 pub(crate) struct Chances {
     /// Of the token that was drawn.
     pub(crate) logprob: f32,
-    /// The likeliest tokens, the likeliest first, the lower id of equals first.
+    /// The likeliest tokens, the likeliest first, the lower id of equals first; only such as might come.
     pub(crate) alternatives: Vec<(u32, f32)>,
 }
 
 impl Chances {
-    /// Of `token`, and of the `count` likeliest, from the model's (vocab_size) logits, all finite.
+    /// Of `token`, and of the `count` likeliest, from the model's (vocab_size) logits: finite, but for what may not be said.
     pub(crate) fn of(token: u32, logits: &[f32], count: usize) -> Self {
         let largest = logits.iter().copied().fold(f32::MIN, f32::max);
         let exponentials = logits.iter().map(|logit| f64::from(logit - largest).exp());
@@ -25,6 +25,7 @@ impl Chances {
             alternatives: alternatives
                 .into_iter()
                 .map(|id| (id, logprob(id)))
+                .filter(|(_, logprob)| logprob.is_finite())
                 .collect(),
         }
     }
@@ -66,6 +67,14 @@ mod tests {
             .collect();
         assert_eq!(shares, [(0, 0.5), (2, 0.25), (1, 0.125)]);
         assert!((chances.logprob.exp() - 0.25).abs() < 1e-5);
+    }
+
+    #[test]
+    fn what_may_not_be_said_is_no_alternative_and_has_no_share() {
+        let chances = Chances::of(1, &[f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY, 0.0], 3);
+        assert!((chances.logprob.exp() - 0.5).abs() < 1e-5);
+        let ids: Vec<u32> = chances.alternatives.iter().map(|(id, _)| *id).collect();
+        assert_eq!(ids, [1, 3]);
     }
 
     #[test]

@@ -38,6 +38,7 @@ impl<L: ModelLoader> Scheduler<L> {
                 tracing::error!(error = chain(&*error), "a request failed");
                 self.fail(sequence, EngineError::Forward(error));
             }
+            Trouble::Constraint(error) => self.fail(sequence, EngineError::Constraint(error)),
             trouble => {
                 let error = trouble.into_error();
                 tracing::error!(error = chain(&*error), "forward pass failed");

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use visor_engine::{Engine, EngineError, EngineState, Finish, Sampling};
 use visor_model::DeviceKind;
 
+use crate::constraints::Mottled;
 use crate::scripted::*;
 
 const METAL: DeviceKind = DeviceKind::Metal;
@@ -58,10 +59,11 @@ fn no_device_is_told_with_every_reason() {
     assert!(matches!(refused, Err(EngineError::NoModel(_))));
 }
 
-/// Two pictures, one of them twice, and a sampled answer that depends on every position.
+/// Two pictures, one of them twice, and a sampled answer that depends on every position and may not say everything.
 fn demanding_request() -> visor_engine::GenerateRequest {
     let mut request = request_with(&[3, 9, 3]);
     request.tokens_max = 12;
+    request.grammar = Some(Arc::new(Mottled::default()));
     request.sampling = Sampling {
         temperature: 1.0,
         top_k: 50,

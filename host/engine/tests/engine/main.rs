@@ -4,6 +4,7 @@
 
 mod batch;
 mod cancel;
+mod constraints;
 mod events;
 mod fallback;
 mod features;

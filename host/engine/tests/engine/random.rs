@@ -10,6 +10,7 @@ use visor_engine::{
 };
 use visor_model::DeviceKind;
 
+use crate::constraints::Mottled;
 use crate::scripted::*;
 
 /// xorshift64*, so that a failure can be run again.
@@ -191,6 +192,9 @@ fn related_request(random: &mut Random) -> GenerateRequest {
     request.tokens_max = random.below(30) as u32;
     request.sampling.temperature = 1.0;
     request.sampling.seed = Some(random.below(5));
+    if random.below(3) == 0 {
+        request.grammar = Some(Arc::new(Mottled::default()));
+    }
     request.cache.prefix = Access::FULL;
     request.cache.scope = Scope::named(["", "alice"][random.below(2) as usize]);
     request

@@ -195,6 +195,7 @@ fn submit(
         images,
         continues: counted.continues,
         sampling: counted.sampling,
+        grammar: None,
         tokens_max: counted.tokens_max,
         stop_ids: counted.stop_ids,
         stop_strings: counted.stop_strings,
@@ -236,6 +237,7 @@ pub(super) fn refused(work: &Work, error: &EngineError) -> Failure {
             ErrorCode::ContextOverflow,
             "prompt and answer are longer than the model can run",
         ),
+        EngineError::Constraint(_) => Failure::invalid(error.to_string()),
         EngineError::Refused(_)
         | EngineError::Invalid(_)
         | EngineError::NoModel(_)
