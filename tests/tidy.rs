@@ -23,12 +23,13 @@ const ARROWS: [(&str, &[&str]); 5] = [
 ];
 
 /// Heavy dependencies, and the only crates that may name them.
-const FENCES: [(&str, &[&str]); 6] = [
+const FENCES: [(&str, &[&str]); 7] = [
     ("wasmtime", &["sandbox"]),
     ("wit-component", &["sandbox"]),
     ("candle-core", &["model", "engine"]),
     ("axum", &["server"]),
     ("tokio", &["server"]),
+    ("llguidance", &["server"]),
     ("memmap2", &["model"]),
 ];
 

@@ -7,6 +7,7 @@
 pub mod access;
 pub mod change;
 pub mod check;
+pub mod formats;
 pub mod images;
 pub mod plugins;
 pub mod report;
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use access::{AccessConfig, AdminConfig, KeyConfig};
+pub use formats::FormatsConfig;
 pub use images::{FetchConfig, ImagesConfig};
 pub use plugins::{PluginConfig, PluginLimits, PluginsConfig};
 pub use report::{ConfigError, Issue};
@@ -40,6 +42,8 @@ pub struct Config {
     pub model: ModelSection,
     /// What a request gets that does not say, and the most it may ask for.
     pub generation: GenerationConfig,
+    /// Limits on the formats that clients hold answers to.
+    pub formats: FormatsConfig,
     /// Limits on the pictures clients send, and which are fetched.
     pub images: ImagesConfig,
     /// Sizes of the host's caches.
@@ -60,6 +64,7 @@ impl Default for Config {
             admin: AdminConfig::default(),
             model: ModelSection::default(),
             generation: GenerationConfig::default(),
+            formats: FormatsConfig::default(),
             images: ImagesConfig::default(),
             cache: CacheConfig::default(),
             plugins: PluginsConfig::default(),

@@ -8,6 +8,7 @@ pub mod blobs;
 pub mod cli;
 pub mod config;
 pub mod eval;
+pub mod formats;
 pub mod http;
 pub mod images;
 pub mod metrics;

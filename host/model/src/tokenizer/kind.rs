@@ -2,6 +2,9 @@
 
 use super::Tokenizer;
 
+/// A text that is one piece of every vocabulary.
+const BEFORE: &str = "a";
+
 /// How a token takes part in [`Tokenizer::decode`] without special tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokenKind {
@@ -31,6 +34,33 @@ impl Tokenizer {
             Some(byte) => TokenKind::Byte(byte),
             None => TokenKind::Text,
         }
+    }
+
+    /// What each token adds behind other text, as [`Self::decode`] has it, by id. Control tokens and ids the vocabulary does
+    /// not have add nothing.
+    pub fn pieces(&self) -> Vec<Vec<u8>> {
+        // The decoder strips the first space of a text, so every piece is decoded behind another.
+        let mut ids = self.encode_text(BEFORE);
+        let before_bytes = self.decode(&ids, true).len();
+        let last = ids.len();
+        ids.push(0);
+        let mut piece = |id: u32| {
+            let name = self.with_control.id_to_token(id).unwrap_or_default();
+            match self.kind(id) {
+                _ if self.control_tokens.contains_key(&name) => Vec::new(),
+                TokenKind::Skipped => Vec::new(),
+                TokenKind::Byte(byte) => vec![byte],
+                TokenKind::Text => {
+                    ids[last] = id;
+                    let text = self.decode(&ids, true);
+                    text.as_bytes()
+                        .get(before_bytes..)
+                        .unwrap_or_default()
+                        .to_vec()
+                }
+            }
+        };
+        (0..self.vocab_size).map(&mut piece).collect()
     }
 }
 

@@ -135,7 +135,7 @@ pub struct Sampling {
 pub enum OutputFormat {
     /// Free text.
     Text,
-    /// Any JSON value.
+    /// A JSON object.
     Json,
     /// JSON that fits a schema.
     JsonSchema(String),

@@ -7,7 +7,9 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::Path;
 
 use super::report::Issue;
-use super::{AccessConfig, Config, FetchConfig, PluginLimits, RouteConfig, ServerConfig};
+use super::{
+    AccessConfig, Config, FetchConfig, FormatsConfig, PluginLimits, RouteConfig, ServerConfig,
+};
 
 /// Positions of the longest context Phi-3.5 was trained for.
 const CONTEXT_TOKENS_MAX: u32 = 131_072;
@@ -26,6 +28,7 @@ pub fn check(config: &Config) -> Vec<Issue> {
     check_admin(config, &mut found);
     check_model(config, &mut found);
     check_generation(config, &mut found);
+    check_formats(&config.formats, &mut found);
     check_images(config, &mut found);
     check_sandbox(config, &mut found);
     check_plugins(config, &mut found);
@@ -254,6 +257,30 @@ fn check_generation(config: &Config, found: &mut Found) {
     }
     if !generation.temperature.is_finite() {
         found.add("generation.temperature", "not a number", "0 to 2");
+    }
+}
+
+fn check_formats(formats: &FormatsConfig, found: &mut Found) {
+    let rows = [
+        ("bytes_max", formats.bytes_max, 64, 16 << 20),
+        (
+            "compile_work_max",
+            formats.compile_work_max,
+            10_000,
+            1_000_000_000,
+        ),
+        ("symbols_max", formats.symbols_max as u64, 1000, 10_000_000),
+        ("step_work_max", formats.step_work_max, 1000, 100_000_000),
+        (
+            "step_items_max",
+            formats.step_items_max as u64,
+            100,
+            10_000_000,
+        ),
+        ("states_max", formats.states_max as u64, 1000, 1_000_000),
+    ];
+    for (name, value, low, high) in rows {
+        found.range(&format!("formats.{name}"), value, low, high);
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use sha2::{Digest as _, Sha256};
 use visor_engine::{CacheKey, Lookup, NewEntry, Sampling, Scope, Scoping};
 use visor_model::Prompt;
+use visor_sandbox::OutputFormat;
 
 use super::record::Stage;
 use super::work::Work;
@@ -74,6 +75,8 @@ pub(super) struct AnswerKey<'a> {
     pub stop_strings: &'a [String],
     /// Tokens that end the output.
     pub stop_ids: &'a [u32],
+    /// What the answer is held to.
+    pub format: &'a OutputFormat,
     /// What is done to logits before the likeliest is taken.
     pub sampling: &'a Sampling,
 }
@@ -82,7 +85,7 @@ impl AnswerKey<'_> {
     /// SHA-256 over all of it, every part with its length before it.
     pub(super) fn digest(&self) -> [u8; 32] {
         let mut sha = Sha256::new();
-        sha.update(b"visor answer 2\0");
+        sha.update(b"visor answer 3\0");
         let pinned = self.pinned;
         for plugin in [&pinned.adapter, &pinned.template, &pinned.image_policy] {
             text(&mut sha, plugin.revision());
@@ -105,6 +108,7 @@ impl AnswerKey<'_> {
         self.stop_ids
             .iter()
             .for_each(|id| sha.update(id.to_le_bytes()));
+        shape(&mut sha, self.format);
         adjustments(&mut sha, self.sampling);
         sha.finalize().into()
     }
@@ -126,6 +130,17 @@ fn adjustments(sha: &mut Sha256, sampling: &Sampling) {
         sha.update(token.to_le_bytes());
         sha.update(bias.to_le_bytes());
     }
+}
+
+fn shape(sha: &mut Sha256, format: &OutputFormat) {
+    let (kind, written) = match format {
+        OutputFormat::Text => (0, ""),
+        OutputFormat::Json => (1, ""),
+        OutputFormat::JsonSchema(schema) => (2, schema.as_str()),
+        OutputFormat::Regex(pattern) => (3, pattern.as_str()),
+    };
+    sha.update([kind]);
+    text(sha, written);
 }
 
 fn count(sha: &mut Sha256, count: usize) {

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use visor_engine::{
-    CacheAccess, CacheKey, EngineError, EventReceiver, GenerateRequest, Lookup, Sampling, Usage,
+    CacheAccess, CacheKey, EngineError, EventReceiver, GenerateRequest, Grammar, Lookup, Sampling,
+    Usage,
 };
 use visor_model::{ModelError, Prompt};
-use visor_sandbox::{ErrorCode, Extensions, Generation};
+use visor_sandbox::{ErrorCode, Extensions, Generation, OutputFormat};
 
 use super::cached::{self, Answer, AnswerKey, Sharing};
 use super::failure::Failure;
@@ -16,6 +17,7 @@ use super::plan::{self, Wish};
 use super::prompt::{self, Task};
 use super::vision::{self, Planned};
 use super::work::{Stop, Work};
+use crate::formats::Bounds;
 
 /// Seconds after which a client that met a full queue may come back.
 const RETRY_AFTER_S: u32 = 2;
@@ -72,7 +74,8 @@ pub(super) fn start(work: &mut Work, generation: Generation, index: u32) -> Resu
     if let Some(answer) = key.and_then(|key| cached::find(work, &sharing, &key)) {
         return Ok(known(Origin::Cache(answer, choices as usize)));
     }
-    let origin = Origin::Engine(submit(work, counted, &sharing, choices)?);
+    let grammar = grammar(work, &counted, prefill.as_deref())?;
+    let origin = Origin::Engine(submit(work, (counted, grammar), &sharing, choices)?);
     let key = key.filter(|_| sharing.scoping.response.write);
     let keep = key.map(|key| Keep {
         key,
@@ -97,6 +100,9 @@ struct Counted {
     stop_strings: Vec<String>,
     stop_ids: Vec<u32>,
     prefill: Option<String>,
+    format: OutputFormat,
+    /// What the client calls it.
+    format_param: String,
     extensions: Extensions,
 }
 
@@ -142,8 +148,38 @@ fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
         stop_strings: wish.stop.into_iter().chain(rendered.stop_strings).collect(),
         stop_ids: rendered.stop_ids,
         prefill: rendered.prefill,
+        format: generation.format,
+        format_param: format_param(&generation.extensions),
         extensions: generation.extensions,
     })
+}
+
+/// What the client calls its format: the adapter says it in the extension `format.param`.
+fn format_param(extensions: &Extensions) -> String {
+    let mut named = extensions.iter().filter(|(key, _)| key == "format.param");
+    let named = named.next().map(|(_, value)| value.as_str());
+    named.unwrap_or("response_format").to_owned()
+}
+
+/// The grammar of an answer that is not free.
+fn grammar(
+    work: &mut Work,
+    counted: &Counted,
+    prefill: Option<&str>,
+) -> Result<Option<Arc<dyn Grammar>>, Stop> {
+    let bounds = Bounds {
+        prefill: prefill.map(str::to_owned),
+        continues: counted.continues,
+        stop_ids: counted.stop_ids.clone(),
+    };
+    let limits = &work.call.pinned.config.formats;
+    let compiled = work
+        .call
+        .house
+        .formats
+        .compile(&counted.format, bounds, limits);
+    let invalid = |message: String| Failure::invalid(message).at(&counted.format_param);
+    Ok(compiled.map_err(|error| invalid(error.to_string()))?)
 }
 
 /// Who shares what this generation makes, and the key of its whole answer if that has one: only
@@ -173,6 +209,7 @@ fn share(work: &mut Work, counted: &mut Counted) -> (Sharing, Option<CacheKey>) 
             tokens_max: counted.tokens_max,
             stop_strings: &counted.stop_strings,
             stop_ids: &counted.stop_ids,
+            format: &counted.format,
             sampling: &counted.sampling,
         };
         sharing.key(key.digest())
@@ -183,7 +220,7 @@ fn share(work: &mut Work, counted: &mut Counted) -> (Sharing, Option<CacheKey>) 
 /// Submits one request per choice. Where the queue has no room for all of them, none is served.
 fn submit(
     work: &mut Work,
-    counted: Counted,
+    (counted, grammar): (Counted, Option<Arc<dyn Grammar>>),
     sharing: &Sharing,
     choices: u32,
 ) -> Result<Vec<EventReceiver>, Stop> {
@@ -195,7 +232,7 @@ fn submit(
         images,
         continues: counted.continues,
         sampling: counted.sampling,
-        grammar: None,
+        grammar,
         tokens_max: counted.tokens_max,
         stop_ids: counted.stop_ids,
         stop_strings: counted.stop_strings,

@@ -6,7 +6,7 @@ mod sampling;
 pub(super) use sampling::seed_of;
 use visor_engine::Sampling;
 use visor_model::Prompt;
-use visor_sandbox::{ErrorCode, Generation, Input, OutputFormat};
+use visor_sandbox::{ErrorCode, Generation, Input};
 
 use super::failure::Failure;
 use crate::config::Config;
@@ -68,10 +68,6 @@ fn check_features(generation: &Generation) -> Result<(), Failure> {
             "tools",
             "this server does not call tools",
         ));
-    }
-    if generation.format != OutputFormat::Text {
-        let message = "this server does not constrain its output to a format";
-        return Err(Failure::unsupported("response_format", message));
     }
     Ok(())
 }

@@ -2,7 +2,8 @@
 
 use bytes::Bytes;
 use visor_sandbox::{
-    Blob, ErrorCode, FormPart, Generation, GuestError, HttpRequest, Input, Message, Part,
+    Blob, ErrorCode, FormPart, Generation, GuestError, HttpRequest, Input, Message, OutputFormat,
+    Part,
 };
 
 use super::failure::Failure;
@@ -143,6 +144,10 @@ impl LiftedBlobs {
             .stop
             .iter_mut()
             .for_each(|stop| self.restore_text(stop));
+        match &mut generation.format {
+            OutputFormat::JsonSchema(text) | OutputFormat::Regex(text) => self.restore_text(text),
+            OutputFormat::Text | OutputFormat::Json => {}
+        }
     }
 
     fn restore_message(&self, message: &mut Message) {

@@ -22,6 +22,7 @@ use super::{
 };
 use crate::config::change::{Change, keep_restart_keys};
 use crate::config::{CacheConfig, Config, ConfigError};
+use crate::formats::Formats;
 use crate::images::fetch::Fetcher;
 use crate::metrics::Metrics;
 use crate::pipeline::Answer;
@@ -45,6 +46,8 @@ pub struct HouseOptions {
 pub struct House {
     /// Where generations go.
     pub engine: Engine,
+    /// Compiles what answers are held to.
+    pub formats: Formats,
     /// The model's names, facts and tokenizer.
     pub model: Arc<ServedModel>,
     /// Preprocessed pixels.
@@ -132,6 +135,7 @@ impl House {
         let house = Arc::new(Self {
             engine,
             metrics: Metrics::new(&model.id),
+            formats: Formats::new(Arc::clone(&model.tokenizer), model.stop_ids.clone()),
             model,
             pixels: caches.pixels,
             responses: caches.responses,

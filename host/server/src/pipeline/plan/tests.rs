@@ -33,7 +33,7 @@ fn generation() -> Generation {
         sampling: Wishes::default(),
         tokens_max: None,
         stop: Vec::new(),
-        format: OutputFormat::Text,
+        format: visor_sandbox::OutputFormat::Text,
         tools: Vec::new(),
         count: 1,
         extensions: Vec::new(),
@@ -74,10 +74,6 @@ fn what_cannot_be_fulfilled_names_its_key() {
     assert_eq!(
         refused(&|g| g.tools.push(tool.clone())),
         unsupported("tools")
-    );
-    assert_eq!(
-        refused(&|g| g.format = OutputFormat::Json),
-        unsupported("response_format")
     );
     assert_eq!(
         refused(&|g| g.model = Some("other".to_owned())),

@@ -1,0 +1,390 @@
+//! Formats over the real model's vocabulary: whatever is drawn at random within the mask fits.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use visor_engine::{ConstraintError, Grammar};
+
+use super::*;
+
+const VOCAB: usize = 32064;
+
+fn formats() -> &'static Formats {
+    static FORMATS: OnceLock<Formats> = OnceLock::new();
+    FORMATS.get_or_init(|| {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../model/phi3/tokenizer.json");
+        let tokenizer = Tokenizer::from_file(path.as_ref()).unwrap();
+        let stop_ids = tokenizer.stop_ids(&[2]);
+        Formats::new(Arc::new(tokenizer), stop_ids)
+    })
+}
+
+fn bounds() -> Bounds {
+    Bounds {
+        stop_ids: formats().stop_ids.clone(),
+        ..Bounds::default()
+    }
+}
+
+fn compile_within(format: &OutputFormat, bounds: Bounds) -> Result<Arc<dyn Grammar>, FormatError> {
+    let compiled = formats().compile(format, bounds, &FormatsConfig::default());
+    compiled.map(|grammar| grammar.expect("no free text"))
+}
+
+fn compile(format: &OutputFormat) -> Result<Arc<dyn Grammar>, FormatError> {
+    compile_within(format, bounds())
+}
+
+fn schema_of(schema: &Value) -> OutputFormat {
+    OutputFormat::JsonSchema(schema.to_string())
+}
+
+fn regex(pattern: &str) -> OutputFormat {
+    OutputFormat::Regex(pattern.to_owned())
+}
+
+/// xorshift64*, so that a failure can be run again.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) as usize % bound
+    }
+}
+
+/// A walk at random: its tokens, and whether the answer came to an end of its own.
+struct Walk {
+    tokens: Vec<u32>,
+    ended: bool,
+    failed: Option<ConstraintError>,
+    slowest: Duration,
+    /// In `mask` and `accept` together.
+    time: Duration,
+}
+
+fn walk(grammar: &Arc<dyn Grammar>, seed: usize, tokens_max: usize) -> Walk {
+    let mut random = Random(0x9E37_79B9 + seed as u64 * 77);
+    let mut following = grammar.follow();
+    let mut walk = Walk {
+        tokens: Vec::new(),
+        ended: false,
+        failed: None,
+        slowest: Duration::ZERO,
+        time: Duration::ZERO,
+    };
+    while walk.tokens.len() < tokens_max {
+        let mut logits = vec![0.0; VOCAB];
+        let began = Instant::now();
+        let masked = following.mask(&mut logits);
+        walk.slowest = walk.slowest.max(began.elapsed());
+        walk.time += began.elapsed();
+        if let Err(error) = masked {
+            walk.failed = Some(error);
+            break;
+        }
+        let allowed: Vec<u32> = (0..VOCAB as u32)
+            .filter(|id| logits[*id as usize] == 0.0)
+            .collect();
+        assert!(!allowed.is_empty(), "neither a token nor an end");
+        let stop = allowed.iter().find(|id| formats().stop_ids.contains(id));
+        let token = match stop {
+            Some(stop) if random.below(3) == 0 || allowed.len() <= 8 => *stop,
+            _ => allowed[random.below(allowed.len())],
+        };
+        if formats().stop_ids.contains(&token) {
+            walk.ended = true;
+            break;
+        }
+        walk.tokens.push(token);
+        let began = Instant::now();
+        let accepted = following.accept(token);
+        walk.time += began.elapsed();
+        match accepted {
+            Ok(false) => (),
+            Ok(true) => {
+                walk.ended = true;
+                break;
+            }
+            Err(error) => {
+                walk.failed = Some(error);
+                break;
+            }
+        }
+    }
+    walk
+}
+
+/// What walks say that come to their end, and how many do not.
+fn said(format: &OutputFormat) -> (Vec<String>, usize) {
+    let grammar = compile(format).unwrap();
+    let mut cut = 0;
+    let mut texts = Vec::new();
+    for seed in 0..30 {
+        let walk = walk(&grammar, seed, 200);
+        assert_eq!(walk.failed, None);
+        if walk.ended {
+            texts.push(formats().tokenizer.decode(&walk.tokens, true));
+        } else {
+            cut += 1;
+        }
+    }
+    (texts, cut)
+}
+
+#[test]
+fn whatever_is_drawn_matches_an_expression() {
+    type Fits = fn(&str) -> bool;
+    let table: [(&str, Fits); 8] = [
+        ("yes|no", |text| ["yes", "no"].contains(&text)),
+        ("^(cat|dog){2}$", |text| {
+            ["catcat", "catdog", "dogcat", "dogdog"].contains(&text)
+        }),
+        ("[0-9]{3}-[0-9]{2}", |text| {
+            text.len() == 6 && text.as_bytes()[3] == b'-'
+        }),
+        // The decoder strips one space of a text.
+        (" {2}x", |text| text == "  x"),
+        ("x?", |text| ["", "x"].contains(&text)),
+        ("", |text| text.is_empty()),
+        ("(日本|🦀|ä){3}", |text| text.chars().count() <= 6),
+        (r"a/\$", |text| text == "a/$"),
+    ];
+    for (pattern, fits) in table {
+        let (texts, cut) = said(&regex(pattern));
+        assert_eq!(cut, 0, "{pattern}");
+        for text in texts {
+            assert!(fits(&text), "{pattern}: {text:?}");
+        }
+    }
+}
+
+#[test]
+fn whatever_is_drawn_fits_a_schema_in_its_order() {
+    let text = r##"{"type":"object","properties":{
+        "size":{"type":"integer","minimum":-5,"maximum":99},
+        "kind":{"enum":["a","bé",null,4]},
+        "also":{"type":"array","items":{"$ref":"#/$defs/flag"},"maxItems":2}
+    },"required":["size","kind","also"],"additionalProperties":false,"$defs":{"flag":{"type":"boolean"}}}"##;
+    let (texts, _) = said(&OutputFormat::JsonSchema(text.to_owned()));
+    assert!(texts.len() > 15, "{}", texts.len());
+    for text in texts {
+        let value: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(value.as_object().unwrap().len(), 3);
+        // -0 is one of them.
+        let size = value["size"].as_f64().unwrap();
+        assert!(size.fract() == 0.0 && (-5.0..=99.0).contains(&size));
+        assert!([json!("a"), json!("bé"), json!(null), json!(4)].contains(&value["kind"]));
+        let also = value["also"].as_array().unwrap();
+        assert!(also.len() <= 2 && also.iter().all(Value::is_boolean));
+        let places = ["size", "kind", "also"].map(|key| text.find(&format!("\"{key}\"")));
+        assert!(places.is_sorted(), "{text}");
+        assert!(!text.starts_with(' '), "{text:?}");
+    }
+}
+
+#[test]
+fn json_is_an_object() {
+    let (texts, _) = said(&OutputFormat::Json);
+    assert!(!texts.is_empty());
+    for text in texts {
+        assert!(serde_json::from_str::<Value>(&text).unwrap().is_object());
+    }
+}
+
+#[test]
+fn an_answer_is_judged_with_what_it_begins_with() {
+    let begun = |prefill: &str| Bounds {
+        prefill: Some(prefill.to_owned()),
+        continues: true,
+        ..bounds()
+    };
+    let format = regex("count: (one| two)");
+    let grammar = compile_within(&format, begun("count:")).unwrap();
+    for seed in 0..10 {
+        let walk = walk(&grammar, seed, 20);
+        let ids = [formats().tokenizer.encode_text("count:"), walk.tokens].concat();
+        let text = formats().tokenizer.decode(&ids, true);
+        assert!(
+            ["count: one", "count:  two"].contains(&text.as_str()),
+            "{text}"
+        );
+    }
+    let refused = compile_within(&format, begun("sum:")).err();
+    assert_eq!(refused, Some(FormatError::Beginning));
+}
+
+#[test]
+fn copies_of_a_grammar_do_not_see_each_other() {
+    let grammar = compile(&regex("[a-c]{6}")).unwrap();
+    let alone: Vec<Vec<u32>> = (0..6).map(|seed| walk(&grammar, seed, 20).tokens).collect();
+    let threads: Vec<_> = (0..6)
+        .map(|seed| {
+            let grammar = Arc::clone(&grammar);
+            std::thread::spawn(move || walk(&grammar, seed, 20).tokens)
+        })
+        .collect();
+    let together: Vec<Vec<u32>> = threads.into_iter().map(|t| t.join().unwrap()).collect();
+    assert_eq!(together, alone);
+}
+
+/// Schemas and expressions of somebody who means no good, which are followed within their limits.
+#[test]
+fn hostile_formats_stay_within_their_limits() {
+    let mut deep = json!({ "type": "integer" });
+    for _ in 0..60 {
+        deep = json!({ "type": "object", "properties": { "a": deep }, "required": ["a"] });
+    }
+    let wide = |count: usize| -> Value {
+        let members = (0..count).map(|n| (format!("property_{n}"), json!({ "type": "string" })));
+        Value::Object(members.collect())
+    };
+    let followed = [
+        schema_of(&deep),
+        schema_of(&json!({ "type": "object", "properties": wide(700) })),
+        schema_of(&json!({ "type": "string", "minLength": 100_000, "maxLength": 1_000_000 })),
+        schema_of(&json!({ "type": "array", "minItems": 100_000, "items": { "type": "null" } })),
+        schema_of(&json!({ "type": "integer", "multipleOf": 997 })),
+        schema_of(
+            &json!({ "$defs": { "t": { "type": "array", "items": { "$ref": "#/$defs/t" } } }, "$ref": "#/$defs/t" }),
+        ),
+        // Named, and not looked up.
+        schema_of(&json!({ "$schema": "http://127.0.0.1:1/meta", "type": "string" })),
+        regex("(a+)+b"),
+        regex("(a|b)*a(a|b){200}"),
+        regex("((a{1000}){1000}){1000}"),
+        regex("(.*a.{20}b|.*c.{30}d|.*e.{25}f)"),
+        regex(r"(\w|\p{Greek}|\d){1,2000}"),
+        regex(
+            &(0..300)
+                .map(|n| format!(".*w{n}.*x{n}"))
+                .collect::<Vec<_>>()
+                .join("|"),
+        ),
+    ];
+    for format in &followed {
+        let began = Instant::now();
+        let grammar = compile(format).unwrap_or_else(|error| panic!("{error}: {format:.200?}"));
+        let compiled = began.elapsed();
+        let walk = walk(&grammar, 1, 200);
+        let mut text = format!("{format:?}");
+        text.truncate(60);
+        assert!(compiled < Duration::from_secs(20), "{text}");
+        // A limit on work, not on time; this only tells milliseconds from seconds.
+        assert!(walk.slowest < Duration::from_secs(1), "{text}");
+        if let Some(error) = walk.failed {
+            assert!(error.0.contains("more work"), "{error}");
+        }
+    }
+}
+
+/// And those that are not.
+#[test]
+fn hostile_formats_are_refused_in_time() {
+    let either = |n: usize| json!({ "anyOf": [{ "properties": { format!("a{n}"): {} } }, { "properties": { format!("b{n}"): {} } }] });
+    let eithers: Vec<Value> = (0..14).map(either).collect();
+    let multiples: Vec<Value> = [97, 101, 103].map(|n| json!({ "multipleOf": n })).into();
+    let refused = [
+        schema_of(&json!({ "allOf": eithers })),
+        schema_of(&json!({ "$ref": "#" })),
+        schema_of(
+            &json!({ "$defs": { "a": { "$ref": "#/$defs/b" }, "b": { "$ref": "#/$defs/a" } }, "$ref": "#/$defs/a" }),
+        ),
+        schema_of(&json!({ "$ref": "http://127.0.0.1:1/schema.json" })),
+        schema_of(&json!({ "$ref": "file:///etc/passwd" })),
+        schema_of(&json!({ "$ref": ["ä".repeat(200)] })),
+        schema_of(&json!({ "type": "integer", "multipleOf": 999_983 })),
+        schema_of(&json!({ "type": "integer", "allOf": multiples })),
+        schema_of(&json!({ "enum": [] })),
+        OutputFormat::JsonSchema("{".to_owned()),
+        OutputFormat::JsonSchema("5".to_owned()),
+        OutputFormat::JsonSchema("[".repeat(10_000)),
+        regex("("),
+        regex(&format!("{}a{}", "(".repeat(10_000), ")*".repeat(10_000))),
+        regex(r"a(?=b)b"),
+        regex(r"[^\s\S]"),
+        regex(&"x".repeat(100_000)),
+    ];
+    for format in &refused {
+        let began = Instant::now();
+        let error = compile(format).expect_err(&format!("{format:.200?}"));
+        let message = error.to_string();
+        assert!(began.elapsed() < Duration::from_secs(20), "{message}");
+        assert!(
+            message.len() < 500 && !message.contains("panic"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn the_digits_of_multiples_are_bounded_together() {
+    for (schema, fits) in [
+        (json!({ "multipleOf": 0.01 }), true),
+        (json!({ "multipleOf": 1000 }), true),
+        (json!({ "multipleOf": 1001 }), false),
+        (json!({ "multipleOf": 1e300 }), false),
+        (json!({ "multipleOf": 0.123_45 }), false),
+        (json!({ "multipleOf": 0 }), true),
+        (
+            json!({ "properties": { "multipleOf": { "type": "string" } } }),
+            true,
+        ),
+        (
+            json!({ "anyOf": [{ "multipleOf": 8 }, { "multipleOf": 0.12 }] }),
+            true,
+        ),
+        (
+            json!({ "anyOf": [{ "multipleOf": 37 }, { "multipleOf": 31 }] }),
+            false,
+        ),
+    ] {
+        assert_eq!(multiple(&schema).is_some(), fits, "{schema}");
+    }
+}
+
+#[test]
+fn only_an_anchor_at_an_end_is_left_out() {
+    for (pattern, inner) in [
+        ("^a$", "a"),
+        ("a$", "a"),
+        (r"a\$", r"a\$"),
+        (r"a\\$", r"a\\"),
+        ("", ""),
+    ] {
+        assert_eq!(whole(pattern), inner);
+    }
+}
+
+/// Prints what a format adds to a token: `cargo test --release -p visor --lib what_a_format_costs -- --ignored --nocapture`.
+#[test]
+#[ignore = "tells times, judges nothing"]
+fn what_a_format_costs() {
+    let began = Instant::now();
+    formats().vocabulary().unwrap();
+    println!("vocabulary, once: {:.1?}", began.elapsed());
+    let person = json!({ "type": "object", "required": ["name", "age", "tags"], "properties": {
+        "name": { "type": "string", "maxLength": 40 },
+        "age": { "type": "integer", "minimum": 0, "maximum": 120 },
+        "tags": { "type": "array", "items": { "enum": ["red", "green", "blue"] }, "maxItems": 5 },
+    } });
+    for (name, format) in [
+        ("json_object", OutputFormat::Json),
+        ("a schema", schema_of(&person)),
+        ("(yes|no), [a-z ]{80}", regex("(yes|no), [a-z ]{80}")),
+    ] {
+        let began = Instant::now();
+        let grammar = compile(&format).unwrap();
+        let compiled = began.elapsed();
+        let walks: Vec<Walk> = (0..40).map(|seed| walk(&grammar, seed, 200)).collect();
+        let tokens: usize = walks.iter().map(|walk| walk.tokens.len()).sum();
+        let time: Duration = walks.iter().map(|walk| walk.time).sum();
+        let slowest = walks.iter().map(|walk| walk.slowest).max().unwrap();
+        let each = time / u32::try_from(tokens).unwrap();
+        println!(
+            "{name}: compiled in {compiled:.1?}, {each:.1?} a token of {tokens}, {slowest:.1?} at most"
+        );
+    }
+}
