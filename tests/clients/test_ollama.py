@@ -3,6 +3,8 @@
 Run:  python3 tests/clients/test_ollama.py PATH/TO/visor
 """
 
+import json
+
 import ollama
 
 from served import PHOTOS, QUESTION, Served, main
@@ -34,6 +36,17 @@ class OllamaClient(Served):
         pieces = self.client.generate(model="visor-demo", prompt="Hello", options=options, stream=True)
         self.assertEqual("".join(p.response for p in pieces), whole.response)
 
+    def test_an_answer_is_held_to_a_schema(self):
+        schema = {"type": "object", "properties": {"sure": {"type": "boolean"}, "animal": {"enum": ["cat", "dog"]}},
+                  "required": ["sure", "animal"], "additionalProperties": False}
+        options = {"num_predict": 400, "temperature": 0}
+        for streams in [False, True]:
+            answer = self.client.generate(model="visor-demo", prompt="Which?", format=schema, options=options, stream=streams)
+            text = "".join(piece.response for piece in answer) if streams else answer.response
+            self.assertEqual(list(json.loads(text)), ["sure", "animal"])
+        opened = self.client.generate(model="visor-demo", prompt="Which?", format="json", options={"num_predict": 2})
+        self.assertTrue(opened.response.startswith("{"))
+
     def test_what_it_tells_of_the_model(self):
         names = [model.model for model in self.client.list().models]
         self.assertEqual(names, ["visor-demo"])
@@ -45,7 +58,7 @@ class OllamaClient(Served):
         self.assertEqual(missing.exception.status_code, 404)
         self.assertIn("no-such-model", missing.exception.error)
         with self.assertRaises(ollama.ResponseError) as bad:
-            self.client.generate(model="visor-demo", prompt="hi", format="json")
+            self.client.generate(model="visor-demo", prompt="hi", format={"type": "nothing"})
         self.assertEqual(bad.exception.status_code, 400)
 
 

@@ -8,8 +8,10 @@ served demo model answers is the evaluation suite's business (tests/suite).
 import json
 import pathlib
 import subprocess
+import typing
 
 import openai
+import pydantic
 
 from served import ENDLESS, QUESTION, Served, main, photo
 
@@ -21,6 +23,16 @@ def data_uri(name, mime):
 def ask(*uris, text=QUESTION):
     images = [{"type": "image_url", "image_url": {"url": uri}} for uri in uris]
     return [{"role": "user", "content": [{"type": "text", "text": text}, *images]}]
+
+
+class Seen(pydantic.BaseModel):
+    """What answers are held to; the order of its fields is not the alphabet's."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    sure: bool
+    count: int = pydantic.Field(ge=1, le=99)
+    animal: typing.Literal["cat", "dog", "octopus"]
 
 
 class OpenAIClient(Served):
@@ -138,6 +150,27 @@ class OpenAIClient(Served):
                            .choices[0].message.content for penalty in [1, 100])
         self.assertNotEqual(said, penalized)
         self.create(messages, user="u", store=True, metadata={"a": "b"}, response_format={"type": "text"})
+
+    def test_an_answer_is_held_to_a_schema_an_object_or_an_expression(self):
+        messages = ask(data_uri("cat.jpg", "image/jpeg"))
+        parsed = self.client.chat.completions.parse(
+            model=self.model, messages=messages, response_format=Seen, max_tokens=400, temperature=0)
+        choice = parsed.choices[0]
+        self.assertEqual(choice.finish_reason, "stop")
+        self.assertIsInstance(choice.message.parsed, Seen)
+        self.assertEqual(list(json.loads(choice.message.content)), ["sure", "count", "animal"])
+        schema = {"type": "json_schema", "json_schema": {"name": "seen", "strict": True, "schema": Seen.model_json_schema()}}
+        _, text, reasons = self.stream(messages, response_format=schema, max_tokens=400)
+        self.assertEqual((text, reasons), (choice.message.content, ["stop"]))
+        word = self.create(messages, response_format={"type": "regex", "regex": "(yes|no)!"}).choices[0]
+        self.assertIn(word.message.content, ["yes!", "no!"])
+        cut = self.create(messages, response_format={"type": "json_object"}, max_tokens=2).choices[0]
+        self.assertTrue(cut.message.content.startswith("{"))
+        with self.assertRaises(openai.BadRequestError) as caught:
+            self.create(messages, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}})
+        self.assertEqual(caught.exception.param, "response_format")
+        response = self.client.responses.parse(model=self.model, input="Which one?", text_format=Seen, max_output_tokens=400)
+        self.assertIsInstance(response.output_parsed, Seen)
 
     def test_a_text_completion(self):
         more = {"model": self.model, "prompt": "I see", "max_tokens": 6, "temperature": 0}

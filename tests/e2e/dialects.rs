@@ -13,7 +13,8 @@ fn post(path: &str, body: &Value) -> Answer {
     shared().send("POST", path, body.to_string().as_bytes())
 }
 
-fn model() -> String {
+/// The name of the model that the shared server serves.
+pub fn model() -> String {
     let models = shared().get("/v1/models").ok();
     models["data"][0]["id"].as_str().expect("an id").to_owned()
 }
@@ -191,7 +192,7 @@ fn ollama_tells_of_its_model_and_its_errors() {
         (json!({"model": "llama3", "prompt": "x"}), 404, "llama3"),
         (json!({"prompt": "x"}), 400, "model"),
         (
-            json!({"model": model(), "prompt": "x", "format": "json"}),
+            json!({"model": model(), "prompt": "x", "format": "xml"}),
             400,
             "format",
         ),

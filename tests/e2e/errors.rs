@@ -81,10 +81,6 @@ fn what_this_server_does_not_do_is_said_and_not_ignored() {
     for (wish, param) in [
         (json!({"tool_choice": "required"}), "tool_choice"),
         (json!({"tools": [tool]}), "tools"),
-        (
-            json!({"response_format": {"type": "json_object"}}),
-            "response_format",
-        ),
     ] {
         let error = server
             .chat(&with(chat(&[text("x")]), wish.clone()))

@@ -20,6 +20,7 @@ mod dialects;
 mod errors;
 mod eval;
 mod fetching;
+mod formats;
 mod hostile;
 mod images;
 mod lifecycle;

@@ -2,9 +2,11 @@
 //! place. Nothing here knows a dialect or the host.
 
 mod field;
+mod format;
 mod picture;
 mod wrong;
 
 pub use field::{Field, IsNeutral};
+pub use format::{Format, verbatim};
 pub use picture::{Picture, Place, is_url, lifted, sources};
 pub use wrong::{Kind, Wrong};

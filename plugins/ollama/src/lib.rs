@@ -15,7 +15,7 @@ mod time;
 use std::cell::RefCell;
 
 use serde_json::{Value, json};
-use visor_plugin_body::{Field, Kind, Picture, Wrong, sources};
+use visor_plugin_body::{Field, Format, Kind, Picture, Wrong, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
@@ -135,7 +135,7 @@ fn answer(shape: Shape, wanted: Wanted, request: &Request) -> Result<(Option<Rep
         sampling: wanted.sampling,
         max_tokens: wanted.max_tokens,
         stop: wanted.stop,
-        format: OutputFormat::Text,
+        format: wanted.format.into(),
         tools: Vec::new(),
         count: 1,
         extensions: wanted.extensions,
@@ -214,6 +214,17 @@ fn find(name: &str) -> Result<model::Handle, Error> {
             param: None,
             retry_after: None,
         })
+}
+
+impl From<Format> for OutputFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Text => Self::Text,
+            Format::Json => Self::Json,
+            Format::Schema(schema) => Self::JsonSchema(schema),
+            Format::Regex(pattern) => Self::Regex(pattern),
+        }
+    }
 }
 
 impl From<Wrong> for Error {

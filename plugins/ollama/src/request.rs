@@ -4,7 +4,7 @@
 //! Pure: nothing here calls the host.
 
 use serde_json::Value;
-use visor_plugin_body::{Field, IsNeutral, Picture, Place, Wrong, is_url, lifted};
+use visor_plugin_body::{Field, Format, IsNeutral, Picture, Place, Wrong, is_url, lifted};
 
 use crate::exports::visor::plugin::adapter::{Input, Sampling};
 use crate::visor::plugin::types::{Extensions, Message, Part, Role};
@@ -26,6 +26,7 @@ pub(crate) struct Wanted {
     pub(crate) sampling: Sampling,
     pub(crate) max_tokens: Option<u32>,
     pub(crate) stop: Vec<String>,
+    pub(crate) format: Format,
     pub(crate) stream: bool,
     /// Hints for the other plugins.
     pub(crate) extensions: Extensions,
@@ -48,7 +49,7 @@ pub(crate) fn parse_chat(text: &str, marker: &str) -> Result<Wanted, Wrong> {
         .map(|item| message(item.object()?, &mut pictures));
     let read = read.collect::<Result<Vec<_>, _>>()?;
     let input = (!read.is_empty()).then_some(Input::Chat(read));
-    wanted(&body, input, pictures)
+    wanted((&body, text), input, pictures)
 }
 
 /// Reads the body of a generation: a prompt to be answered, or with `raw` one to go on with.
@@ -74,10 +75,10 @@ pub(crate) fn parse_generate(text: &str, marker: &str) -> Result<Wanted, Wrong> 
     let prompt = body.get("prompt").text()?.unwrap_or_default();
     let images = pictures.take(&body.get("images"))?;
     if prompt.is_empty() && images.is_empty() {
-        return wanted(&body, None, pictures);
+        return wanted((&body, text), None, pictures);
     }
     if body.get("raw").flag()? {
-        return wanted(&body, Some(Input::Text(prompt)), pictures);
+        return wanted((&body, text), Some(Input::Text(prompt)), pictures);
     }
     let mut messages = Vec::new();
     let system = body.get("system").text()?.filter(|text| !text.is_empty());
@@ -89,10 +90,14 @@ pub(crate) fn parse_generate(text: &str, marker: &str) -> Result<Wanted, Wrong> 
     parts.push(Part::Text(prompt));
     let role = Role::User;
     messages.push(Message { role, parts });
-    wanted(&body, Some(Input::Chat(messages)), pictures)
+    wanted((&body, text), Some(Input::Chat(messages)), pictures)
 }
 
-fn wanted(body: &Field, input: Option<Input>, pictures: Pictures) -> Result<Wanted, Wrong> {
+fn wanted(
+    (body, text): (&Field, &str),
+    input: Option<Input>,
+    mut pictures: Pictures,
+) -> Result<Wanted, Wrong> {
     refuse_unsupported(body)?;
     let options = body.get("options");
     let options = match options.clone().given() {
@@ -100,6 +105,11 @@ fn wanted(body: &Field, input: Option<Input>, pictures: Pictures) -> Result<Want
         None => options,
     };
     let stream = body.get("stream").given();
+    let format = format(&body.get("format"), text)?;
+    if format != Format::Text {
+        let hint = ("format.param".to_owned(), "format".to_owned());
+        pictures.extensions.push(hint);
+    }
     Ok(Wanted {
         model: model(body)?,
         input,
@@ -107,9 +117,21 @@ fn wanted(body: &Field, input: Option<Input>, pictures: Pictures) -> Result<Want
         sampling: sampling(&options, logprobs(body)?)?,
         max_tokens: max_tokens(&options.get("num_predict"))?,
         stop: options.get("stop").strings(STOPS_MAX)?,
+        format,
         stream: stream.map_or(Ok(true), |field| field.boolean())?,
         extensions: pictures.extensions,
     })
+}
+
+/// `json`, or a schema.
+fn format(field: &Field, text: &str) -> Result<Format, Wrong> {
+    match field.value() {
+        Some(Value::Object(_)) => Format::schema(field, text),
+        None => Ok(Format::Text),
+        Some(Value::String(word)) if word.is_empty() => Ok(Format::Text),
+        Some(Value::String(word)) if word == "json" => Ok(Format::Json),
+        Some(_) => Err(field.wrong_value("json or a JSON schema")),
+    }
 }
 
 /// The name of the model a body asks for; `name` is what it was called once.
@@ -228,9 +250,8 @@ fn max_tokens(field: &Field) -> Result<Option<u32>, Wrong> {
 }
 
 fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
-    let table: [(&str, &str, IsNeutral); 3] = [
+    let table: [(&str, &str, IsNeutral); 2] = [
         ("tools", NO_TOOLS, |field| field.is_empty()),
-        ("format", "answers are text", |field| field.is_empty()),
         ("think", "the model answers at once", |field| {
             field.is_false()
         }),

@@ -34,7 +34,7 @@ mod tokens;
 use std::cell::RefCell;
 
 use serde_json::{Value, json};
-use visor_plugin_body::{Kind, Picture, Wrong, sources};
+use visor_plugin_body::{Format, Kind, Picture, Wrong, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
@@ -143,23 +143,36 @@ impl GuestExchange for Chat {
 fn chat(request: &Request) -> Result<(Option<Reply>, Step), Error> {
     let chat = request::parse(&request.text()?, &request.marker())?;
     let images = pictures(chat.images, request)?;
-    let input = Input::Chat(chat.messages);
-    generate(Shape::Chat, chat.options, (input, images, chat.extensions))
+    let task = Task {
+        input: Input::Chat(chat.messages),
+        images,
+        format: chat.format.into(),
+        extensions: chat.extensions,
+    };
+    generate(Shape::Chat, chat.options, task)
 }
 
 /// The same for a text to go on with.
 fn complete(request: &Request) -> Result<(Option<Reply>, Step), Error> {
     let completion = completion::parse(&request.text()?)?;
-    let input = Input::Text(completion.prompt);
-    let nothing = (input, Vec::new(), Vec::new());
-    generate(Shape::Completion, completion.options, nothing)
+    let task = Task {
+        input: Input::Text(completion.prompt),
+        images: Vec::new(),
+        format: OutputFormat::Text,
+        extensions: Vec::new(),
+    };
+    generate(Shape::Completion, completion.options, task)
 }
 
-fn generate(
-    shape: Shape,
-    options: Options,
-    (input, images, extensions): (Input, Vec<Source>, Extensions),
-) -> Result<(Option<Reply>, Step), Error> {
+/// What is to be answered, beside the options that all kinds of request share.
+struct Task {
+    input: Input,
+    images: Vec<Source>,
+    format: OutputFormat,
+    extensions: Extensions,
+}
+
+fn generate(shape: Shape, options: Options, task: Task) -> Result<(Option<Reply>, Step), Error> {
     let model = served(options.model.as_deref())?.id();
     let id = match shape {
         Shape::Chat => format!("chatcmpl-{}", clock::unique(12)),
@@ -178,15 +191,15 @@ fn generate(
     reply.logprobs = options.sampling.logprobs.is_some();
     let generation = Generation {
         model: Some(model),
-        input,
-        images,
+        input: task.input,
+        images: task.images,
         sampling: options.sampling,
         max_tokens: options.max_tokens,
         stop: options.stop,
-        format: OutputFormat::Text,
+        format: task.format,
         tools: Vec::new(),
         count: options.count,
-        extensions,
+        extensions: task.extensions,
     };
     let step = Step::Generate((head(options.stream), vec![generation]));
     Ok((Some(reply), step))
@@ -233,6 +246,17 @@ fn pictures(pictures: Vec<Picture>, request: &Request) -> Result<Vec<Source>, Er
         wrong.message = format!("Invalid value for '{param}': {}.", wrong.message);
         wrong.into()
     })
+}
+
+impl From<Format> for OutputFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Text => Self::Text,
+            Format::Json => Self::Json,
+            Format::Schema(schema) => Self::JsonSchema(schema),
+            Format::Regex(pattern) => Self::Regex(pattern),
+        }
+    }
 }
 
 impl From<Wrong> for Error {

@@ -4,7 +4,7 @@
 //! what comes out says which lifted string, or which URL, each of them is.
 
 use serde_json::Value;
-use visor_plugin_body::{Field, IsNeutral, Picture, Place, Wrong, is_url, lifted};
+use visor_plugin_body::{Field, Format, IsNeutral, Picture, Place, Wrong, is_url, lifted};
 
 use crate::options::{self, Options};
 use crate::visor::plugin::types::{Extensions, Message, Part, Role};
@@ -21,6 +21,8 @@ pub(crate) struct ChatRequest {
     /// Hints for the other plugins.
     pub(crate) extensions: Extensions,
     pub(crate) options: Options,
+    /// `response_format`
+    pub(crate) format: Format,
 }
 
 /// Reads a body. `marker` is the word the host put in place of long base64 strings.
@@ -43,6 +45,7 @@ pub(crate) fn parse(text: &str, marker: &str) -> Result<ChatRequest, Wrong> {
         images: reader.images,
         extensions: reader.extensions,
         options: options::parse(&body, logprobs(&body)?)?,
+        format: Format::read(&body.get("response_format"), text, Some("json_schema"))?,
     })
 }
 
@@ -180,14 +183,11 @@ fn logprobs(body: &Field) -> Result<Option<u8>, Wrong> {
 
 fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
     const NO_TOOLS: &str = "this server does not call tools";
-    let table: [(&str, &str, IsNeutral); 5] = [
+    let table: [(&str, &str, IsNeutral); 4] = [
         ("tools", NO_TOOLS, |field| field.is_empty()),
         ("functions", NO_TOOLS, |field| field.is_empty()),
         ("tool_choice", NO_TOOLS, |field| {
             field.is_one_of(&["none", "auto"])
-        }),
-        ("response_format", "answers are text", |field| {
-            field.get("type").is_one_of(&["text"])
         }),
         ("modalities", "answers are text", |field| {
             field

@@ -14,7 +14,7 @@ mod request;
 
 use std::cell::RefCell;
 
-use visor_plugin_body::{Kind, Picture, Wrong, sources};
+use visor_plugin_body::{Format, Kind, Picture, Wrong, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
@@ -95,7 +95,7 @@ impl GuestExchange for Answer {
             sampling: wanted.sampling,
             max_tokens: wanted.max_tokens,
             stop: Vec::new(),
-            format: OutputFormat::Text,
+            format: wanted.format.into(),
             tools: Vec::new(),
             count: 1,
             extensions: wanted.extensions,
@@ -148,6 +148,17 @@ fn served(name: Option<&str>) -> Result<model::Handle, Error> {
         param: Some("model".to_owned()),
         retry_after: None,
     })
+}
+
+impl From<Format> for OutputFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Text => Self::Text,
+            Format::Json => Self::Json,
+            Format::Schema(schema) => Self::JsonSchema(schema),
+            Format::Regex(pattern) => Self::Regex(pattern),
+        }
+    }
 }
 
 impl From<Wrong> for Error {

@@ -224,7 +224,6 @@ impl Reply {
             "previous_response_id": null,
             "reasoning": { "effort": null, "summary": null },
             "store": false,
-            "text": { "format": { "type": "text" } },
             "tool_choice": "none",
             "tools": [],
             "usage": usage.map(counts),

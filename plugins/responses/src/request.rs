@@ -2,8 +2,8 @@
 //!
 //! Pure: nothing here calls the host.
 
-use serde_json::{Map, Value};
-use visor_plugin_body::{Field, IsNeutral, Picture, Place, Wrong, is_url, lifted};
+use serde_json::{Map, Value, json};
+use visor_plugin_body::{Field, Format, IsNeutral, Picture, Place, Wrong, is_url, lifted};
 
 use crate::exports::visor::plugin::adapter::Sampling;
 use crate::visor::plugin::types::{Extensions, Message, Part, Role};
@@ -22,6 +22,8 @@ pub(crate) struct ResponseRequest {
     pub(crate) images: Vec<Picture>,
     pub(crate) sampling: Sampling,
     pub(crate) max_tokens: Option<u32>,
+    /// `text.format`
+    pub(crate) format: Format,
     pub(crate) stream: bool,
     /// Hints for the other plugins.
     pub(crate) extensions: Extensions,
@@ -48,12 +50,17 @@ pub(crate) fn parse(text: &str, marker: &str, counts: bool) -> Result<ResponseRe
     messages.extend(instructions.map(|text| message(Role::System, vec![Part::Text(text)])));
     messages.extend(reader.input(&body.get("input"))?);
     let max_tokens = body.get("max_output_tokens").optional_count(1)?;
+    let format = Format::read(&body.get("text").get("format"), text, None)?;
+    if format != Format::Text {
+        reader.hint("format.param", "text.format");
+    }
     Ok(ResponseRequest {
         model: body.get("model").text()?,
         messages,
         images: reader.images,
         sampling: sampling(&body)?,
         max_tokens: if counts { Some(0) } else { max_tokens },
+        format,
         stream: body.get("stream").flag()?,
         extensions: reader.extensions,
         repeated: repeated(&body),
@@ -63,6 +70,8 @@ pub(crate) fn parse(text: &str, marker: &str, counts: bool) -> Result<ResponseRe
 /// The settings an answer shows again, with what OpenAI shows where nothing was said.
 fn repeated(body: &Field) -> Map<String, Value> {
     let said = |key: &str| body.get(key).value().cloned();
+    let format = body.get("text").get("format").value().cloned();
+    let format = format.unwrap_or_else(|| json!({ "type": "text" }));
     let defaults: [(&str, Value); 8] = [
         ("instructions", Value::Null),
         ("max_output_tokens", Value::Null),
@@ -77,7 +86,8 @@ fn repeated(body: &Field) -> Map<String, Value> {
         let value = said(key).unwrap_or(default);
         (key.to_owned(), value)
     });
-    filled.collect()
+    let text = ("text".to_owned(), json!({ "format": format }));
+    filled.chain([text]).collect()
 }
 
 fn message(role: Role, parts: Vec<Part>) -> Message {
@@ -246,12 +256,7 @@ fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
             field.is_one_of(&["disabled"])
         }),
     ];
-    body.refuse(&table)?;
-    let format = body.get("text").get("format");
-    match format.get("type").given() {
-        Some(kind) if !kind.is_one_of(&["text"]) => Err(format.unsupported("answers are text")),
-        _ => Ok(()),
-    }
+    body.refuse(&table)
 }
 
 #[cfg(test)]

@@ -158,7 +158,8 @@ fn what_is_wrong_is_named() {
             invalid,
             "options.num_predict",
         ),
-        (with("format", json!("json")), unsupported, "format"),
+        (with("format", json!("xml")), invalid, "format"),
+        (with("format", json!(5)), invalid, "format"),
         (with("tools", json!([{}])), unsupported, "tools"),
         (with("think", json!(true)), unsupported, "think"),
         (with("top_logprobs", json!(21)), invalid, "top_logprobs"),
@@ -172,5 +173,21 @@ fn what_is_wrong_is_named() {
         let mut body = json!({ "model": "m", "prompt": "a" });
         body[key] = json!("b");
         assert_eq!(generate(&body).unwrap_err().kind, Kind::Unsupported);
+    }
+}
+
+#[test]
+fn a_format_is_a_word_or_a_schema() {
+    let text = r#"{ "model": "m", "messages": [], "format": { "z": 1, "a": 2 } }"#;
+    let schema = Format::Schema(r#"{ "z": 1, "a": 2 }"#.to_owned());
+    assert_eq!(parse_chat(text, MARKER).unwrap().format, schema);
+    let mut body = json!({ "model": "m", "prompt": "a", "format": "json" });
+    let wanted = generate(&body).unwrap();
+    assert_eq!(wanted.format, Format::Json);
+    let hint = ("format.param".to_owned(), "format".to_owned());
+    assert!(wanted.extensions.contains(&hint));
+    for nothing in [json!(""), Value::Null] {
+        body["format"] = nothing;
+        assert_eq!(generate(&body).unwrap().format, Format::Text);
     }
 }

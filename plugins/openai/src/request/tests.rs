@@ -338,7 +338,6 @@ fn what_cannot_be_honoured_is_refused_and_not_ignored() {
     let refused = [
         ("tools", json!([{ "type": "function" }])),
         ("tool_choice", json!("required")),
-        ("response_format", json!({ "type": "json_object" })),
         ("modalities", json!(["text", "audio"])),
     ];
     for (key, value) in refused {
@@ -358,6 +357,21 @@ fn what_cannot_be_honoured_is_refused_and_not_ignored() {
         (audio.kind, audio.param.as_deref()),
         (Kind::Unsupported, Some("messages[0].content[0].type"))
     );
+}
+
+#[test]
+fn a_format_is_read_and_a_wrong_one_named() {
+    let read = |format: Value| parsed(&with("response_format", format)).map(|chat| chat.format);
+    assert_eq!(parsed(&content(json!("hi"))).unwrap().format, Format::Text);
+    assert_eq!(read(json!({ "type": "json_object" })), Ok(Format::Json));
+    let schema =
+        json!({ "type": "json_schema", "json_schema": { "name": "n", "schema": { "a": 1 } } });
+    assert_eq!(read(schema), Ok(Format::Schema(r#"{"a":1}"#.to_owned())));
+    let regex = json!({ "type": "regex", "regex": "a|b" });
+    assert_eq!(read(regex), Ok(Format::Regex("a|b".to_owned())));
+    let wrong = read(json!({ "type": "json_schema", "json_schema": {} })).unwrap_err();
+    let param = "response_format.json_schema.schema";
+    assert_eq!(wrong.param.as_deref(), Some(param));
 }
 
 #[test]

@@ -139,9 +139,23 @@ fn settings_that_are_wrong_are_named() {
         ("background", json!(true), unsupported, "background"),
         ("tools", json!([{}]), unsupported, "tools"),
         ("truncation", json!("auto"), unsupported, "truncation"),
-        ("text", schema, unsupported, "text.format"),
+        ("text", schema, invalid, "text.format.schema"),
     ];
     for (key, value, kind, param) in table {
         named((with(key, value), kind, param));
     }
+}
+
+#[test]
+fn a_format_is_read_and_repeated() {
+    let format = json!({ "type": "json_schema", "name": "n", "schema": { "type": "integer" } });
+    let read = parsed(&with("text", json!({ "format": format }))).unwrap();
+    let schema = r#"{"type":"integer"}"#.to_owned();
+    assert_eq!(read.format, Format::Schema(schema));
+    assert_eq!(read.repeated["text"]["format"], format);
+    let hint = ("format.param".to_owned(), "text.format".to_owned());
+    assert!(read.extensions.contains(&hint));
+    let plain = parsed(&with("text", json!({ "verbosity": "low" }))).unwrap();
+    assert_eq!(plain.format, Format::Text);
+    assert_eq!(plain.repeated["text"]["format"]["type"], "text");
 }
