@@ -195,7 +195,8 @@ fn errors_have_their_status_and_four_keys() {
         let response = render_error(&error, false);
         let body: Value = serde_json::from_slice(&response.body).unwrap();
         assert_eq!(response.status, status);
-        let keys: Vec<&String> = body["error"].as_object().unwrap().keys().collect();
+        let mut keys: Vec<&String> = body["error"].as_object().unwrap().keys().collect();
+        keys.sort_unstable();
         assert_eq!(keys, ["code", "message", "param", "type"]);
         assert!(
             response
