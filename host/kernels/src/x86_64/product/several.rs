@@ -49,43 +49,34 @@ pub(super) fn several_rows<const N: usize>(
 #[target_feature(enable = "avx2")]
 #[inline]
 fn dots<const N: usize>(words: &[__m256i; PANEL], tiles: [&Tile; 2]) -> [__m256i; N] {
-    let nibble = _mm256_set1_epi8(0xF);
-    let ones = _mm256_set1_epi16(1);
-    // Unknown to the compiler, which would unroll the loops and then hold more than there are registers.
-    let words = &words[..std::hint::black_box(PANEL)];
     let [first, last] = tiles.map(|tile| tile.words.split_at(PANEL));
-    let mut dots = [_mm256_setzero_si256(); N];
-
-    let mut sums = [_mm256_setzero_si256(); N];
-    for (word, x) in words.iter().zip(first.0.iter().zip(last.0)) {
-        let codes = _mm256_and_si256(*word, nibble);
-        add_products(&mut sums, codes, x.into());
-    }
-    for row in 0..N {
-        dots[row] = _mm256_madd_epi16(sums[row], ones);
-    }
-    let mut sums = [_mm256_setzero_si256(); N];
-    for (word, x) in words.iter().zip(first.1.iter().zip(last.1)) {
-        let codes = _mm256_and_si256(_mm256_srli_epi16::<4>(*word), nibble);
-        add_products(&mut sums, codes, x.into());
-    }
-    for row in 0..N {
-        dots[row] = _mm256_add_epi32(dots[row], _mm256_madd_epi16(sums[row], ones));
+    let mut dots = nibble_dots::<N, 0>(words, [first.0, last.0]);
+    let high = nibble_dots::<N, 4>(words, [first.1, last.1]);
+    for (dot, high) in dots.iter_mut().zip(high) {
+        *dot = _mm256_add_epi32(*dot, high);
     }
     dots
 }
 
-/// Adds the products of four columns of the panel's rows, neighbours added, to the 16-bit sums of each row of x.
+/// The same of the nibbles that lie `SHIFT` bits up in each byte, with the activations of their columns.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn add_products<const N: usize>(
-    sums: &mut [__m256i; N],
-    codes: __m256i,
-    x: [&[i32; TILE_ROWS]; 2],
-) {
-    for row in 0..N {
-        let activation = _mm256_set1_epi32(x[row / TILE_ROWS][row % TILE_ROWS]);
-        let products = _mm256_maddubs_epi16(codes, activation);
-        sums[row] = _mm256_add_epi16(sums[row], products);
+fn nibble_dots<const N: usize, const SHIFT: i32>(
+    words: &[__m256i; PANEL],
+    x: [&[[i32; TILE_ROWS]]; 2],
+) -> [__m256i; N] {
+    let nibble = _mm256_set1_epi8(0xF);
+    // Unknown to the compiler, which would unroll the loop and then hold more than there are registers.
+    let words = &words[..std::hint::black_box(PANEL)];
+    let mut sums = [_mm256_setzero_si256(); N];
+    for (word, x) in words.iter().zip(x[0].iter().zip(x[1])) {
+        let codes = _mm256_and_si256(_mm256_srli_epi16::<SHIFT>(*word), nibble);
+        let x: [&[i32; TILE_ROWS]; 2] = x.into();
+        for row in 0..N {
+            let activation = _mm256_set1_epi32(x[row / TILE_ROWS][row % TILE_ROWS]);
+            let products = _mm256_maddubs_epi16(codes, activation);
+            sums[row] = _mm256_add_epi16(sums[row], products);
+        }
     }
+    sums.map(|sum| _mm256_madd_epi16(sum, _mm256_set1_epi16(1)))
 }
