@@ -7,10 +7,12 @@ use sha2::{Digest, Sha256};
 
 use crate::config::{Keys, ModelConfig, parse_json};
 use crate::error::ModelError;
-use crate::quantize::MARKER;
 use crate::table;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{StoredType, Weights, read_file};
+
+/// In a folder that is being written: it is no checkpoint yet.
+pub(crate) const MARKER: &str = ".visor-partial";
 
 const CONFIG: &[u8] = include_bytes!("../demo/config.json");
 const GENERATION_CONFIG: &[u8] = include_bytes!("../demo/generation_config.json");
@@ -155,11 +157,7 @@ impl Checkpoint {
         let mut hasher = Sha256::new();
         hasher.update(files.config);
         weights.digest(&mut hasher);
-        let digest = hasher
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let digest = hex(&hasher.finalize());
         Ok(Self {
             id,
             dir,
@@ -338,6 +336,11 @@ fn folder_name(dir: &Path) -> String {
         })
         .or_else(|| text(&full))
         .unwrap_or_else(|| "model".to_owned())
+}
+
+/// Bytes as hexadecimal digits, how digests are told.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ use writer::write_tensor;
 
 pub use compare::{Comparison, StageError, compare};
 pub use kept::{QuantizedCache, quantized_facts};
-pub(crate) use partial::{MARKER, Partial};
+pub(crate) use partial::Partial;
 pub(crate) use plan::{Action, Planned};
 pub(crate) use writer::Writer;
 

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use visor_kernels::ScaleType;
 
-use crate::checkpoint::{Checkpoint, PHI3_TOKENIZER, PREPROCESSOR_CONFIG};
+use crate::checkpoint::{Checkpoint, PHI3_TOKENIZER, PREPROCESSOR_CONFIG, hex};
 use crate::config::{ModelConfig, PATCH_SIDE_PX, parse_json};
 use crate::error::ModelError;
 use crate::progress::{LoadProgress, LoadStage};
@@ -73,11 +73,7 @@ pub fn digest(config: &[u8]) -> String {
     let mut hasher = Sha256::new();
     hasher.update(REVISION.to_le_bytes());
     hasher.update(config);
-    let digest = hasher.finalize();
-    digest[..8]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hex(&hasher.finalize()[..8])
 }
 
 fn write_weights(

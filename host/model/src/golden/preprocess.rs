@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use super::compare::{Finding, Reporter};
 use super::folder::{Folder, floats, integers, pixel_values};
+use crate::checkpoint::hex;
 use crate::image::{CROP_SIDE_PX, PixelValues, SourceImage, hd_image, image_tokens};
 use crate::weights::{StoredType, Weights};
 
@@ -157,11 +158,7 @@ fn compare_hd(
 ) -> Result<(), Finding> {
     let hd = hd_image(image, num_crops).map_err(|error| Finding::Miss(error.to_string()))?;
     if let Some(want) = &entry.hd_u8_sha256 {
-        let have: String = hd
-            .sha256()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let have = hex(&hd.sha256());
         reporter.stage(case, "hd_u8_sha256", Finding::equal(&have, want));
     }
     if let Some(want) = tensors

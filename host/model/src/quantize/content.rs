@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
+use crate::checkpoint::hex;
 use crate::error::ModelError;
 use crate::progress::{LoadProgress, LoadStage};
 use crate::weights::Weights;
@@ -117,8 +118,4 @@ fn remember(note: &Path, digest: &str) -> std::io::Result<()> {
 
 fn is_digest(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use super::partial::{Claim, partial_path};
 use super::plan::plan;
 use super::{GROUP, Partial, QuantizeOptions, cannot_write, content, write_checkpoint, writer};
-use crate::checkpoint::{Checkpoint, CheckpointFacts};
+use crate::checkpoint::{Checkpoint, CheckpointFacts, hex};
 use crate::error::ModelError;
 use crate::progress::{LoadProgress, LoadStage};
 
@@ -48,7 +48,7 @@ pub fn quantized_facts(
     Ok(CheckpointFacts {
         bytes: planned_bytes(source, options)?,
         quantization: format!("int4 group {GROUP}, from {}", facts.quantization),
-        digest: content::hex(&hasher(&facts, options).finalize()),
+        digest: hex(&hasher(&facts, options).finalize()),
         ..facts
     })
 }
@@ -74,7 +74,7 @@ impl QuantizedCache {
         let facts = source.facts();
         let mut hasher = hasher(&facts, &self.options);
         hasher.update(&content);
-        let key = content::hex(&hasher.finalize()[..8]);
+        let key = hex(&hasher.finalize()[..8]);
         let target = self.folder.join(format!("{}-{key}", facts.id));
         if let Some(kept) = opened(&target) {
             self.tell(&target, &kept, None);

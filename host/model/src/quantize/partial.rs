@@ -7,10 +7,8 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use super::cannot_write;
+use crate::checkpoint::MARKER;
 use crate::error::ModelError;
-
-/// In a folder that is being written.
-pub(crate) const MARKER: &str = ".visor-partial";
 
 /// What came of asking for a folder to write.
 pub(crate) enum Claim {
