@@ -27,6 +27,8 @@
 //! Scales may be negative. `P.biases` (plural) is part of the format; `P.bias` (singular) is the layer's own.
 //! Source: `mx.quantize` / `mx.dequantize`, ml-explore/mlx v0.32 `mlx/ops.cpp`, mode `affine`.
 
+use std::ops::Range;
+
 use crate::activations::BLOCK;
 use crate::matrix::ShapeError;
 use crate::widen;
@@ -163,13 +165,7 @@ impl<'a> Int4Rows<'a> {
 
     /// Codes of 64 columns of a row, and the scale and bias of their group.
     pub(crate) fn block(&self, row: usize, block: usize) -> (&'a [u8], f32, f32) {
-        let start = row * self.columns / 2 + block * BLOCK / 2;
-        let group = row * (self.columns / self.group) + block * BLOCK / self.group;
-        (
-            &self.weight[start..start + BLOCK / 2],
-            self.scale_type.get(self.scales, group),
-            self.scale_type.get(self.biases, group),
-        )
+        self.codes(row, block * BLOCK..(block + 1) * BLOCK)
     }
 
     /// The parts of one row: its codes, its scales and its biases.
@@ -183,8 +179,26 @@ impl<'a> Int4Rows<'a> {
         ]
     }
 
+    /// The codes of some columns of one group, two a byte, and its scale and bias.
+    ///
+    /// # Panics
+    /// When the columns are not whole bytes of one row.
+    pub fn codes(&self, row: usize, columns: Range<usize>) -> (&'a [u8], f32, f32) {
+        assert!(
+            columns.end <= self.columns && columns.start.is_multiple_of(2),
+            "whole bytes of a row"
+        );
+        let start = row * self.columns / 2;
+        let group = row * (self.columns / self.group) + columns.start / self.group;
+        (
+            &self.weight[start + columns.start / 2..start + columns.end / 2],
+            self.scale_type.get(self.scales, group),
+            self.scale_type.get(self.biases, group),
+        )
+    }
+
     /// Columns of a group.
-    pub(crate) fn group(&self) -> usize {
+    pub fn group(&self) -> usize {
         self.group
     }
 

@@ -154,9 +154,9 @@ impl DeviceKind {
 
     /// The type activations are computed in.
     ///
-    /// The CPU computes in f32. An accelerator holds its weights in the compute type, so a model whose f32 form is
-    /// above 2 GiB (`parameters` counts weights) is computed in its stored half type, f16 staying f16 and the rest bf16;
-    /// norms, softmax and angles stay f32 everywhere.
+    /// The CPU computes in f32. An accelerator holds weights that are stored as floats in the compute type, so a model
+    /// whose f32 form is above 2 GiB (`parameters` counts weights) is computed in its stored half type, f16 staying f16
+    /// and the rest bf16; norms, softmax and angles stay f32 everywhere, and INT4 weights stay INT4.
     pub fn compute_dtype(self, parameters: u64, stored: DType) -> DType {
         match (self, stored) {
             (Self::Cpu, _) => DType::F32,

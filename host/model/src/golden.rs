@@ -40,9 +40,9 @@ pub struct VerifyOptions {
 
 /// Compares everything the folder has, telling `report` about each stage as it ends.
 ///
-/// Floats may differ by 2e-4 in absolute value when computed in f32 (preprocessing: 1e-6), by 0.05 in f16 and 0.5 in
-/// bf16, which big models use on accelerators: enough to find wrong wiring, not rounding. Greedy tokens have to be
-/// equal unless the reference's two best logits are within twice that tolerance.
+/// Floats may differ by 2e-4 in absolute value when computed in f32 (preprocessing: 1e-6), by 0.05 in f16, which
+/// accelerators make of INT4 weights too, and by 0.5 in bf16: enough to find wrong wiring, not rounding. Greedy tokens have
+/// to be equal unless the reference's two best logits are within twice that tolerance.
 ///
 /// # Errors
 /// [`ModelError::MissingFile`] without the folder, [`ModelError::Golden`] when nothing at all was compared, and

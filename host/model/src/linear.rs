@@ -2,13 +2,16 @@
 //!
 //! On the CPU a matrix stays as its file has it, mapped. INT4 is multiplied as it is with activations of eight bits; where
 //! floats are asked for, and any other type, a block of output rows at a time is widened to f32 and multiplied. On an
-//! accelerator it is a tensor of the compute type. Callers cannot tell.
+//! accelerator INT4 stays INT4 too, and anything else is a tensor of the compute type. Callers cannot tell.
+
+mod device;
 
 use std::cell::Cell;
 
 use candle_core::{DType, Device, Tensor};
 use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, StoredMatrix, StoredRows};
 
+use self::device::DeviceWeight;
 use crate::config::PATCH_SIDE_PX;
 use crate::error::ModelError;
 use crate::progress::{LoadProgress, LoadStage};
@@ -179,8 +182,8 @@ pub(crate) struct Linear {
 enum LinearWeight {
     /// On the CPU: stored as the file has it; with a kernel, multiplied by it where it can.
     Stored(Box<WeightMatrix>, Option<Kernel>),
-    /// On an accelerator: (out, in) in the compute type.
-    Device(Tensor),
+    /// On an accelerator.
+    Device(DeviceWeight),
 }
 
 impl Linear {
@@ -200,7 +203,7 @@ impl Linear {
                 self.forward_rows(&rows, &quantized, &mut out)?;
                 return out.to_tensor();
             }
-            LinearWeight::Device(weight) => x.matmul(&weight.t()?)?,
+            LinearWeight::Device(weight) => weight.forward(x)?,
         };
         match &self.bias {
             Some(bias) => out.broadcast_add(bias),
@@ -338,10 +341,20 @@ impl Loader<'_> {
         let weight = if self.stored {
             LinearWeight::Stored(Box::new(matrix), self.kernel)
         } else {
-            let shape = [matrix.rows, matrix.columns];
-            LinearWeight::Device(self.place(matrix.to_f32(), &shape)?)
+            LinearWeight::Device(self.device_weight(&matrix)?)
         };
         Ok(Linear { weight, bias: None })
+    }
+
+    fn device_weight(&self, matrix: &WeightMatrix) -> Result<DeviceWeight, ModelError> {
+        let int4 = matrix.try_int4().ok();
+        if let Some(rows) = int4
+            && let Some(weight) = DeviceWeight::int4(&rows, self.device)?
+        {
+            return Ok(weight);
+        }
+        let shape = [matrix.rows, matrix.columns];
+        Ok(DeviceWeight::Floats(self.place(matrix.to_f32(), &shape)?))
     }
 
     fn place(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor, ModelError> {

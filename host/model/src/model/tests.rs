@@ -1,22 +1,21 @@
 //! The accelerators' path, weights as tensors of the compute type, run on the CPU: no other device is needed to see it
 //! agree with stored weights.
 
+use std::path::Path;
+
 use super::*;
 use crate::Prompt;
 use crate::image::{RgbBuffer, hd_plan, render_view};
 
-fn load(stored: bool, dtype: DType) -> Phi3V {
+fn load(checkpoint: &str, stored: bool, dtype: DType, activations: Activations) -> Phi3V {
     let placement = Placement {
         device: Device::Cpu,
         dtype,
         stored,
-        activations: Activations::Float,
+        activations,
     };
-    let dir = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../../tests/golden/ckpt_mha_int4"
-    );
-    let checkpoint = Checkpoint::open(dir.as_ref()).unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
+    let checkpoint = Checkpoint::open(&golden.join(checkpoint)).unwrap();
     Phi3V::load_at(&checkpoint, DeviceKind::Cpu, placement, &|_| ()).unwrap()
 }
 
@@ -60,19 +59,38 @@ fn png(image: &RgbBuffer) -> Vec<u8> {
     bytes.into_inner()
 }
 
+/// The largest difference of two models' logits for one prompt.
+fn difference(have: &Phi3V, want: &Phi3V) -> f32 {
+    let pixels = pixels();
+    let [have, want] = [have, want].map(|model| logits(model, &pixels));
+    assert_eq!(have.len(), want.len());
+    assert!(have.iter().all(|logit| logit.is_finite()));
+    let apart = have.iter().zip(&want).map(|(a, b)| (a - b).abs());
+    apart.fold(0.0, f32::max)
+}
+
 #[test]
 fn weights_as_device_tensors_give_the_same_logits() {
-    let pixels = pixels();
-    let want = logits(&load(true, DType::F32), &pixels);
+    let checkpoint = "ckpt_mha";
+    let want = load(checkpoint, true, DType::F32, Activations::Float);
     for (dtype, tolerance) in [(DType::F32, 2e-4), (DType::F16, 0.05)] {
-        let have = logits(&load(false, dtype), &pixels);
-        let difference = have
-            .iter()
-            .zip(&want)
-            .map(|(a, b)| (a - b).abs())
-            .fold(0.0, f32::max);
-        assert_eq!(have.len(), want.len());
+        let have = load(checkpoint, false, dtype, Activations::Float);
+        let difference = difference(&have, &want);
         assert!(difference < tolerance, "{dtype:?}: {difference}");
-        assert!(have.iter().all(|logit| logit.is_finite()));
+    }
+}
+
+/// On a CPU candle multiplies the blocks with activations of eight bits, as the kernels do on the stored weights: either is
+/// as far from floats.
+#[test]
+fn int4_blocks_on_a_device_give_the_logits_of_the_stored_ones() {
+    let checkpoint = "ckpt_mha_int4";
+    let want = load(checkpoint, true, DType::F32, Activations::Float);
+    let kernels = load(checkpoint, true, DType::F32, Activations::Int8);
+    let allowed = 2.0 * difference(&kernels, &want);
+    for dtype in [DType::F32, DType::F16] {
+        let have = load(checkpoint, false, dtype, Activations::Float);
+        let difference = difference(&have, &want);
+        assert!(difference < allowed, "{dtype:?}: {difference}, {allowed}");
     }
 }
