@@ -46,7 +46,7 @@ fn measure() {
                     .expect("a matrix");
                 let start = Instant::now();
                 quantized.fill(kernel, &x, columns);
-                multiply(kernel, &view, &quantized, &mut out);
+                multiply(kernel, &view, &quantized, None, &mut out);
                 times.push(start.elapsed().as_secs_f64());
             }
             times.sort_by(f64::total_cmp);

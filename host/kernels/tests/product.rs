@@ -69,7 +69,7 @@ impl Matrix {
 fn product(kernel: Kernel, weights: &Int4Rows<'_>, x: &[f32]) -> Vec<f32> {
     let x = QuantizedRows::new(kernel, x, weights.columns());
     let mut out = vec![f32::NAN; x.rows() * weights.rows()];
-    multiply(kernel, weights, &x, &mut out);
+    multiply(kernel, weights, &x, None, &mut out);
     out
 }
 
@@ -239,6 +239,26 @@ fn rows_multiply_alike_alone_and_together() {
 }
 
 /// Eight bits of activations cost less than a hundredth of the product, on weights and activations as layers have them.
+#[test]
+fn a_bias_is_added_behind_the_product() {
+    let mut random = Random(7);
+    for (rows, m) in [(1, 1), (7, 3), (8, 5), (21, 12), (40, 8)] {
+        let matrix = Matrix::random(&mut random, (rows, 128), 64, ScaleType::F16);
+        let values: Vec<f32> = (0..m * 128).map(|_| random.unit()).collect();
+        let bias: Vec<f32> = (0..rows).map(|_| random.unit() * 100.0).collect();
+        for kernel in Kernel::available() {
+            let mut want = product(kernel, &matrix.view(), &values);
+            for row in want.chunks_mut(rows) {
+                row.iter_mut().zip(&bias).for_each(|(x, b)| *x += b);
+            }
+            let x = QuantizedRows::new(kernel, &values, 128);
+            let mut got = vec![f32::NAN; m * rows];
+            multiply(kernel, &matrix.view(), &x, Some(&bias), &mut got);
+            assert_eq!(bits(&got), bits(&want), "{} {rows} {m}", kernel.name());
+        }
+    }
+}
+
 #[test]
 fn eight_bits_are_near_the_floats() {
     let mut random = Random(5);

@@ -41,6 +41,8 @@ pub(crate) struct Tower {
 pub(crate) struct TowerPass {
     done: Vec<Tensor>,
     half: Option<HalfDone>,
+    /// Memory that every crop uses again.
+    scratch: eight_bit::Scratch,
 }
 
 struct HalfDone {
@@ -153,7 +155,9 @@ impl Tower {
                 },
             };
             match self.kernel {
-                Some(kernel) => self.run_rows(kernel, &mut half, keep_going)?,
+                Some(kernel) => {
+                    self.run_rows(kernel, (&mut half, &mut pass.scratch), keep_going)?;
+                }
                 None => self.run(&mut half, count, keep_going)?,
             }
             if half.layers < self.layers.len() {
@@ -166,6 +170,7 @@ impl Tower {
                 return Ok(None);
             }
         }
+        pass.scratch = eight_bit::Scratch::default();
         Tensor::cat(&std::mem::take(&mut pass.done), 0)
             .map(Some)
             .map_err(ModelError::from)

@@ -243,15 +243,19 @@ impl Linear {
             *out = Rows::of(&self.forward(&x.to_tensor()?)?)?;
             return Ok(());
         };
+        let bias = self.bias.as_ref().map(Tensor::to_vec1).transpose()?;
         match (kernel, matrix.blocked()) {
             (Some(kernel), Some(int4)) if quantized.whole => {
                 out.reshape(x.count(), matrix.rows);
-                visor_kernels::multiply(*kernel, &int4, &quantized.rows, &mut out.values);
+                let (x, out) = (&quantized.rows, &mut out.values);
+                visor_kernels::multiply(*kernel, &int4, x, bias.as_deref(), out);
             }
-            _ => *out = Rows::of(&matrix.multiply(&x.to_tensor()?)?)?,
-        }
-        if let Some(bias) = &self.bias {
-            out.add_to_each(&bias.to_vec1()?);
+            _ => {
+                *out = Rows::of(&matrix.multiply(&x.to_tensor()?)?)?;
+                if let Some(bias) = &bias {
+                    out.add_to_each(bias);
+                }
+            }
         }
         Ok(())
     }

@@ -24,11 +24,6 @@ impl Rows {
         self.columns = columns;
     }
 
-    fn copy(&mut self, other: &Self) {
-        self.reshape(other.count(), other.columns);
-        self.values.copy_from_slice(&other.values);
-    }
-
     /// The rows of a tensor (count, columns) on the CPU.
     pub(crate) fn of(x: &Tensor) -> candle_core::Result<Self> {
         let (_, columns) = x.dims2()?;
@@ -58,6 +53,26 @@ impl Rows {
             .for_each(|rows| rows.chunks_exact_mut(self.columns).for_each(&work));
     }
 
+    /// Takes the shape of `x` and calls `work` with each row and that of `x`, on all cores where there is enough to do.
+    fn set_each(&mut self, x: &Self, work: impl Fn(&mut [f32], &[f32]) + Sync) {
+        let columns = x.columns;
+        self.reshape(x.count(), columns);
+        let some = |(out, x): (&mut [f32], &[f32])| {
+            out.chunks_exact_mut(columns)
+                .zip(x.chunks_exact(columns))
+                .for_each(|(out, x)| work(out, x));
+        };
+        if x.values.len() <= TASK_VALUES {
+            some((&mut self.values, &x.values));
+            return;
+        }
+        let task = (TASK_VALUES / columns).max(1) * columns;
+        self.values
+            .par_chunks_mut(task)
+            .zip(x.values.par_chunks(task))
+            .for_each(some);
+    }
+
     /// Adds a vector to each row: a bias.
     pub(crate) fn add_to_each(&mut self, bias: &[f32]) {
         self.each(|row| row.iter_mut().zip(bias).for_each(|(x, b)| *x += b));
@@ -82,24 +97,22 @@ impl Rows {
 
     /// `x / sqrt(mean(x^2) + eps) * weight`
     pub(crate) fn set_rms_norm(&mut self, x: &Self, weight: &[f32], eps: f32) {
-        self.copy(x);
-        self.each(|row| {
+        self.set_each(x, |out, row| {
             let factor = 1.0 / (sum(row, |x| x * x) / row.len() as f32 + eps).sqrt();
-            row.iter_mut()
-                .zip(weight)
-                .for_each(|(x, w)| *x = *x * factor * w);
+            for ((out, x), w) in out.iter_mut().zip(row).zip(weight) {
+                *out = x * factor * w;
+            }
         });
     }
 
     /// `(x - mean) / sqrt(variance + eps) * weight + bias`
     pub(crate) fn set_layer_norm(&mut self, x: &Self, [weight, bias]: [&[f32]; 2], eps: f32) {
-        self.copy(x);
-        self.each(|row| {
+        self.set_each(x, |out, row| {
             let mean = sum(row, |x| x) / row.len() as f32;
             let factor =
                 1.0 / (sum(row, |x| (x - mean) * (x - mean)) / row.len() as f32 + eps).sqrt();
-            for ((x, w), b) in row.iter_mut().zip(weight).zip(bias) {
-                *x = (*x - mean) * factor * w + b;
+            for (((out, x), w), b) in out.iter_mut().zip(row).zip(weight).zip(bias) {
+                *out = (x - mean) * factor * w + b;
             }
         });
     }

@@ -33,8 +33,8 @@ const ROWS_AT_ONCE: usize = 48 * TILE_ROWS;
 const PAIRS_AT_ONCE: usize = 8;
 /// Up to this many rows, pairs of panels are taken one by one.
 const ONE_PAIR_ROWS: usize = 64;
-/// Blocks of weights unpacked at a time: two panels of 8 are 8 KiB, a quarter of the first-level cache.
-const BLOCKS_AT_ONCE: usize = 8;
+/// Blocks of weights unpacked at a time: two panels of 16 are 16 KiB, half of the first-level cache.
+const BLOCKS_AT_ONCE: usize = 16;
 /// How far ahead of a row's codes memory is asked for when decoding: nearer is too late, and from 3 KiB on nothing is gained.
 const AHEAD_BYTES: usize = 2048;
 

@@ -83,7 +83,7 @@ fn int4_product(kernel: Kernel) -> f64 {
     let mut out = vec![0.0; m * rows];
     let seconds = best(PRODUCTS, || {
         quantized.fill(kernel, &x, columns);
-        multiply(kernel, &weights, &quantized, &mut out);
+        multiply(kernel, &weights, &quantized, None, &mut out);
     });
     gop_per_s(seconds)
 }

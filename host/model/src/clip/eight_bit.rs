@@ -11,7 +11,7 @@ use crate::rows::Rows;
 
 /// Memory that every layer uses again.
 #[derive(Default)]
-struct Scratch {
+pub(super) struct Scratch {
     normed: Rows,
     quantized: Quantized,
     query: Rows,
@@ -34,14 +34,13 @@ impl Tower {
     pub(super) fn run_rows(
         &self,
         kernel: Kernel,
-        half: &mut HalfDone,
+        (half, scratch): (&mut HalfDone, &mut Scratch),
         keep_going: &(dyn Fn() -> bool + Sync),
     ) -> Result<(), ModelError> {
         let mut hidden = Rows::of(&half.hidden)?;
         rayon::scope(|_| {
-            let mut scratch = Scratch::default();
             for layer in &self.layers[half.layers..] {
-                self.run_layer_rows(kernel, layer, &mut hidden, &mut scratch)?;
+                self.run_layer_rows(kernel, layer, &mut hidden, scratch)?;
                 half.layers += 1;
                 if half.layers < self.layers.len() && !keep_going() {
                     break;
