@@ -73,6 +73,10 @@ impl Tokenizer {
     fn parse(bytes: &[u8]) -> Result<Self, String> {
         let mut with_control: tokenizers::Tokenizer =
             serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        // It would keep what users wrote: ten thousand texts for each thread that ever encoded one.
+        let mut model = with_control.get_model().clone();
+        model.resize_cache(0);
+        with_control.with_model(model);
         // Both would cut or lengthen prompts behind our back.
         with_control.with_padding(None);
         with_control
