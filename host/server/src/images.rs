@@ -9,6 +9,7 @@ pub mod data_url;
 pub mod fetch;
 #[cfg(unix)]
 mod files;
+mod lookup;
 mod permit;
 
 use bytes::Bytes;
@@ -146,7 +147,7 @@ mod tests {
     fn load_with(source: &Source, config: &ImagesConfig) -> Result<SourceImage, GuestError> {
         let loading = Loading {
             config,
-            fetcher: &Fetcher::system(),
+            fetcher: &Fetcher::system(&config.fetch),
             patience: Patience {
                 deadline: std::time::Instant::now(),
                 gone: &|| false,

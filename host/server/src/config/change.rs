@@ -3,7 +3,7 @@
 use super::Config;
 
 /// Keys that are read once, at start. Everything else is applied live.
-const RESTART_KEYS: [&str; 15] = [
+const RESTART_KEYS: [&str; 16] = [
     "server.listen",
     "server.tls_cert_file",
     "server.tls_key_file",
@@ -16,6 +16,7 @@ const RESTART_KEYS: [&str; 15] = [
     "server.log_filter",
     "admin",
     "model",
+    "images.fetch.lookups_max",
     "plugins.folder",
     "plugins.poll_s",
     "sandbox",
@@ -68,6 +69,7 @@ pub fn keep_restart_keys(running: &Config, new: &Config) -> Config {
     applied.server.log_filter.clone_from(&server.log_filter);
     applied.admin = running.admin.clone();
     applied.model = running.model.clone();
+    applied.images.fetch.lookups_max = running.images.fetch.lookups_max;
     applied.plugins.folder.clone_from(&running.plugins.folder);
     applied.plugins.poll_s = running.plugins.poll_s;
     applied.sandbox = running.sandbox.clone();
@@ -154,6 +156,7 @@ mod tests {
         new.server.log_filter = "debug".to_owned();
         new.admin.listen = "127.0.0.1:1".to_owned();
         new.model.aliases.push("x".to_owned());
+        new.images.fetch.lookups_max += 1;
         new.plugins.folder = "other".into();
         new.plugins.poll_s += 1;
         new.sandbox.instances_max += 1;

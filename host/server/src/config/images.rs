@@ -58,6 +58,10 @@ pub struct FetchConfig {
     pub redirects_max: u32,
     /// Seconds one image may take, from the first look-up to the last byte.
     pub timeout_s: u64,
+    /// Names looked up at once, each on a thread of its own. Needs a restart.
+    pub lookups_max: usize,
+    /// Seconds one look-up may take, the wait for its turn included.
+    pub lookup_timeout_s: u64,
 }
 
 impl Default for FetchConfig {
@@ -69,6 +73,8 @@ impl Default for FetchConfig {
             ports: vec![443, 80],
             redirects_max: 3,
             timeout_s: 10,
+            lookups_max: 16,
+            lookup_timeout_s: 5,
         }
     }
 }

@@ -4,7 +4,7 @@
 //! these, ask, read under limits. A redirect starts over with the first check. There is no proxy, no
 //! cookie, no connection kept for later: what is not there cannot be led astray.
 
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -27,6 +27,7 @@ use tokio_util::task::AbortOnDropHandle;
 use url::Host;
 
 use super::address;
+use super::lookup::Names;
 use super::permit::{self, Target};
 use crate::config::{FetchConfig, ImagesConfig};
 
@@ -39,12 +40,10 @@ const CONNECT_MAX: Duration = Duration::from_secs(3);
 /// How often a fetch looks whether its client has left.
 const CLIENT_LOOK: Duration = Duration::from_millis(100);
 
-type Lookup = Pin<Box<dyn Future<Output = std::io::Result<Vec<IpAddr>>> + Send>>;
-
 /// What fetching needs of the world. The server has one, [`Fetcher::system`].
 pub struct Fetcher {
     /// Addresses of a name.
-    look_up: Box<dyn Fn(String) -> Lookup + Send + Sync>,
+    names: Names,
     /// Whether an address may be connected to, or what it is instead.
     judge: Box<dyn Fn(SocketAddr) -> Result<(), &'static str> + Send + Sync>,
     /// Who is believed to be who they say, read when the first `https:` image comes.
@@ -78,9 +77,9 @@ enum Hop {
 impl Fetcher {
     /// Looks names up as the system does and connects to public addresses only.
     #[must_use]
-    pub fn system() -> Self {
+    pub fn system(config: &FetchConfig) -> Self {
         Self {
-            look_up: Box::new(|name| Box::pin(look_up(name))),
+            names: Names::system(config.lookups_max),
             judge: Box::new(|address| address::public(address.ip())),
             trust: OnceLock::new(),
         }
@@ -116,7 +115,7 @@ impl Fetcher {
 
     async fn follow(&self, mut target: Target, images: &ImagesConfig) -> Result<Bytes, FetchError> {
         for _ in 0..=images.fetch.redirects_max {
-            match self.hop(&target, images.bytes_max).await? {
+            match self.hop(&target, images).await? {
                 Hop::Picture(bytes) => return Ok(bytes),
                 Hop::Elsewhere(location) => {
                     target = redirected(&target, &location, &images.fetch)?;
@@ -129,8 +128,9 @@ impl Fetcher {
         )))
     }
 
-    async fn hop(&self, target: &Target, bytes_max: u64) -> Result<Hop, FetchError> {
-        let addresses = self.addresses(target).await?;
+    async fn hop(&self, target: &Target, images: &ImagesConfig) -> Result<Hop, FetchError> {
+        let bytes_max = images.bytes_max;
+        let addresses = self.addresses(target, &images.fetch).await?;
         let stream = connect(target, &addresses).await?;
         if !target.tls {
             return ask(stream, target, bytes_max).await;
@@ -146,15 +146,23 @@ impl Fetcher {
     }
 
     /// Every address of the host, all of which must be good: one bad one is a name that plays games.
-    async fn addresses(&self, target: &Target) -> Result<Vec<SocketAddr>, FetchError> {
+    async fn addresses(
+        &self,
+        target: &Target,
+        config: &FetchConfig,
+    ) -> Result<Vec<SocketAddr>, FetchError> {
         let name = target.name();
+        let patience = Duration::from_secs(config.lookup_timeout_s);
         let found = match &target.host {
             Host::Ipv4(address) => vec![IpAddr::V4(*address)],
             Host::Ipv6(address) => vec![IpAddr::V6(*address)],
-            Host::Domain(domain) => (self.look_up)(domain.clone()).await.map_err(|error| {
-                tracing::debug!(%name, %error, "no address");
-                FetchError::Refused(format!("the host {name} is not known"))
-            })?,
+            Host::Domain(domain) => {
+                let found = self.names.addresses(domain, patience).await;
+                found.map_err(|error| {
+                    tracing::debug!(%name, %error, "no address");
+                    FetchError::Refused(format!("the host {name} is not known"))
+                })?
+            }
         };
         if found.is_empty() {
             return Err(FetchError::Refused(format!(
@@ -174,11 +182,6 @@ impl Fetcher {
         }
         Ok(found)
     }
-}
-
-async fn look_up(name: String) -> std::io::Result<Vec<IpAddr>> {
-    let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
-    Ok(found.map(|address| address.ip()).collect())
 }
 
 async fn until(gone: &(dyn Fn() -> bool + Sync)) {

@@ -139,7 +139,7 @@ impl House {
             model,
             pixels: caches.pixels,
             responses: caches.responses,
-            fetcher: Fetcher::system(),
+            fetcher: Fetcher::system(&config.images.fetch),
             current,
             sandbox,
             folder,

@@ -143,12 +143,16 @@ fn open(ports: &[u16]) -> ImagesConfig {
     }
 }
 
+fn system() -> Fetcher {
+    Fetcher::system(&FetchConfig::default())
+}
+
 /// A fetcher whose names all have these addresses, judged as in service.
 fn naming(addresses: &[IpAddr]) -> Fetcher {
     let addresses = addresses.to_vec();
     Fetcher {
-        look_up: Box::new(move |_| Box::pin(std::future::ready(Ok(addresses.clone())))),
-        ..Fetcher::system()
+        names: Names::new(1, move |_| Ok(addresses.clone())),
+        ..system()
     }
 }
 
@@ -220,7 +224,7 @@ fn no_spelling_of_this_machine_is_connected_to() {
     for host in HERE_AND_INSIDE {
         for scheme in ["http", "https"] {
             let url = format!("{scheme}://{host}:{port}/a.png");
-            refused(fetch(&Fetcher::system(), &url, &images), "not public");
+            refused(fetch(&system(), &url, &images), "not public");
             victim.assert_untouched(&url);
         }
     }
@@ -236,7 +240,7 @@ fn no_spelling_of_this_machine_is_connected_to() {
         format!("http:127.0.0.1:{port}/"),
         format!("http:///127.0.0.1:{port}/"),
     ] {
-        let answer = fetch(&Fetcher::system(), &url, &images);
+        let answer = fetch(&system(), &url, &images);
         assert!(
             matches!(answer, Err(FetchError::Refused(_))),
             "{url}: {answer:?}"
@@ -280,7 +284,7 @@ fn a_name_is_as_good_as_the_worst_of_its_addresses() {
     // The system's own names too, whatever it makes of them.
     for name in ["localhost", "LOCALHOST.", "a.localhost"] {
         let url = format!("http://{name}:{}/", victim.port());
-        let answer = fetch(&Fetcher::system(), &url, &images);
+        let answer = fetch(&system(), &url, &images);
         assert!(matches!(answer, Err(FetchError::Refused(_))), "{answer:?}");
         victim.assert_untouched(&url);
     }
@@ -299,9 +303,9 @@ fn a_name_is_looked_up_once_for_each_connection_and_pinned() {
     let (port, looked_up) = (pictures.port, Arc::new(AtomicUsize::new(0)));
     let counted = Arc::clone(&looked_up);
     let fetcher = Fetcher {
-        look_up: Box::new(move |_| {
+        names: Names::new(1, move |_| {
             counted.fetch_add(1, SeqCst);
-            Box::pin(std::future::ready(Ok(vec![LOOPBACK])))
+            Ok(vec![LOOPBACK])
         }),
         ..trusting_port(port)
     };
