@@ -58,9 +58,11 @@ fn with_everything_allowed_a_listener_on_this_machine_hears_nothing() {
     ] {
         for scheme in ["http", "https"] {
             let url = format!("{scheme}://{host}:{port}/a.png");
-            refused(&server, &url, "not public");
+            refused(&server, &url, "could not be fetched");
         }
     }
+    server.wait_logged("127.0.0.1:");
+    server.wait_logged("is not public (loopback)");
     let url = format!("http://example.org@127.0.0.1:{port}/a.png");
     refused(&server, &url, "a user or password");
     refused(&server, "http://127.0.0.1:22/", "images.fetch.ports");

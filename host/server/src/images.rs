@@ -32,6 +32,8 @@ pub struct Loading<'a> {
     pub fetcher: &'a Fetcher,
     /// How long anybody waits.
     pub patience: Patience<'a>,
+    /// Whose picture it is, for the log.
+    pub request_id: &'a str,
 }
 
 /// Why there is no picture.
@@ -102,6 +104,16 @@ fn fetched(url: &str, loading: &Loading<'_>) -> Result<Bytes, LoadError> {
         .fetch(url, loading.config, &loading.patience);
     got.map_err(|error| match error {
         FetchError::Refused(why) => refused(ErrorCode::Unsupported, format!("{why}; {INSTEAD}")),
+        FetchError::Unreached { host, why } => {
+            tracing::warn!(
+                request = loading.request_id,
+                host,
+                why,
+                "an image was not fetched"
+            );
+            let message = format!("the image could not be fetched from {host}; {INSTEAD}");
+            refused(ErrorCode::Unsupported, message)
+        }
         FetchError::TooLarge(why) => refused(ErrorCode::TooLarge, why),
         FetchError::Gone => LoadError::Gone,
     })
@@ -152,6 +164,7 @@ mod tests {
                 deadline: std::time::Instant::now(),
                 gone: &|| false,
             },
+            request_id: "test",
         };
         load(source, &loading).map_err(|error| match error {
             LoadError::Refused(error) => error,

@@ -53,8 +53,16 @@ pub struct Fetcher {
 /// Why there is no picture.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FetchError {
-    /// It may not be fetched, or could not be; the client is told why.
+    /// A key forbids it, or a server that was reached has something else; the client is told.
     Refused(String),
+    /// No server was reached, for whatever reason. The client is told that much: whether a name
+    /// exists, where it leads and what listens there is what it might have asked for.
+    Unreached {
+        /// Which host, as an error calls it.
+        host: String,
+        /// What happened, for the log.
+        why: String,
+    },
     /// It is longer than `images.bytes_max`.
     TooLarge(String),
     /// The client has left.
@@ -96,6 +104,7 @@ impl Fetcher {
         patience: &Patience<'_>,
     ) -> Result<Bytes, FetchError> {
         let target = permit::parse(url, &images.fetch).map_err(FetchError::Refused)?;
+        let host = target.name();
         let own = Duration::from_secs(images.fetch.timeout_s);
         let left = patience
             .deadline
@@ -104,10 +113,10 @@ impl Fetcher {
         Handle::current().block_on(async {
             tokio::select! {
                 got = self.follow(target, images) => got,
-                () = tokio::time::sleep(left) => Err(FetchError::Refused(format!(
-                    "the image was not fetched within {} s (images.fetch.timeout_s)",
-                    left.as_secs()
-                ))),
+                () = tokio::time::sleep(left) => {
+                    let why = format!("not done within {} s (images.fetch.timeout_s)", left.as_secs());
+                    Err(FetchError::Unreached { host, why })
+                }
                 () = until(patience.gone) => Err(FetchError::Gone),
             }
         })
@@ -136,12 +145,10 @@ impl Fetcher {
             return ask(stream, target, bytes_max).await;
         }
         let trust = self.trust.get_or_init(system_trust).clone();
-        let connector = TlsConnector::from(trust.map_err(FetchError::Refused)?);
-        let tls = connector.connect(server_name(&target.host)?, stream).await;
-        let stream = tls.map_err(|error| {
-            let name = target.name();
-            FetchError::Refused(format!("no trusted connection to {name}: {error}"))
-        })?;
+        let connector = TlsConnector::from(trust.map_err(|why| unreached(target, why))?);
+        let tls = connector.connect(server_name(target)?, stream).await;
+        let stream =
+            tls.map_err(|error| unreached(target, format!("no trusted connection: {error}")))?;
         ask(stream, target, bytes_max).await
     }
 
@@ -151,36 +158,32 @@ impl Fetcher {
         target: &Target,
         config: &FetchConfig,
     ) -> Result<Vec<SocketAddr>, FetchError> {
-        let name = target.name();
         let patience = Duration::from_secs(config.lookup_timeout_s);
         let found = match &target.host {
             Host::Ipv4(address) => vec![IpAddr::V4(*address)],
             Host::Ipv6(address) => vec![IpAddr::V6(*address)],
             Host::Domain(domain) => {
                 let found = self.names.addresses(domain, patience).await;
-                found.map_err(|error| {
-                    tracing::debug!(%name, %error, "no address");
-                    FetchError::Refused(format!("the host {name} is not known"))
-                })?
+                found.map_err(|error| unreached(target, format!("no address: {error}")))?
             }
         };
         if found.is_empty() {
-            return Err(FetchError::Refused(format!(
-                "the host {name} has no address"
-            )));
+            return Err(unreached(target, "no address"));
         }
         let with_port = found.into_iter().map(|ip| SocketAddr::new(ip, target.port));
         let found: Vec<SocketAddr> = with_port.collect();
         for address in &found {
-            (self.judge)(*address).map_err(|kind| {
-                tracing::warn!(%name, %address, kind, "an image URL pointed at an address that is not public");
-                FetchError::Refused(format!(
-                    "the host {name} has an address that is not public ({kind}), and images are fetched \
-                     from public addresses only; no key changes that"
-                ))
-            })?;
+            (self.judge)(*address)
+                .map_err(|kind| unreached(target, format!("{address} is not public ({kind})")))?;
         }
         Ok(found)
+    }
+}
+
+fn unreached(target: &Target, why: impl Into<String>) -> FetchError {
+    FetchError::Unreached {
+        host: target.name(),
+        why: why.into(),
     }
 }
 
@@ -210,17 +213,17 @@ async fn connect(target: &Target, addresses: &[SocketAddr]) -> Result<TcpStream,
             Err(_) => {}
         }
     }
-    let (name, port) = (target.name(), target.port);
-    Err(FetchError::Refused(format!(
-        "no connection to port {port} of {name}: {why}"
-    )))
+    let port = target.port;
+    Err(unreached(
+        target,
+        format!("no connection to port {port}: {why}"),
+    ))
 }
 
-fn server_name(host: &Host<String>) -> Result<ServerName<'static>, FetchError> {
-    match host {
-        Host::Domain(name) => ServerName::try_from(name.clone()).map_err(|_| {
-            FetchError::Refused("the host of the image URL cannot have a certificate".to_owned())
-        }),
+fn server_name(target: &Target) -> Result<ServerName<'static>, FetchError> {
+    match &target.host {
+        Host::Domain(name) => ServerName::try_from(name.clone())
+            .map_err(|_| unreached(target, "the host cannot have a certificate")),
         Host::Ipv4(address) => Ok(IpAddr::V4(*address).into()),
         Host::Ipv6(address) => Ok(IpAddr::V6(*address).into()),
     }
@@ -256,9 +259,8 @@ async fn ask(
     bytes_max: u64,
 ) -> Result<Hop, FetchError> {
     let name = target.name();
-    let broken = |error: hyper::Error| {
-        FetchError::Refused(format!("{name} did not answer in proper HTTP: {error}"))
-    };
+    let broken =
+        |error: hyper::Error| unreached(target, format!("no answer in proper HTTP: {error}"));
     let (mut sender, connection) = http1::Builder::new()
         .max_buf_size(HEAD_BYTES_MAX)
         .max_headers(HEADERS_MAX)
@@ -365,3 +367,5 @@ async fn read(mut body: Incoming, bytes_max: u64) -> Result<Bytes, ReadError> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod told;

@@ -45,6 +45,7 @@ pub(super) fn decode(
                 deadline: work.deadline,
                 gone: &|| work.call.cancel.is_cancelled(),
             },
+            request_id: &work.call.incoming.id,
         };
         let image = images::load(source, &loading);
         work.trace.stages.add(Stage::Images, began.elapsed());

@@ -1,0 +1,91 @@
+//! What a client is told of a fetch, which must not depend on what this server can see of its network.
+
+use std::io;
+use std::net::TcpListener;
+
+use visor_sandbox::{ErrorCode, GuestError, Source};
+
+use super::tests::{LOOPBACK, Pictures, naming, open, redirect, tls_pictures, trusting_port};
+use super::*;
+use crate::images::{LoadError, Loading, load};
+
+/// What the client is told of a picture that is not to be had.
+fn told(fetcher: &Fetcher, images: &ImagesConfig, url: &str) -> GuestError {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let _entered = runtime.enter();
+    let loading = Loading {
+        config: images,
+        fetcher,
+        patience: Patience {
+            deadline: Instant::now() + Duration::from_secs(60),
+            gone: &|| false,
+        },
+        request_id: "test",
+    };
+    match load(&Source::Url(url.to_owned()), &loading) {
+        Err(LoadError::Refused(error)) => error,
+        other => panic!("{url}: {other:?}"),
+    }
+}
+
+#[test]
+fn whatever_keeps_a_server_from_being_reached_sounds_the_same() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = closed.local_addr().unwrap().port();
+    drop(closed);
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent_port = silent.local_addr().unwrap().port();
+    let pictures = Pictures::answering(&[b"SSH-2.0-OpenSSH_9.6\r\n"]);
+    let (tls_port, _, serving) = tls_pictures(Vec::new());
+    let unknown = Fetcher {
+        names: Names::new(1, |_| Err(io::Error::other("NXDOMAIN"))),
+        ..naming(&[])
+    };
+    let private = naming(&["10.0.0.1".parse().unwrap()]);
+    let mut hasty = open(&[silent_port]);
+    hasty.fetch.timeout_s = 1;
+    let cases = [
+        (unknown, open(&[port]), "http", port),
+        (naming(&[]), open(&[port]), "http", port),
+        (naming(&[LOOPBACK]), open(&[port]), "http", port),
+        (private, open(&[port]), "https", port),
+        (trusting_port(port), open(&[port]), "http", port),
+        (trusting_port(silent_port), hasty, "http", silent_port),
+        (
+            trusting_port(pictures.port),
+            open(&[pictures.port]),
+            "http",
+            pictures.port,
+        ),
+        (trusting_port(tls_port), open(&[tls_port]), "https", tls_port),
+    ];
+    for (fetcher, images, scheme, port) in cases {
+        let url = format!("{scheme}://x.example:{port}/");
+        let error = told(&fetcher, &images, &url);
+        assert_eq!(error.code, ErrorCode::Unsupported, "{url}");
+        assert_eq!(
+            error.message,
+            "the image could not be fetched from \"x.example\"; send the image itself as \
+             data:image/jpeg;base64,...",
+            "{url}"
+        );
+    }
+    pictures.requests();
+    serving.join().unwrap();
+}
+
+#[test]
+fn what_a_redirect_leads_to_is_not_told_either() {
+    let inside = redirect("http://inside.example/");
+    let pictures = Pictures::answering(&[&inside]);
+    let port = pictures.port;
+    let url = format!("http://x.example:{port}/");
+    let error = told(&trusting_port(port), &open(&[port, 80]), &url);
+    assert!(
+        error
+            .message
+            .contains("could not be fetched from \"inside.example\""),
+        "{error}"
+    );
+    pictures.requests();
+}
