@@ -46,8 +46,11 @@ pub struct Fetcher {
     names: Names,
     /// Whether an address may be connected to, or what it is instead.
     judge: Box<dyn Fn(SocketAddr) -> Result<(), &'static str> + Send + Sync>,
-    /// Who is believed to be who they say, read when the first `https:` image comes.
-    trust: OnceLock<Result<Arc<ClientConfig>, String>>,
+    /// Reads who is believed to be who they say.
+    load_trust: Box<dyn Fn() -> Result<Arc<ClientConfig>, String> + Send + Sync>,
+    /// What was read, when the first `https:` image came. A failure is not kept: certificates may be
+    /// mounted or installed while the server runs.
+    trust: OnceLock<Arc<ClientConfig>>,
 }
 
 /// Why there is no picture.
@@ -89,6 +92,7 @@ impl Fetcher {
         Self {
             names: Names::system(config.lookups_max),
             judge: Box::new(|address| address::public(address.ip())),
+            load_trust: Box::new(system_trust),
             trust: OnceLock::new(),
         }
     }
@@ -144,12 +148,20 @@ impl Fetcher {
         if !target.tls {
             return ask(stream, target, bytes_max).await;
         }
-        let trust = self.trust.get_or_init(system_trust).clone();
-        let connector = TlsConnector::from(trust.map_err(|why| unreached(target, why))?);
+        let connector = TlsConnector::from(self.trust().map_err(|why| unreached(target, why))?);
         let tls = connector.connect(server_name(target)?, stream).await;
         let stream =
             tls.map_err(|error| unreached(target, format!("no trusted connection: {error}")))?;
         ask(stream, target, bytes_max).await
+    }
+
+    fn trust(&self) -> Result<Arc<ClientConfig>, String> {
+        if let Some(trust) = self.trust.get() {
+            return Ok(Arc::clone(trust));
+        }
+        // Two at once read it twice; the first is kept.
+        let trust = (self.load_trust)()?;
+        Ok(Arc::clone(self.trust.get_or_init(|| trust)))
     }
 
     /// Every address of the host, all of which must be good: one bad one is a name that plays games.

@@ -171,7 +171,11 @@ pub(super) fn trusting_port(port: u16) -> Fetcher {
     }
 }
 
-fn fetch(fetcher: &Fetcher, url: &str, images: &ImagesConfig) -> Result<Bytes, FetchError> {
+pub(super) fn fetch(
+    fetcher: &Fetcher,
+    url: &str,
+    images: &ImagesConfig,
+) -> Result<Bytes, FetchError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -520,7 +524,7 @@ pub(super) fn tls_pictures(answer: Vec<u8>) -> (u16, Fetcher, JoinHandle<()>) {
     let mut roots = RootCertStore::empty();
     roots.add(certificate).unwrap();
     let fetcher = Fetcher {
-        trust: OnceLock::from(Ok(trusting(roots))),
+        trust: OnceLock::from(trusting(roots)),
         ..trusting_port(port)
     };
     (port, fetcher, serving)

@@ -2,10 +2,13 @@
 
 use std::io;
 use std::net::TcpListener;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use visor_sandbox::{ErrorCode, GuestError, Source};
 
-use super::tests::{LOOPBACK, Pictures, naming, open, redirect, tls_pictures, trusting_port};
+use super::tests::{
+    LOOPBACK, Pictures, fetch, naming, ok, open, redirect, tls_pictures, trusting_port,
+};
 use super::*;
 use crate::images::{LoadError, Loading, load};
 
@@ -57,7 +60,12 @@ fn whatever_keeps_a_server_from_being_reached_sounds_the_same() {
             "http",
             pictures.port,
         ),
-        (trusting_port(tls_port), open(&[tls_port]), "https", tls_port),
+        (
+            trusting_port(tls_port),
+            open(&[tls_port]),
+            "https",
+            tls_port,
+        ),
     ];
     for (fetcher, images, scheme, port) in cases {
         let url = format!("{scheme}://x.example:{port}/");
@@ -88,4 +96,24 @@ fn what_a_redirect_leads_to_is_not_told_either() {
         "{error}"
     );
     pictures.requests();
+}
+
+#[test]
+fn certificates_that_come_later_are_found() {
+    let (port, trusted, serving) = tls_pictures(ok("sealed"));
+    let roots = trusted.trust.get().cloned().unwrap();
+    let looks = AtomicUsize::new(0);
+    let fetcher = Fetcher {
+        load_trust: Box::new(move || match looks.fetch_add(1, SeqCst) {
+            0 => Err("no certificates yet".to_owned()),
+            1 => Ok(Arc::clone(&roots)),
+            _ => panic!("what was found is kept"),
+        }),
+        ..trusting_port(port)
+    };
+    assert_eq!(fetcher.trust().unwrap_err(), "no certificates yet");
+    let url = format!("https://pictures.example:{port}/");
+    assert_eq!(fetch(&fetcher, &url, &open(&[port])).unwrap(), "sealed");
+    assert!(fetcher.trust().is_ok());
+    serving.join().unwrap();
 }
