@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 /// `[images]`.
@@ -54,6 +55,8 @@ pub struct FetchConfig {
     pub hosts: Vec<String>,
     /// Ports that may be connected to.
     pub ports: Vec<u16>,
+    /// Networks never connected to although their addresses are public, such as `198.51.100.0/24`.
+    pub refused_networks: Vec<IpNet>,
     /// Redirects followed for one image, each checked like the first address; 0 follows none.
     pub redirects_max: u32,
     /// Seconds one image may take, from the first look-up to the last byte.
@@ -71,6 +74,7 @@ impl Default for FetchConfig {
             http: false,
             hosts: Vec::new(),
             ports: vec![443, 80],
+            refused_networks: Vec::new(),
             redirects_max: 3,
             timeout_s: 10,
             lookups_max: 16,

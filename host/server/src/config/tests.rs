@@ -241,6 +241,12 @@ fn hosts_are_written_as_urls_have_them() {
             assert_eq!(mistake(&text).key, "images.fetch.hosts.0", "{bad}");
         }
     }
+    let networks = |list: &str| format!("[images.fetch]\nrefused_networks = [{list}]\n");
+    parse(&networks("\"192.0.2.0/24\", \"2001:db8::/32\"")).unwrap();
+    for bad in ["192.0.2.0/33", "192.0.2.7", "example.org", ""] {
+        let issue = mistake(&networks(&format!("\"{bad}\"")));
+        assert!(issue.key.contains("refused_networks"), "{issue:?}");
+    }
     let issue = mistake(&hosts(""));
     assert_eq!(issue.key, "images.fetch.hosts");
     let issue = mistake("[images]\nfiles_root = \"pictures\"\n");

@@ -187,6 +187,14 @@ impl Fetcher {
         for address in &found {
             (self.judge)(*address)
                 .map_err(|kind| unreached(target, format!("{address} is not public ({kind})")))?;
+            let refused = &config.refused_networks;
+            if let Some(network) = refused
+                .iter()
+                .find(|network| network.contains(&address.ip()))
+            {
+                let why = format!("{address} is in {network} (images.fetch.refused_networks)");
+                return Err(unreached(target, why));
+            }
         }
         Ok(found)
     }

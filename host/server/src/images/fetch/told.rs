@@ -99,6 +99,30 @@ fn what_a_redirect_leads_to_is_not_told_either() {
 }
 
 #[test]
+fn an_operators_networks_are_refused_as_if_nobody_were_there() {
+    let public: IpAddr = "93.184.216.34".parse().unwrap();
+    let public6: IpAddr = "2606:4700::1111".parse().unwrap();
+    for (network, addresses) in [
+        ("93.184.216.34/32", &[public][..]),
+        ("93.184.0.0/16", &[public]),
+        ("2606:4700::/32", &[public6]),
+        ("0.0.0.0/0", &[public6, public]),
+    ] {
+        let mut images = open(&[80]);
+        images.fetch.refused_networks = vec![network.parse().unwrap()];
+        let url = "http://x.example/";
+        match fetch(&naming(addresses), url, &images) {
+            Err(FetchError::Unreached { why, .. }) => {
+                assert!(why.contains("images.fetch.refused_networks"), "{why}");
+            }
+            other => panic!("{network}: {other:?}"),
+        }
+        let error = told(&naming(addresses), &images, url);
+        assert!(error.message.starts_with("the image could not be fetched"));
+    }
+}
+
+#[test]
 fn certificates_that_come_later_are_found() {
     let (port, trusted, serving) = tls_pictures(ok("sealed"));
     let roots = trusted.trust.get().cloned().unwrap();
