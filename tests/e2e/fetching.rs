@@ -29,6 +29,18 @@ fn nothing_is_fetched_or_read_unless_a_key_says_so() {
 }
 
 #[test]
+fn a_request_may_name_so_many_pictures_to_fetch() {
+    let config = "[images.fetch]\nhttp = true\nhosts = [\"*\"]\nper_request_max = 2\n";
+    let server = Server::start_with(config);
+    // The third is counted before the first, which is not to be had, is asked for.
+    let urls: Vec<String> = (0..3).map(|n| format!("http://10.0.0.{n}/")).collect();
+    let ask = |urls: &[String]| server.chat(&chat(&[pictures(urls, "what?")])).error(400);
+    let text = |error: serde_json::Value| error["message"].as_str().expect("a message").to_owned();
+    assert!(text(ask(&urls[..2])).contains("could not be fetched"));
+    assert!(text(ask(&urls)).contains("images.fetch.per_request_max"));
+}
+
+#[test]
 fn with_everything_allowed_a_listener_on_this_machine_hears_nothing() {
     let victim = TcpListener::bind("127.0.0.1:0").expect("a port");
     victim.set_nonblocking(true).expect("set");

@@ -24,6 +24,9 @@ const URL_SHOWN_CHARS: usize = 60;
 /// What a client can do whatever the operator allows.
 const INSTEAD: &str = "send the image itself as data:image/jpeg;base64,...";
 
+/// Seconds after which a client that met no room may come back.
+const RETRY_AFTER_S: u32 = 2;
+
 /// What loading needs beside the source.
 pub struct Loading<'a> {
     /// The operator's limits.
@@ -66,6 +69,20 @@ pub fn load(source: &Source, loading: &Loading<'_>) -> Result<SourceImage, LoadE
         .map_err(|error| LoadError::Refused(refusal(&error)))
 }
 
+/// Whether loading a source would ask another server.
+pub fn is_remote(source: &Source) -> bool {
+    match source {
+        Source::Url(url) => matches!(scheme(url.trim()).as_str(), "http" | "https"),
+        Source::Blob(_) => false,
+    }
+}
+
+/// The scheme of a URL, in lower case.
+fn scheme(url: &str) -> String {
+    let (scheme, _) = url.split_once(':').unwrap_or_default();
+    scheme.to_ascii_lowercase()
+}
+
 /// The encoded bytes of a source.
 fn encoded(source: &Source, loading: &Loading<'_>) -> Result<Bytes, LoadError> {
     let url = match source {
@@ -81,11 +98,7 @@ fn encoded(source: &Source, loading: &Loading<'_>) -> Result<Bytes, LoadError> {
             .map(|parsed| parsed.bytes)
             .map_err(|error| refused(ErrorCode::InvalidRequest, error.to_string()));
     }
-    let scheme = url
-        .split_once(':')
-        .map(|(scheme, _)| scheme.to_ascii_lowercase())
-        .unwrap_or_default();
-    match scheme.as_str() {
+    match scheme(url).as_str() {
         "http" | "https" => fetched(url, loading),
         "file" => read_file(url, loading.config),
         _ => {
@@ -115,6 +128,7 @@ fn fetched(url: &str, loading: &Loading<'_>) -> Result<Bytes, LoadError> {
             refused(ErrorCode::Unsupported, message)
         }
         FetchError::TooLarge(why) => refused(ErrorCode::TooLarge, why),
+        FetchError::Busy => busy("too many images are being fetched already"),
         FetchError::Gone => LoadError::Gone,
     })
 }
@@ -134,6 +148,14 @@ fn read_file(url: &str, config: &ImagesConfig) -> Result<Bytes, LoadError> {
 fn read_file(_: &str, _: &ImagesConfig) -> Result<Bytes, LoadError> {
     let why = format!("this server does not read files that clients name; {INSTEAD}");
     Err(refused(ErrorCode::Unsupported, why))
+}
+
+/// There is no room now; later there may be.
+fn busy(message: &str) -> LoadError {
+    LoadError::Refused(GuestError {
+        retry_after_s: Some(RETRY_AFTER_S),
+        ..GuestError::new(ErrorCode::Overloaded, message)
+    })
 }
 
 fn refused(code: ErrorCode, message: String) -> LoadError {

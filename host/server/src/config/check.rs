@@ -319,6 +319,13 @@ fn check_files_root(root: &Path, found: &mut Found) {
 fn check_fetch(fetch: &FetchConfig, found: &mut Found) {
     found.range("images.fetch.redirects_max", fetch.redirects_max, 0, 10);
     found.range("images.fetch.timeout_s", fetch.timeout_s, 1, 300);
+    found.range("images.fetch.at_once_max", fetch.at_once_max, 1, 4096);
+    found.range(
+        "images.fetch.per_request_max",
+        fetch.per_request_max,
+        0,
+        256,
+    );
     found.range("images.fetch.lookups_max", fetch.lookups_max, 1, 1024);
     found.range(
         "images.fetch.lookup_timeout_s",

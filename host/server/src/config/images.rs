@@ -61,6 +61,10 @@ pub struct FetchConfig {
     pub redirects_max: u32,
     /// Seconds one image may take, from the first look-up to the last byte.
     pub timeout_s: u64,
+    /// Images fetched at once, of all requests; more wait. Needs a restart.
+    pub at_once_max: usize,
+    /// Images fetched for one request.
+    pub per_request_max: u32,
     /// Names looked up at once, each on a thread of its own. Needs a restart.
     pub lookups_max: usize,
     /// Seconds one look-up may take, the wait for its turn included.
@@ -77,6 +81,8 @@ impl Default for FetchConfig {
             refused_networks: Vec::new(),
             redirects_max: 3,
             timeout_s: 10,
+            at_once_max: 32,
+            per_request_max: 8,
             lookups_max: 16,
             lookup_timeout_s: 5,
         }

@@ -20,6 +20,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
@@ -42,6 +43,8 @@ const CLIENT_LOOK: Duration = Duration::from_millis(100);
 
 /// What fetching needs of the world. The server has one, [`Fetcher::system`].
 pub struct Fetcher {
+    /// One for each image being fetched.
+    places: Semaphore,
     /// Addresses of a name.
     names: Names,
     /// Whether an address may be connected to, or what it is instead.
@@ -68,6 +71,8 @@ pub enum FetchError {
     },
     /// It is longer than `images.bytes_max`.
     TooLarge(String),
+    /// So many were being fetched all the while that this one's turn did not come.
+    Busy,
     /// The client has left.
     Gone,
 }
@@ -90,6 +95,7 @@ impl Fetcher {
     #[must_use]
     pub fn system(config: &FetchConfig) -> Self {
         Self {
+            places: Semaphore::new(config.at_once_max),
             names: Names::system(config.lookups_max),
             judge: Box::new(|address| address::public(address.ip())),
             load_trust: Box::new(system_trust),
@@ -114,13 +120,20 @@ impl Fetcher {
             .deadline
             .saturating_duration_since(Instant::now())
             .min(own);
+        let end = tokio::time::Instant::now() + left;
+        let fetching = async {
+            let place = tokio::time::timeout_at(end, self.places.acquire()).await;
+            let _place = place.map_err(|_| FetchError::Busy)?;
+            let followed = tokio::time::timeout_at(end, self.follow(target, images)).await;
+            followed.unwrap_or_else(|_| {
+                let seconds = left.as_secs();
+                let why = format!("not done within {seconds} s (images.fetch.timeout_s)");
+                Err(FetchError::Unreached { host, why })
+            })
+        };
         Handle::current().block_on(async {
             tokio::select! {
-                got = self.follow(target, images) => got,
-                () = tokio::time::sleep(left) => {
-                    let why = format!("not done within {} s (images.fetch.timeout_s)", left.as_secs());
-                    Err(FetchError::Unreached { host, why })
-                }
+                got = fetching => got,
                 () = until(patience.gone) => Err(FetchError::Gone),
             }
         })

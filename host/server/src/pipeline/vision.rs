@@ -34,6 +34,7 @@ pub(super) fn decode(
     extensions: &Extensions,
 ) -> Result<Vec<Arc<SourceImage>>, Stop> {
     let config = Arc::clone(&work.call.pinned.config);
+    count_fetches(work, sources, extensions)?;
     let mut decoded = Vec::with_capacity(sources.len());
     for (index, source) in sources.iter().enumerate() {
         work.check()?;
@@ -57,6 +58,26 @@ pub(super) fn decode(
     }
     work.trace.images += u32::try_from(decoded.len()).unwrap_or(u32::MAX);
     Ok(decoded)
+}
+
+/// Counts the pictures that other servers have, before the first is asked for.
+fn count_fetches(
+    work: &mut Work,
+    sources: &[Source],
+    extensions: &Extensions,
+) -> Result<(), Failure> {
+    let fetches_max = work.call.pinned.config.images.fetch.per_request_max;
+    let remote = sources.iter().enumerate();
+    for (index, _) in remote.filter(|(_, source)| images::is_remote(source)) {
+        work.fetched += 1;
+        if work.fetched > fetches_max {
+            let message = format!(
+                "a request may have {fetches_max} images fetched (images.fetch.per_request_max)"
+            );
+            return Err(Failure::invalid(message).at(param(index, extensions)));
+        }
+    }
+    Ok(())
 }
 
 /// What the client calls a picture: the adapter says it in the extension `image.<index>.param`.

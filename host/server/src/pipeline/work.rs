@@ -101,6 +101,8 @@ pub(super) struct Work {
     pub trace: Trace,
     /// When it has to be over.
     pub deadline: Instant,
+    /// Pictures that were asked of other servers so far.
+    pub fetched: u32,
 }
 
 impl Work {
@@ -114,6 +116,7 @@ impl Work {
             call,
             trace,
             deadline,
+            fetched: 0,
         }
     }
 

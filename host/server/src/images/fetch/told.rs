@@ -123,6 +123,27 @@ fn an_operators_networks_are_refused_as_if_nobody_were_there() {
 }
 
 #[test]
+fn so_many_are_fetched_at_once_and_who_waits_in_vain_is_told_to_come_back() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let mut images = open(&[port]);
+    images.fetch.timeout_s = 1;
+    let fetcher = Fetcher {
+        places: Semaphore::new(1),
+        ..trusting_port(port)
+    };
+    let url = format!("http://x.example:{port}/");
+    let place = fetcher.places.try_acquire().unwrap();
+    let error = told(&fetcher, &images, &url);
+    assert_eq!(error.code, ErrorCode::Overloaded, "{error}");
+    assert!(error.retry_after_s.is_some(), "{error}");
+    drop(place);
+    let error = told(&fetcher, &images, &url);
+    assert_eq!(error.code, ErrorCode::Unsupported, "{error}");
+    assert_eq!(fetcher.places.available_permits(), 1, "given back");
+}
+
+#[test]
 fn certificates_that_come_later_are_found() {
     let (port, trusted, serving) = tls_pictures(ok("sealed"));
     let roots = trusted.trust.get().cloned().unwrap();
