@@ -101,6 +101,25 @@ pub struct ImageHeader {
     pub height_px: u32,
     /// EXIF orientation, 1 to 8; 1 when there is none.
     pub orientation: u8,
+    /// What the decoder hands out, in bytes: stored channels at their stored depth.
+    pub samples_bytes: u64,
+}
+
+impl ImageHeader {
+    /// Bytes of the decoded picture.
+    pub fn decoded_bytes(&self) -> u64 {
+        self.pixels() * 3
+    }
+
+    /// Most bytes that decoding takes at once, its result included: samples beside either the coefficients of a progressive JPEG (three
+    /// of 16 bits a pixel) or their conversion; or what is turned, and turned again.
+    pub fn decoding_bytes(&self) -> u64 {
+        (self.samples_bytes + self.pixels() * 6).max(self.pixels() * 9)
+    }
+
+    fn pixels(&self) -> u64 {
+        u64::from(self.width_px) * u64::from(self.height_px)
+    }
 }
 
 /// 8-bit RGB pixels, row-major: (height, width, 3).

@@ -5,6 +5,7 @@
 //! silently left out turns into a made-up answer.
 
 mod address;
+pub mod budget;
 pub mod data_url;
 pub mod fetch;
 #[cfg(unix)]
@@ -13,10 +14,12 @@ mod lookup;
 mod permit;
 
 use bytes::Bytes;
-use visor_model::image::{ImageError, ImageLimits, SourceImage, decode};
+use visor_model::image::{ImageError, ImageHeader, ImageLimits, SourceImage};
+use visor_model::image::{decode, probe};
 use visor_sandbox::{ErrorCode, GuestError, Source};
 
 use crate::config::ImagesConfig;
+use budget::{Budget, NoRoom, Room};
 use fetch::{FetchError, Fetcher, Patience};
 
 /// Longest piece of a client's URL that is repeated in an error, in characters.
@@ -58,15 +61,49 @@ pub fn limits(config: &ImagesConfig) -> ImageLimits {
     }
 }
 
-/// The decoded picture of a source. What its bytes are is seen in them, whatever anybody says.
+/// What encoded bytes say they are, whatever anybody else says; no pixel is decoded.
 ///
 /// # Errors
-/// A URL that is not carried out, bytes that are no picture, or a picture over a limit.
-pub fn load(source: &Source, loading: &Loading<'_>) -> Result<SourceImage, LoadError> {
-    let bytes = encoded(source, loading)?;
-    let config = loading.config;
-    decode(&bytes, &limits(config), config.apply_exif_orientation)
+/// Bytes that are no picture, or a picture over a limit.
+pub fn header(bytes: &[u8], config: &ImagesConfig) -> Result<ImageHeader, LoadError> {
+    probe(bytes, &limits(config)).map_err(|error| LoadError::Refused(refusal(&error)))
+}
+
+/// The picture in encoded bytes.
+///
+/// # Errors
+/// As [`header`], and pixels that cannot be decoded to the end.
+pub fn decoded(bytes: &[u8], config: &ImagesConfig) -> Result<SourceImage, LoadError> {
+    decode(bytes, &limits(config), config.apply_exif_orientation)
         .map_err(|error| LoadError::Refused(refusal(&error)))
+}
+
+/// Room for pictures of these headers, one after the other decoded and all of them kept.
+///
+/// # Errors
+/// There is none: not in time, or not ever.
+pub fn room(
+    headers: &[ImageHeader],
+    budget: &Budget,
+    loading: &Loading<'_>,
+) -> Result<Room, LoadError> {
+    let kept: u64 = headers.iter().map(ImageHeader::decoded_bytes).sum();
+    let beside = headers
+        .iter()
+        .map(|h| h.decoding_bytes() - h.decoded_bytes());
+    let bytes = kept + beside.max().unwrap_or(0);
+    budget.take(bytes, &loading.patience).map_err(|none| match none {
+        NoRoom::Never => {
+            let (mib, mib_max) = (bytes.div_ceil(1 << 20), loading.config.decoded_mib_max);
+            let message = format!(
+                "the images of this request take {mib} MiB to decode; at most {mib_max} are allowed \
+                 (images.decoded_mib_max)"
+            );
+            refused(ErrorCode::TooLarge, message)
+        }
+        NoRoom::Late => busy("other requests' images take all the memory there is for them"),
+        NoRoom::Gone => LoadError::Gone,
+    })
 }
 
 /// Whether loading a source would ask another server.
@@ -77,14 +114,27 @@ pub fn is_remote(source: &Source) -> bool {
     }
 }
 
+/// Whether a source has its bytes elsewhere than in the request.
+pub fn is_named(source: &Source) -> bool {
+    matches!(source, Source::Url(url) if !data_url::is_data_url(url.trim()))
+}
+
 /// The scheme of a URL, in lower case.
 fn scheme(url: &str) -> String {
     let (scheme, _) = url.split_once(':').unwrap_or_default();
     scheme.to_ascii_lowercase()
 }
 
-/// The encoded bytes of a source.
-fn encoded(source: &Source, loading: &Loading<'_>) -> Result<Bytes, LoadError> {
+/// The encoded bytes of a source; what is not in the request is at most `named_bytes_max` long.
+///
+/// # Errors
+/// A URL that is not carried out, or leads to more.
+pub fn encoded(
+    source: &Source,
+    loading: &Loading<'_>,
+    named_bytes_max: u64,
+) -> Result<Bytes, LoadError> {
+    let bytes_max = loading.config.bytes_max.min(named_bytes_max);
     let url = match source {
         Source::Blob(blob) if blob.content_type == data_url::BROKEN_CONTENT_TYPE => {
             // A lifted data URL that could not be decoded kept its text: say what is wrong with it.
@@ -99,8 +149,8 @@ fn encoded(source: &Source, loading: &Loading<'_>) -> Result<Bytes, LoadError> {
             .map_err(|error| refused(ErrorCode::InvalidRequest, error.to_string()));
     }
     match scheme(url).as_str() {
-        "http" | "https" => fetched(url, loading),
-        "file" => read_file(url, loading.config),
+        "http" | "https" => fetched(url, loading, bytes_max),
+        "file" => read_file(url, loading.config, bytes_max),
         _ => {
             let shown: String = url.chars().take(URL_SHOWN_CHARS).collect();
             Err(refused(
@@ -111,10 +161,10 @@ fn encoded(source: &Source, loading: &Loading<'_>) -> Result<Bytes, LoadError> {
     }
 }
 
-fn fetched(url: &str, loading: &Loading<'_>) -> Result<Bytes, LoadError> {
+fn fetched(url: &str, loading: &Loading<'_>, bytes_max: u64) -> Result<Bytes, LoadError> {
     let got = loading
         .fetcher
-        .fetch(url, loading.config, &loading.patience);
+        .fetch(url, (&loading.config.fetch, bytes_max), &loading.patience);
     got.map_err(|error| match error {
         FetchError::Refused(why) => refused(ErrorCode::Unsupported, format!("{why}; {INSTEAD}")),
         FetchError::Unreached { host, why } => {
@@ -134,8 +184,8 @@ fn fetched(url: &str, loading: &Loading<'_>) -> Result<Bytes, LoadError> {
 }
 
 #[cfg(unix)]
-fn read_file(url: &str, config: &ImagesConfig) -> Result<Bytes, LoadError> {
-    let read = files::read(url, &config.files_root, config.bytes_max);
+fn read_file(url: &str, config: &ImagesConfig, bytes_max: u64) -> Result<Bytes, LoadError> {
+    let read = files::read(url, &config.files_root, bytes_max);
     read.map_err(|error| match error {
         files::FileError::Refused(why) => {
             refused(ErrorCode::Unsupported, format!("{why}; {INSTEAD}"))
@@ -145,7 +195,7 @@ fn read_file(url: &str, config: &ImagesConfig) -> Result<Bytes, LoadError> {
 }
 
 #[cfg(not(unix))]
-fn read_file(_: &str, _: &ImagesConfig) -> Result<Bytes, LoadError> {
+fn read_file(_: &str, _: &ImagesConfig, _: u64) -> Result<Bytes, LoadError> {
     let why = format!("this server does not read files that clients name; {INSTEAD}");
     Err(refused(ErrorCode::Unsupported, why))
 }
@@ -188,7 +238,9 @@ mod tests {
             },
             request_id: "test",
         };
-        load(source, &loading).map_err(|error| match error {
+        let bytes = encoded(source, &loading, config.named_bytes_max);
+        let image = bytes.and_then(|bytes| decoded(&bytes, config));
+        image.map_err(|error| match error {
             LoadError::Refused(error) => error,
             LoadError::Gone => panic!("nobody left"),
         })

@@ -65,9 +65,9 @@ pub fn probe(bytes: &[u8], limits: &ImageLimits) -> Result<ImageHeader, ImageErr
     // outer header says, and their own words for it lack the numbers.
     let (announced_width_px, announced_height_px) = container.announced_px;
     check_pixels(announced_width_px, announced_height_px, limits)?;
-    let (width_px, height_px) = guarded(format, || {
+    let ((width_px, height_px), samples_bytes) = guarded(format, || {
         let decoder = reader(format, bytes, limits).into_decoder()?;
-        Ok(decoder.dimensions())
+        Ok((decoder.dimensions(), decoder.total_bytes()))
     })?;
     check_pixels(width_px, height_px, limits)?;
     check_aspect(width_px, height_px, limits)?;
@@ -76,6 +76,7 @@ pub fn probe(bytes: &[u8], limits: &ImageLimits) -> Result<ImageHeader, ImageErr
         width_px,
         height_px,
         orientation: orientation(&container).to_exif(),
+        samples_bytes,
     })
 }
 

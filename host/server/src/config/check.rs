@@ -16,6 +16,11 @@ const CONTEXT_TOKENS_MAX: u32 = 131_072;
 /// A picture in one crop (313 tokens), a question and a short answer; plugins are tried with it.
 const CONTEXT_TOKENS_MIN: u32 = 512;
 
+/// Most bytes a pixel takes while it is decoded: four channels of 16 bits, and what they become.
+const DECODING_BYTES_MAX: u64 = 14;
+/// Most memory for decoded pictures, in MiB: a count of KiB that fits 31 bits.
+const DECODED_MIB_MAX: u64 = 2 << 20;
+
 /// Highest value of `server.generations_per_request_max`.
 pub const GENERATIONS_PER_REQUEST_MAX: u32 = 128;
 
@@ -296,6 +301,21 @@ fn check_images(config: &Config, found: &mut Found) {
         65_535,
     );
     found.range("images.count_max", images.count_max, 0, 256);
+    found.range(
+        "images.named_bytes_max",
+        images.named_bytes_max,
+        1024,
+        4 << 30,
+    );
+    let one_mib = images.pixels_max.saturating_mul(DECODING_BYTES_MAX) >> 20;
+    let decoded_mib = images.decoded_mib_max;
+    if decoded_mib < one_mib || decoded_mib > DECODED_MIB_MAX {
+        found.add(
+            "images.decoded_mib_max",
+            format!("{decoded_mib} MiB have no room for one picture of images.pixels_max, or are more than can be counted"),
+            &format!("{one_mib} to {DECODED_MIB_MAX}"),
+        );
+    }
     check_files_root(&images.files_root, found);
     check_fetch(&images.fetch, found);
 }

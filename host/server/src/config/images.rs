@@ -19,6 +19,10 @@ pub struct ImagesConfig {
     pub aspect_ratio_max: u32,
     /// Images of one request.
     pub count_max: u32,
+    /// Decoded images of all requests together, in MiB, with what decoding takes. Needs a restart.
+    pub decoded_mib_max: u64,
+    /// Encoded images that one request names instead of sending them, all together, in bytes.
+    pub named_bytes_max: u64,
     /// Whether photos are turned as their EXIF tag says.
     pub apply_exif_orientation: bool,
     /// Folder below which `file:` URLs are read, an absolute path; empty reads none.
@@ -35,6 +39,8 @@ impl Default for ImagesConfig {
             side_px_max: 16_384,
             aspect_ratio_max: 100,
             count_max: 8,
+            decoded_mib_max: 2048,
+            named_bytes_max: 32 << 20,
             apply_exif_orientation: true,
             files_root: PathBuf::new(),
             fetch: FetchConfig::default(),

@@ -30,7 +30,7 @@ use url::Host;
 use super::address;
 use super::lookup::Names;
 use super::permit::{self, Target};
-use crate::config::{FetchConfig, ImagesConfig};
+use crate::config::FetchConfig;
 
 /// Largest head of an answer, in bytes: what hyper needs at least, and room for long cookies.
 const HEAD_BYTES_MAX: usize = 32 << 10;
@@ -103,19 +103,20 @@ impl Fetcher {
         }
     }
 
-    /// The bytes behind a URL, not looked at. Blocks the thread, which must belong to a runtime.
+    /// The bytes behind a URL, at most `bytes_max` and not looked at. Blocks the thread, which must
+    /// belong to a runtime.
     ///
     /// # Errors
     /// What is refused or went wrong, and which key it is about.
     pub fn fetch(
         &self,
         url: &str,
-        images: &ImagesConfig,
+        (config, bytes_max): (&FetchConfig, u64),
         patience: &Patience<'_>,
     ) -> Result<Bytes, FetchError> {
-        let target = permit::parse(url, &images.fetch).map_err(FetchError::Refused)?;
+        let target = permit::parse(url, config).map_err(FetchError::Refused)?;
         let host = target.name();
-        let own = Duration::from_secs(images.fetch.timeout_s);
+        let own = Duration::from_secs(config.timeout_s);
         let left = patience
             .deadline
             .saturating_duration_since(Instant::now())
@@ -124,7 +125,8 @@ impl Fetcher {
         let fetching = async {
             let place = tokio::time::timeout_at(end, self.places.acquire()).await;
             let _place = place.map_err(|_| FetchError::Busy)?;
-            let followed = tokio::time::timeout_at(end, self.follow(target, images)).await;
+            let followed =
+                tokio::time::timeout_at(end, self.follow(target, config, bytes_max)).await;
             followed.unwrap_or_else(|_| {
                 let seconds = left.as_secs();
                 let why = format!("not done within {seconds} s (images.fetch.timeout_s)");
@@ -139,24 +141,33 @@ impl Fetcher {
         })
     }
 
-    async fn follow(&self, mut target: Target, images: &ImagesConfig) -> Result<Bytes, FetchError> {
-        for _ in 0..=images.fetch.redirects_max {
-            match self.hop(&target, images).await? {
+    async fn follow(
+        &self,
+        mut target: Target,
+        config: &FetchConfig,
+        bytes_max: u64,
+    ) -> Result<Bytes, FetchError> {
+        for _ in 0..=config.redirects_max {
+            match self.hop(&target, config, bytes_max).await? {
                 Hop::Picture(bytes) => return Ok(bytes),
                 Hop::Elsewhere(location) => {
-                    target = redirected(&target, &location, &images.fetch)?;
+                    target = redirected(&target, &location, config)?;
                 }
             }
         }
         Err(FetchError::Refused(format!(
             "the image URL redirects more than {} times (images.fetch.redirects_max)",
-            images.fetch.redirects_max
+            config.redirects_max
         )))
     }
 
-    async fn hop(&self, target: &Target, images: &ImagesConfig) -> Result<Hop, FetchError> {
-        let bytes_max = images.bytes_max;
-        let addresses = self.addresses(target, &images.fetch).await?;
+    async fn hop(
+        &self,
+        target: &Target,
+        config: &FetchConfig,
+        bytes_max: u64,
+    ) -> Result<Hop, FetchError> {
+        let addresses = self.addresses(target, config).await?;
         let stream = connect(target, &addresses).await?;
         if !target.tls {
             return ask(stream, target, bytes_max).await;
@@ -220,7 +231,7 @@ fn unreached(target: &Target, why: impl Into<String>) -> FetchError {
     }
 }
 
-async fn until(gone: &(dyn Fn() -> bool + Sync)) {
+pub(super) async fn until(gone: &(dyn Fn() -> bool + Sync)) {
     while !gone() {
         tokio::time::sleep(CLIENT_LOOK).await;
     }
@@ -326,7 +337,7 @@ async fn ask(
         .map_err(|error| match error {
             ReadError::Broken(error) => broken(error),
             ReadError::TooLong => FetchError::TooLarge(format!(
-                "the image at {name} is larger than {bytes_max} bytes (images.bytes_max)"
+                "the image at {name} is larger than {bytes_max} bytes (images.bytes_max, images.named_bytes_max)"
             )),
         })
         .map(Hop::Picture)

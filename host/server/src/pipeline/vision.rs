@@ -12,6 +12,7 @@ use super::cached::Sharing;
 use super::failure::Failure;
 use super::record::Stage;
 use super::work::{Stop, Work};
+use crate::images::budget::Room;
 use crate::images::fetch::Patience;
 use crate::images::{self, LoadError, Loading};
 use crate::services::{HostImage, model_ops};
@@ -20,6 +21,8 @@ use crate::services::{HostImage, model_ops};
 #[derive(Debug)]
 pub(super) struct Planned {
     source: Arc<SourceImage>,
+    /// The memory that takes, until the crops are made.
+    _room: Room,
     plan: ViewPlan,
     /// Prompt tokens it takes.
     pub tokens: u32,
@@ -27,37 +30,83 @@ pub(super) struct Planned {
     pub key: [u8; 32],
 }
 
+/// A decoded picture and the memory it takes.
+pub(super) struct Decoded {
+    image: Arc<SourceImage>,
+    room: Room,
+}
+
 /// Fetches and decodes every picture, in order; the first that cannot be decoded ends the request.
 pub(super) fn decode(
     work: &mut Work,
     sources: &[Source],
     extensions: &Extensions,
-) -> Result<Vec<Arc<SourceImage>>, Stop> {
-    let config = Arc::clone(&work.call.pinned.config);
+) -> Result<Vec<Decoded>, Stop> {
     count_fetches(work, sources, extensions)?;
-    let mut decoded = Vec::with_capacity(sources.len());
+    let config = Arc::clone(&work.call.pinned.config);
+    let (mut encoded, mut headers) = (Vec::new(), Vec::new());
     for (index, source) in sources.iter().enumerate() {
-        work.check()?;
-        let began = Instant::now();
-        let loading = Loading {
-            config: &config.images,
-            fetcher: &work.call.house.fetcher,
-            patience: Patience {
-                deadline: work.deadline,
-                gone: &|| work.call.cancel.is_cancelled(),
-            },
-            request_id: &work.call.incoming.id,
-        };
-        let image = images::load(source, &loading);
-        work.trace.stages.add(Stage::Images, began.elapsed());
-        let image = image.map_err(|error| match error {
-            LoadError::Refused(error) => Failure::from(error).at(param(index, extensions)).into(),
-            LoadError::Gone => Stop::Gone,
+        let left = config
+            .images
+            .named_bytes_max
+            .saturating_sub(work.named_bytes);
+        let bytes = images_stage(work, Some((index, extensions)), |loading| {
+            images::encoded(source, loading, left)
         })?;
-        decoded.push(Arc::new(image));
+        if images::is_named(source) {
+            work.named_bytes += bytes.len() as u64;
+        }
+        headers.push(images_stage(work, Some((index, extensions)), |_| {
+            images::header(&bytes, &config.images)
+        })?);
+        encoded.push(bytes);
+    }
+    if encoded.is_empty() {
+        return Ok(Vec::new());
+    }
+    let house = Arc::clone(&work.call.house);
+    let mut room = images_stage(work, None, |loading| {
+        images::room(&headers, &house.decoding, loading)
+    })?;
+    let mut decoded = Vec::with_capacity(encoded.len());
+    for (index, (bytes, header)) in encoded.into_iter().zip(headers).enumerate() {
+        let image = images_stage(work, Some((index, extensions)), |_| {
+            images::decoded(&bytes, &config.images)
+        })?;
+        decoded.push(Decoded {
+            image: Arc::new(image),
+            room: room.split(header.decoded_bytes()),
+        });
     }
     work.trace.images += u32::try_from(decoded.len()).unwrap_or(u32::MAX);
     Ok(decoded)
+}
+
+/// A part of the stage, timed; what fails is told of the picture with that index, if it is one.
+fn images_stage<T>(
+    work: &mut Work,
+    picture: Option<(usize, &Extensions)>,
+    run: impl FnOnce(&Loading<'_>) -> Result<T, LoadError>,
+) -> Result<T, Stop> {
+    work.check()?;
+    let began = Instant::now();
+    let done = run(&Loading {
+        config: &work.call.pinned.config.images,
+        fetcher: &work.call.house.fetcher,
+        patience: Patience {
+            deadline: work.deadline,
+            gone: &|| work.call.cancel.is_cancelled(),
+        },
+        request_id: &work.call.incoming.id,
+    });
+    work.trace.stages.add(Stage::Images, began.elapsed());
+    done.map_err(|error| match (error, picture) {
+        (LoadError::Refused(error), Some((index, extensions))) => {
+            Failure::from(error).at(param(index, extensions)).into()
+        }
+        (LoadError::Refused(error), None) => Failure::from(error).into(),
+        (LoadError::Gone, _) => Stop::Gone,
+    })
 }
 
 /// Counts the pictures that other servers have, before the first is asked for.
@@ -108,14 +157,18 @@ fn hints(index: usize, extensions: &Extensions) -> Extensions {
 /// Asks the image policy about every picture. `tokens_left` is what the prompt has for all of them.
 pub(super) fn plan(
     work: &mut Work,
-    sources: Vec<Arc<SourceImage>>,
+    sources: Vec<Decoded>,
     extensions: &Extensions,
     mut tokens_left: u32,
 ) -> Result<Vec<Planned>, Stop> {
     let count = u32::try_from(sources.len()).unwrap_or(u32::MAX);
     let mut planned = Vec::with_capacity(sources.len());
-    for (position, source) in sources.into_iter().enumerate() {
+    for (position, decoded) in sources.into_iter().enumerate() {
         work.check()?;
+        let Decoded {
+            image: source,
+            room,
+        } = decoded;
         let index = u32::try_from(position).unwrap_or(u32::MAX);
         let context = ImageContext {
             index,
@@ -142,6 +195,7 @@ pub(super) fn plan(
         let key = plan.key(&source.digest);
         planned.push(Planned {
             source,
+            _room: room,
             plan,
             tokens,
             key,

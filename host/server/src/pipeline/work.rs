@@ -103,6 +103,8 @@ pub(super) struct Work {
     pub deadline: Instant,
     /// Pictures that were asked of other servers so far.
     pub fetched: u32,
+    /// Encoded bytes of pictures that did not come with the request, so far.
+    pub named_bytes: u64,
 }
 
 impl Work {
@@ -117,6 +119,7 @@ impl Work {
             trace,
             deadline,
             fetched: 0,
+            named_bytes: 0,
         }
     }
 

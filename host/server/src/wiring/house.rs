@@ -23,6 +23,7 @@ use super::{
 use crate::config::change::{Change, keep_restart_keys};
 use crate::config::{CacheConfig, Config, ConfigError};
 use crate::formats::Formats;
+use crate::images::budget::Budget;
 use crate::images::fetch::Fetcher;
 use crate::metrics::Metrics;
 use crate::pipeline::Answer;
@@ -54,6 +55,8 @@ pub struct House {
     pub pixels: Arc<Cache<PixelValues>>,
     /// Whole answers.
     pub responses: Arc<Cache<Answer>>,
+    /// Memory for decoded pictures.
+    pub decoding: Budget,
     /// The way to pictures that only have an address.
     pub fetcher: Fetcher,
     /// What is counted.
@@ -139,6 +142,7 @@ impl House {
             model,
             pixels: caches.pixels,
             responses: caches.responses,
+            decoding: Budget::new(config.images.decoded_mib_max << 20),
             fetcher: Fetcher::system(&config.images.fetch),
             current,
             sandbox,

@@ -10,6 +10,7 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 use super::*;
+use crate::config::ImagesConfig;
 
 pub(super) const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
@@ -186,7 +187,7 @@ pub(super) fn fetch(
         deadline: Instant::now() + Duration::from_secs(60),
         gone: &|| false,
     };
-    fetcher.fetch(url, images, &patience)
+    fetcher.fetch(url, (&images.fetch, images.bytes_max), &patience)
 }
 
 #[track_caller]
@@ -498,7 +499,8 @@ fn a_server_that_drips_is_left_and_so_is_a_client_that_left() {
             *looks > 2
         },
     };
-    let got = trusting_port(port).fetch(&url, &open(&[port]), &patience);
+    let images = open(&[port]);
+    let got = trusting_port(port).fetch(&url, (&images.fetch, 1), &patience);
     assert_eq!(got, Err(FetchError::Gone));
 }
 

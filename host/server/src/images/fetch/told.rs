@@ -10,7 +10,8 @@ use super::tests::{
     LOOPBACK, Pictures, fetch, naming, ok, open, redirect, tls_pictures, trusting_port,
 };
 use super::*;
-use crate::images::{LoadError, Loading, load};
+use crate::config::ImagesConfig;
+use crate::images::{LoadError, Loading, encoded};
 
 /// What the client is told of a picture that is not to be had.
 fn told(fetcher: &Fetcher, images: &ImagesConfig, url: &str) -> GuestError {
@@ -25,7 +26,7 @@ fn told(fetcher: &Fetcher, images: &ImagesConfig, url: &str) -> GuestError {
         },
         request_id: "test",
     };
-    match load(&Source::Url(url.to_owned()), &loading) {
+    match encoded(&Source::Url(url.to_owned()), &loading, images.bytes_max) {
         Err(LoadError::Refused(error)) => error,
         other => panic!("{url}: {other:?}"),
     }
