@@ -151,6 +151,10 @@ pub struct ServerConfig {
     pub head_read_timeout_s: u64,
     /// Seconds a client may take to send the body of a request.
     pub body_read_timeout_s: u64,
+    /// Least a body brings in a second on average, in bytes, once `head_read_timeout_s` seconds of it are over.
+    pub body_bytes_per_s_min: u64,
+    /// Bodies on their way, of all requests together, in bytes; more are answered 503.
+    pub arriving_bytes_max: u64,
     /// Seconds a client may take nothing of its answer. Needs a restart.
     pub write_timeout_s: u64,
     /// Seconds of silence in a stream after which a keep-alive is sent; 0 sends none.
@@ -183,6 +187,8 @@ impl Default for ServerConfig {
             request_timeout_s: 600,
             head_read_timeout_s: 10,
             body_read_timeout_s: 60,
+            body_bytes_per_s_min: 1024,
+            arriving_bytes_max: 512 << 20,
             write_timeout_s: 60,
             keep_alive_s: 15,
             stream_buffer_pieces: 32,

@@ -2,6 +2,7 @@
 //! what an exchange does is `pipeline`'s.
 
 pub mod admin;
+pub mod arrivals;
 pub mod body;
 pub mod connections;
 mod cors;

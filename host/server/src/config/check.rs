@@ -77,9 +77,34 @@ fn check_listener(server: &ServerConfig, found: &mut Found) {
     }
 }
 
+/// What clients may take their time with.
+fn check_pace(server: &ServerConfig, found: &mut Found) {
+    let rows = [
+        ("head_read_timeout_s", server.head_read_timeout_s, 1, 600),
+        ("body_read_timeout_s", server.body_read_timeout_s, 1, 3600),
+        (
+            "body_bytes_per_s_min",
+            server.body_bytes_per_s_min,
+            1,
+            1 << 30,
+        ),
+        (
+            "arriving_bytes_max",
+            server.arriving_bytes_max,
+            server.request_body_bytes_max,
+            1 << 40,
+        ),
+        ("write_timeout_s", server.write_timeout_s, 1, 3600),
+    ];
+    for (name, value, low, high) in rows {
+        found.range(&format!("server.{name}"), value, low, high);
+    }
+}
+
 fn check_server(config: &Config, found: &mut Found) {
     let server = &config.server;
     check_listener(server, found);
+    check_pace(server, found);
     let rows = [
         ("connections_max", server.connections_max as u64, 1, 65_536),
         (
@@ -117,9 +142,6 @@ fn check_server(config: &Config, found: &mut Found) {
         ),
         ("drain_s", server.drain_s, 0, 3600),
         ("request_timeout_s", server.request_timeout_s, 1, 86_400),
-        ("head_read_timeout_s", server.head_read_timeout_s, 1, 600),
-        ("body_read_timeout_s", server.body_read_timeout_s, 1, 3600),
-        ("write_timeout_s", server.write_timeout_s, 1, 3600),
         ("keep_alive_s", server.keep_alive_s, 0, 3600),
         (
             "stream_buffer_pieces",

@@ -8,28 +8,99 @@ use axum::body::{Body, Bytes, HttpBody};
 use axum::http::{HeaderName, HeaderValue, Response, StatusCode};
 use http_body::Frame;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use visor_sandbox::ErrorCode;
 
+use super::arrivals::Arriving;
 use super::gate::Permit;
 use crate::pipeline::{CancelOnDrop, Failure, Piece, ReplyBody, ReplyHead};
 
 /// A body that is too long is read on and thrown away up to this many times its limit, so that a
 /// client which writes before it reads still sees why it was refused.
 const DISCARD_FACTOR: u64 = 4;
+/// Seconds after which a client that met no room for its body may come back.
+const RETRY_AFTER_S: u32 = 1;
 
-/// Reads a whole body of at most `bytes_max` bytes within `patience`.
+/// How a body may come.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// Longest it may be, in bytes.
+    pub bytes_max: u64,
+    /// How long all of it may take.
+    pub whole: Duration,
+    /// How long it may take before it is measured.
+    pub grace: Duration,
+    /// Least it may bring in a second from then on, on average, in bytes.
+    pub bytes_per_s_min: u64,
+    /// What all bodies on their way may have here, in bytes.
+    pub arriving_bytes_max: u64,
+}
+
+impl Pace {
+    /// When something more has to have come after so many bytes, counted from the beginning.
+    fn patience(&self, seen: u64) -> Duration {
+        let paid = Duration::from_secs(seen / self.bytes_per_s_min.max(1));
+        self.whole.min(self.grace + paid)
+    }
+
+    fn late(&self, patience: Duration) -> Failure {
+        let message = if patience == self.whole {
+            format!("the body did not arrive within {} s", self.whole.as_secs())
+        } else {
+            let least = self.bytes_per_s_min;
+            format!("the body comes slower than {least} bytes a second")
+        };
+        Failure::new(ErrorCode::Timeout, message)
+    }
+}
+
+/// Reads a whole body.
 ///
 /// # Errors
-/// Too long, too slow, or cut off by the client.
-pub async fn read(body: Body, bytes_max: u64, patience: Duration) -> Result<Bytes, Failure> {
+/// Too long, too slow, cut off by the client, or more than all bodies on their way may have here.
+pub async fn read(mut body: Body, pace: &Pace, arriving: &mut Arriving) -> Result<Bytes, Failure> {
+    let began = Instant::now();
     let announced = HttpBody::size_hint(&body).lower();
-    let reading = collect(body, announced, bytes_max);
-    match tokio::time::timeout(patience, reading).await {
-        Ok(result) => result,
-        Err(_) => Err(Failure::new(
-            ErrorCode::Timeout,
-            format!("the body did not arrive within {} s", patience.as_secs()),
-        )),
+    let bytes_max = pace.bytes_max;
+    let too_long = || {
+        let message = format!("the body is larger than {bytes_max} bytes");
+        Failure::new(ErrorCode::TooLarge, message)
+    };
+    let discard_max = bytes_max.saturating_mul(DISCARD_FACTOR);
+    if announced > discard_max {
+        return Err(too_long());
+    }
+    let mut whole = Vec::new();
+    let mut seen: u64 = 0;
+    loop {
+        let patience = pace.patience(seen);
+        let piece = tokio::time::timeout_at(began + patience, next(&mut body)).await;
+        let Some(piece) = piece.map_err(|_| pace.late(patience))? else {
+            break;
+        };
+        let piece = piece.map_err(|_| Failure::invalid("the body was cut off"))?;
+        seen = seen.saturating_add(piece.len() as u64);
+        if seen > discard_max {
+            break;
+        }
+        if seen > bytes_max || announced > bytes_max {
+            whole = Vec::new();
+            continue;
+        }
+        if !arriving.grow(piece.len() as u64, pace.arriving_bytes_max) {
+            let message = "the bodies of other requests take all the memory there is for them";
+            let failure = Failure::new(ErrorCode::Overloaded, message);
+            return Err(failure.retry_after(RETRY_AFTER_S));
+        }
+        if whole.is_empty() {
+            whole.reserve_exact(usize::try_from(announced).unwrap_or(0));
+        }
+        whole.extend_from_slice(&piece);
+    }
+    if seen > bytes_max {
+        Err(too_long())
+    } else {
+        Ok(Bytes::from(whole))
     }
 }
 
@@ -47,37 +118,6 @@ pub async fn discard(mut body: Body, bytes_max: u64, patience: Duration) {
     };
     // Whether it ended or not, the answer is the same.
     _ = tokio::time::timeout(patience, reading).await;
-}
-
-async fn collect(mut body: Body, announced: u64, bytes_max: u64) -> Result<Bytes, Failure> {
-    let too_long = || {
-        let message = format!("the body is larger than {bytes_max} bytes");
-        Failure::new(ErrorCode::TooLarge, message)
-    };
-    let discard_max = bytes_max.saturating_mul(DISCARD_FACTOR);
-    if announced > discard_max {
-        return Err(too_long());
-    }
-    let capacity = usize::try_from(announced.min(bytes_max)).unwrap_or(0);
-    let mut whole = Vec::with_capacity(capacity);
-    let mut seen: u64 = 0;
-    while let Some(piece) = next(&mut body).await {
-        let piece = piece.map_err(|_| Failure::invalid("the body was cut off"))?;
-        seen = seen.saturating_add(piece.len() as u64);
-        if seen > discard_max {
-            break;
-        }
-        if seen > bytes_max || announced > bytes_max {
-            whole = Vec::new();
-            continue;
-        }
-        whole.extend_from_slice(&piece);
-    }
-    if seen > bytes_max {
-        Err(too_long())
-    } else {
-        Ok(Bytes::from(whole))
-    }
 }
 
 async fn next(body: &mut Body) -> Option<Result<Bytes, axum::Error>> {

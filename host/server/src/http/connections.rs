@@ -15,6 +15,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::arrivals::Arrivals;
 use super::gate::{Gate, Permit};
 use super::patience::Patient;
 use crate::config::ServerConfig;
@@ -56,7 +57,9 @@ pub async fn run(
     gate: Arc<Gate>,
     shutdown: impl Future<Output = ()>,
 ) {
-    let router = super::routes::router(Arc::clone(&house), Arc::clone(&gate));
+    let arrivals = Arc::new(Arrivals::default());
+    let router =
+        super::routes::router(Arc::clone(&house), Arc::clone(&gate), Arc::clone(&arrivals));
     let Listener { tcp, tls } = listener;
     let connections = Connections::new(router, tls, Arc::clone(&house));
     {
@@ -77,7 +80,7 @@ pub async fn run(
     // Still accepting: probes and late clients are told to go elsewhere rather than left in the dark.
     tokio::select! {
         () = connections.accept_from(&tcp) => {}
-        () = gate.empty() => {}
+        () = async { arrivals.none().await; gate.empty().await } => {}
         () = tokio::time::sleep(patience) => tracing::warn!("requests still in flight are cut off"),
     }
     drop(tcp);

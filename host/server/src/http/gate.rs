@@ -47,6 +47,11 @@ impl Gate {
         })
     }
 
+    /// Whether nobody would get one of `places_max` places now.
+    pub fn is_full(&self, places_max: usize) -> bool {
+        self.inside.load(SeqCst) >= places_max
+    }
+
     /// Nobody is to be let in any more: the server is stopping.
     pub fn close(&self) {
         self.closed.store(true, SeqCst);

@@ -13,10 +13,12 @@ use tokio::runtime::Handle;
 use visor_engine::CancelToken;
 use visor_sandbox::ErrorCode;
 
-use super::body::{self, Held};
+use super::arrivals::Arrivals;
+use super::body::{self, Held, Pace};
 use super::gate::{Gate, Permit};
 use super::keys::{Key, SECRET_HEADERS};
 use super::{cors, error, openapi, paths, trace};
+use crate::config::ServerConfig;
 use crate::pipeline::{self, Call, CancelOnDrop, Failure, Incoming, Reply, ReplyReceiver};
 use crate::wiring::{House, Pinned};
 
@@ -31,14 +33,16 @@ const RETRY_AFTER_S: u32 = 1;
 struct Http {
     house: Arc<House>,
     gate: Arc<Gate>,
+    arrivals: Arc<Arrivals>,
     refusals: Arc<Gate>,
 }
 
 /// Every path the server answers.
-pub fn router(house: Arc<House>, gate: Arc<Gate>) -> Router {
+pub fn router(house: Arc<House>, gate: Arc<Gate>, arrivals: Arc<Arrivals>) -> Router {
     let http = Http {
         house,
         gate,
+        arrivals,
         refusals: Arc::default(),
     };
     Router::new()
@@ -187,7 +191,7 @@ async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<
     response
 }
 
-/// One request that has a mount: in through the gate, matched, its body read, then worked on.
+/// One request that has a mount: matched, its body read, in through the gate, then worked on.
 async fn serve(
     http: &Http,
     pinned: Pinned,
@@ -200,38 +204,20 @@ async fn serve(
             .retry_after(RETRY_AFTER_S);
         return refuse(http, pinned, incoming, failure).await;
     }
-    // The key's own limits first: who is over them takes no place from anybody else.
-    let own = match key.map(|key| key.enter()).transpose() {
-        Ok(own) => own,
-        Err(failure) => {
-            discard(&pinned, body).await;
-            return refuse(http, pinned, incoming, failure).await;
-        }
-    };
-    let Some(permit) = http.gate.enter(config.server.requests_in_flight_max) else {
-        let message = format!(
-            "{} requests are in flight already",
-            config.server.requests_in_flight_max
-        );
-        let failure = Failure::new(ErrorCode::Overloaded, message).retry_after(RETRY_AFTER_S);
-        return refuse(http, pinned, incoming, failure).await;
-    };
-    let permit = own.into_iter().fold(permit, Permit::with);
+    let in_flight_max = config.server.requests_in_flight_max;
+    if http.gate.is_full(in_flight_max) {
+        // Told at once: by the time its body is here, nothing is likely to have changed.
+        return refuse(http, pinned, incoming, full(in_flight_max)).await;
+    }
+    let mut arriving = http.arrivals.begin();
     let checked = match paths::find(pinned.adapter.routes(), &incoming.method, &incoming.path) {
         paths::Match::Found {
             params,
             body_bytes_max,
         } => {
             incoming.params = params;
-            let operator_max = config.server.request_body_bytes_max;
-            let bytes_max =
-                body_bytes_max.map_or(operator_max, |route_max| route_max.min(operator_max));
-            body::read(
-                body,
-                bytes_max,
-                Duration::from_secs(config.server.body_read_timeout_s),
-            )
-            .await
+            let pace = pace(&config.server, body_bytes_max);
+            body::read(body, &pace, &mut arriving).await
         }
         paths::Match::WrongMethod(allowed) => Err(Failure::method_not_allowed(
             &incoming.method,
@@ -243,9 +229,41 @@ async fn serve(
             Err(Failure::new(ErrorCode::NotFound, message))
         }
     };
+    let permit = match enter(http, in_flight_max, key.as_deref()) {
+        Ok(permit) => permit,
+        Err(failure) => return refuse(http, pinned, incoming, failure).await,
+    };
+    // Until here the request had no place that another could miss.
+    drop(arriving);
     match checked {
         Ok(bytes) => work(http, pinned, incoming, bytes, permit).await,
         Err(failure) => reject(http, pinned, incoming, failure, permit).await,
+    }
+}
+
+/// A place among the requests in flight. The key's own limits come first: who is over them takes no
+/// place from anybody else.
+fn enter(http: &Http, in_flight_max: usize, key: Option<&Key>) -> Result<Permit, Failure> {
+    let own = key.map(Key::enter).transpose()?;
+    let permit = http.gate.enter(in_flight_max);
+    let permit = permit.ok_or_else(|| full(in_flight_max))?;
+    Ok(own.into_iter().fold(permit, Permit::with))
+}
+
+fn full(in_flight_max: usize) -> Failure {
+    let message = format!("{in_flight_max} requests are in flight already");
+    Failure::new(ErrorCode::Overloaded, message).retry_after(RETRY_AFTER_S)
+}
+
+/// How a body may come, on a route that may have an opinion on its length.
+fn pace(server: &ServerConfig, route_bytes_max: Option<u64>) -> Pace {
+    let operator_max = server.request_body_bytes_max;
+    Pace {
+        bytes_max: route_bytes_max.map_or(operator_max, |max| max.min(operator_max)),
+        whole: Duration::from_secs(server.body_read_timeout_s),
+        grace: Duration::from_secs(server.head_read_timeout_s),
+        bytes_per_s_min: server.body_bytes_per_s_min,
+        arriving_bytes_max: server.arriving_bytes_max,
     }
 }
 
