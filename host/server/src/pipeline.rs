@@ -24,6 +24,7 @@ mod prompt;
 mod record;
 mod reply;
 mod request;
+mod shown;
 mod told;
 mod vision;
 mod work;
@@ -45,6 +46,7 @@ pub use work::{Call, Incoming};
 
 use crate::http::error;
 use crate::wiring::{House, Pinned};
+use shown::Shown;
 use work::{Stop, Trace, Work};
 
 /// Status noted for a client that left before a head was sent; never on the wire.
@@ -59,7 +61,7 @@ pub fn run(call: Call, body: Bytes, mut reply: Reply) {
     // A panic in one request ends that request. What it leaves half done is dropped with it.
     let served = catch_unwind(AssertUnwindSafe(|| serve(&mut work, &mut reply, body)));
     let ended = served.unwrap_or_else(|_| {
-        tracing::error!(request = %work.call.incoming.id, "an exchange panicked");
+        tracing::error!(request = %Shown(&work.call.incoming.id), "an exchange panicked");
         Err(Failure::internal().into())
     });
     finish(work, reply, ended);
@@ -239,9 +241,9 @@ fn note(house: &House, pinned: &Pinned, incoming: &Incoming, ended: Ended, trace
         total_us: micros(incoming.accepted.elapsed()),
     };
     tracing::info!(
-        request = %incoming.id,
-        method = %incoming.method,
-        path = %incoming.full_path,
+        request = %Shown(&incoming.id),
+        method = %Shown(&incoming.method),
+        path = %Shown(&incoming.full_path),
         principal = incoming.principal,
         traceparent = incoming.traceparent,
         status,
