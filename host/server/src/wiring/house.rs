@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwapOption;
 use visor_engine::{
     Cache, CacheBytes, CacheStrategy, Caches, CheckpointLoader, Engine, EngineOptions, EngineState,
-    Native, PrefixBlock,
+    Model, ModelLoader, Native, PrefixBlock,
 };
 use visor_model::image::PixelValues;
-use visor_model::{ImageFeatures, KvBlock, LoadProgress};
+use visor_model::{Checkpoint, ImageFeatures, KvBlock, LoadProgress};
 use visor_sandbox::{FileError, FolderOptions, PluginFolder, PluginSet, Registry, Sandbox};
 
 use super::load::Load;
@@ -91,11 +91,53 @@ impl House {
     /// # Errors
     /// A checkpoint that cannot be read, a sandbox that does not start, routes without plugins.
     pub fn open(config: Config, options: HouseOptions) -> anyhow::Result<Arc<Self>> {
+        let checkpoint = Arc::new(open_checkpoint(&config)?);
+        let load = Arc::new(Load::default());
+        let loader = CheckpointLoader::new(Arc::clone(&checkpoint), config.model.activations, {
+            let (load, shown) = (Arc::clone(&load), options.progress);
+            move |progress| {
+                shown(progress);
+                load.note(progress)
+            }
+        })
+        .quantized(quantized_cache(&config, options.cache_folder.as_deref())?);
+        let house = Self::assemble(config, &checkpoint, (loader, load), options.source.clone())?;
+        if let Some(source) = options.source {
+            house.watch(source)?;
+        }
+        Ok(house)
+    }
+
+    /// As [`Self::open`], where another model has the checkpoint's names and tokenizer: what
+    /// everything but the model takes can be measured so.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_with<L: ModelLoader>(
+        config: Config,
+        loader: impl FnOnce(&Checkpoint) -> L,
+    ) -> anyhow::Result<Arc<Self>>
+    where
+        L::Model: Model<Features = ImageFeatures, Block = KvBlock>,
+    {
+        let checkpoint = open_checkpoint(&config)?;
+        let loader = loader(&checkpoint);
+        Self::assemble(config, &checkpoint, (loader, Arc::default()), None)
+    }
+
+    fn assemble<L: ModelLoader>(
+        config: Config,
+        checkpoint: &Checkpoint,
+        (loader, load): (L, Arc<Load>),
+        source: Option<ConfigSource>,
+    ) -> anyhow::Result<Arc<Self>>
+    where
+        L::Model: Model<Features = ImageFeatures, Block = KvBlock>,
+    {
         let started = Instant::now();
         let config = Arc::new(config);
-        let checkpoint = Arc::new(open_checkpoint(&config)?);
-        let facts = served_facts(&config, &checkpoint)?;
-        let model = Arc::new(ServedModel::new(&checkpoint, facts, &config.model)?);
+        let facts = served_facts(&config, checkpoint)?;
+        let model = Arc::new(ServedModel::new(checkpoint, facts, &config.model)?);
         let caches = Caches::new(cache_bytes(&config.cache));
         let current = Arc::new(Current {
             wiring: ArcSwapOption::empty(),
@@ -108,34 +150,9 @@ impl House {
             Arc::new(Services(Arc::clone(&model))),
         )?;
         let folder = open_folder(&config, &sandbox, &current)?;
-        let load = Arc::new(Load::default());
-        let loader = CheckpointLoader::new(checkpoint, config.model.activations, {
-            let (load, shown) = (Arc::clone(&load), options.progress);
-            move |progress| {
-                shown(progress);
-                load.note(progress)
-            }
-        })
-        .quantized(quantized_cache(&config, options.cache_folder.as_deref())?);
-        let engine_options = EngineOptions {
-            devices: config.model.device.kinds(),
-            queue_requests_max: config.server.queue_requests_max,
-            queue_tokens_max: config.server.queue_tokens_max,
-            context_tokens_max: model.context_tokens,
-            sequences_max: config.model.sequences_max,
-            kv_bytes: config.model.kv_cache_mib << 20,
-            prefill_chunk_tokens: config.model.prefill_chunk_tokens,
-            slice: Duration::from_millis(config.model.slice_ms),
-            model_digest: model.facts.digest.clone(),
-            ..EngineOptions::default()
-        };
-        let engine = Engine::start(
-            loader,
-            Arc::clone(&model.tokenizer),
-            &caches,
-            engine_options,
-        );
-        let house = Arc::new(Self {
+        let tokenizer = Arc::clone(&model.tokenizer);
+        let engine = Engine::start(loader, tokenizer, &caches, engine_options(&config, &model));
+        Ok(Arc::new(Self {
             engine,
             metrics: Metrics::new(&model.id),
             formats: Formats::new(Arc::clone(&model.tokenizer), model.stop_ids.clone()),
@@ -149,16 +166,12 @@ impl House {
             folder,
             draining: AtomicBool::new(false),
             aside: AtomicBool::new(false),
-            source: options.source.clone(),
+            source,
             started,
             reloads: Mutex::default(),
             load,
             watcher: Mutex::default(),
-        });
-        if let Some(source) = options.source {
-            house.watch(source)?;
-        }
-        Ok(house)
+        }))
     }
 
     /// The wiring in force.
@@ -359,6 +372,21 @@ impl House {
                 .unwrap_or_else(PoisonError::into_inner) = running;
         }
         applied.map_err(|error| error.to_string())
+    }
+}
+
+fn engine_options(config: &Config, model: &ServedModel) -> EngineOptions {
+    EngineOptions {
+        devices: config.model.device.kinds(),
+        queue_requests_max: config.server.queue_requests_max,
+        queue_tokens_max: config.server.queue_tokens_max,
+        context_tokens_max: model.context_tokens,
+        sequences_max: config.model.sequences_max,
+        kv_bytes: config.model.kv_cache_mib << 20,
+        prefill_chunk_tokens: config.model.prefill_chunk_tokens,
+        slice: Duration::from_millis(config.model.slice_ms),
+        model_digest: model.facts.digest.clone(),
+        ..EngineOptions::default()
     }
 }
 
