@@ -1,6 +1,8 @@
 //! Pictures in every encoding, and everything that is not quite a picture.
 
 use std::io::Cursor;
+use std::sync::Arc;
+use std::thread;
 
 use image::{DynamicImage, ImageFormat};
 use serde_json::{Value, json};
@@ -222,4 +224,46 @@ fn pictures_over_configured_limits_are_refused() {
         assert!([400, 413].contains(&answer.status), "{}", answer.text());
         answer.error(answer.status);
     }
+}
+
+/// A picture of one colour: few bytes, many pixels.
+fn plain(side_px: u32) -> String {
+    let mut bytes = Cursor::new(Vec::new());
+    DynamicImage::ImageRgb8(image::RgbImage::new(side_px, side_px))
+        .write_to(&mut bytes, ImageFormat::Png)
+        .expect("it can be encoded");
+    data_url("image/png", &bytes.into_inner())
+}
+
+#[test]
+fn decoded_pictures_of_all_requests_share_one_budget_of_memory() {
+    const BUDGET: &str = "[images]\npixels_max = 16000000\ndecoded_mib_max = 224\n";
+    /// The budget, and what requests and crops take beside it.
+    const GROWTH_MIB_MAX: u64 = 400;
+    let server = Arc::new(Server::start_with(BUDGET));
+    let memory = |name: &str| {
+        let bytes = server.stats()["memory"][name].as_u64();
+        bytes.expect("this system tells") >> 20
+    };
+    let before = memory("resident_bytes");
+    // All at once they are 768 MB.
+    let body = Arc::new(chat(&[pictures(&[plain(4000)], "what is this?")]));
+    let clients: Vec<_> = (0..16)
+        .map(|_| {
+            let (server, body) = (Arc::clone(&server), Arc::clone(&body));
+            thread::spawn(move || server.chat(&body).ok())
+        })
+        .collect();
+    for client in clients {
+        client.join().expect("it waited and was answered");
+    }
+    let growth = memory("peak_bytes").saturating_sub(before);
+    println!("16 pictures of 48 MB at once: {growth} MiB more than before");
+    assert!(growth < GROWTH_MIB_MAX, "{growth} MiB");
+
+    let error = server
+        .chat(&chat(&[pictures(&vec![plain(4000); 5], "and these?")]))
+        .error(413);
+    let message = error["message"].as_str().expect("a message");
+    assert!(message.contains("images.decoded_mib_max"), "{message}");
 }

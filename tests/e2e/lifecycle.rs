@@ -1,10 +1,13 @@
 //! From start to stop: readiness, live configuration, draining, and a binary alone in a folder.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::process::Command;
 
 use serde_json::json;
 
+use crate::client::Incoming;
 use crate::server::{Server, chat, fixture, repository, shared, text, until, with};
 
 #[test]
@@ -82,6 +85,29 @@ fn a_signal_drains_what_is_in_flight_and_then_ends() {
         );
         assert!(server.wait_exit().success(), "{signal}");
     }
+}
+
+#[test]
+fn a_body_that_is_on_its_way_when_the_signal_comes_is_waited_for() {
+    let mut server = Server::start();
+    let body = chat(&[text("almost there")]).to_string();
+    let (first, rest) = body.split_at(20);
+    let mut stream = TcpStream::connect(server.address).expect("the server accepts");
+    let head = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).expect("sent");
+    // It says so when it begins to read the body.
+    let mut told = [0; 25];
+    stream.read_exact(&mut told).expect("told to go on");
+    assert!(told.starts_with(b"HTTP/1.1 100 Continue"));
+    stream.write_all(first.as_bytes()).expect("sent");
+    server.signal("TERM");
+    server.wait_logged("draining");
+    stream.write_all(rest.as_bytes()).expect("sent");
+    Incoming::read_head(stream).finish().ok();
+    assert!(server.wait_exit().success());
 }
 
 #[test]

@@ -1,10 +1,13 @@
 //! Too many at once, and clients that leave.
 
+use std::io::Write;
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::thread;
 
 use serde_json::{Value, json};
 
+use crate::client::Incoming;
 use crate::server::{Server, chat, text, until, with};
 
 /// A chat that takes a while: as long as the context allows. Greedy noise runs in circles and meets
@@ -111,6 +114,61 @@ fn many_clients_at_once_are_all_answered() {
     for client in clients {
         assert_eq!(client.join().expect("no panic"), 200);
     }
+}
+
+/// A chat of `length` bytes of which `sent` are on their way.
+fn begun(server: &Server, (sent, length): (usize, usize)) -> TcpStream {
+    let mut stream = TcpStream::connect(server.address).expect("the server accepts");
+    let head = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).expect("sent");
+    stream.write_all(&vec![b' '; sent]).expect("sent");
+    stream
+}
+
+#[test]
+fn bodies_that_do_not_come_take_no_place_from_those_that_do() {
+    let server = Server::start_with("[server]\nrequests_in_flight_max = 1\n");
+    let slow: Vec<_> = (0..8).map(|_| begun(&server, (10, 1000))).collect();
+    for _ in 0..3 {
+        server.chat(&chat(&[text("quick")])).ok();
+    }
+    drop(slow);
+}
+
+#[test]
+fn a_body_that_comes_too_slowly_is_sent_away_before_its_time() {
+    let server = Server::start_with(
+        "[server]\nhead_read_timeout_s = 1\nbody_bytes_per_s_min = 1000\nbody_read_timeout_s = 60\n",
+    );
+    let stream = begun(&server, (100, 10_000));
+    let answer = Incoming::read_head(stream).finish();
+    let message = answer.error(504)["message"].to_string();
+    assert!(
+        message.contains("slower than 1000 bytes a second"),
+        "{message}"
+    );
+}
+
+#[test]
+fn bodies_on_their_way_have_so_much_memory_together() {
+    let server = Server::start_with(
+        "[server]\nrequest_body_bytes_max = 1000000\narriving_bytes_max = 1000000\n",
+    );
+    let large = begun(&server, (990_000, 1_000_000));
+    let body = chat(&[text(&"x".repeat(100_000))]);
+    let refused = until("what was sent has arrived", || {
+        let answer = server.chat(&body);
+        (answer.status == 503).then_some(answer)
+    });
+    assert!(refused.header("retry-after").is_some());
+    server.chat(&chat(&[text("small")])).ok();
+    drop(large);
+    // Too long for the model, which is another matter.
+    until("its memory is given back", || {
+        (server.chat(&body).status == 400).then_some(())
+    });
 }
 
 #[test]

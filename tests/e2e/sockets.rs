@@ -141,6 +141,22 @@ fn broken_framing_is_refused_and_the_next_client_served() {
     server.chat(&chat(&[text("still there")])).ok();
 }
 
+#[test]
+fn what_a_client_writes_moves_nothing_in_the_log() {
+    let server = Server::start();
+    let mut stream = connect(&server);
+    let long = "y".repeat(3000);
+    let request = format!(
+        "GET /v1/\u{9b}2J\u{202e}{long} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).expect("sent");
+    let said = last_words(stream);
+    assert!(said.starts_with("HTTP/1.1 404"), "{said}");
+    server.wait_logged("/v1/\\u{9b}2J\\u{202e}yyy");
+    server.wait_logged("bytes more)");
+    assert!(server.logged().lines().all(|line| line.len() < 1000));
+}
+
 /// Two lengths for one body are how one request is smuggled inside another.
 #[test]
 fn a_length_beside_chunks_ends_the_connection() {
