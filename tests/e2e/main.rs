@@ -14,6 +14,7 @@ mod access;
 mod admin;
 mod chat;
 mod client;
+mod crowd;
 mod demo;
 mod described;
 mod dialects;

@@ -14,6 +14,9 @@ use crate::http::connections::Listener;
 use crate::http::tls;
 use crate::wiring::House;
 
+/// Open files beside connections: weights, plugins, watches, fetches.
+#[cfg(unix)]
+const FILES_BESIDE: u64 = 128;
 /// Threads for sockets; exchanges run on blocking threads, the model on its own.
 const SOCKET_THREADS: usize = 2;
 
@@ -21,6 +24,8 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
     let source = config_source(&args.overrides, args.listen.as_deref());
     let config = source.read().map_err(Failure::usage)?;
     start_log(&config)?;
+    #[cfg(unix)]
+    raise_open_files(config.server.connections_max);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(SOCKET_THREADS)
         .max_blocking_threads(
@@ -44,6 +49,30 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
         house.stop();
         Ok(EXIT_DONE)
     })
+}
+
+/// Every connection is an open file, and many systems start a process with room for 1024 that may ask
+/// for more.
+#[cfg(unix)]
+fn raise_open_files(connections_max: usize) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    let limit = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => raised,
+        Err(_) => limit,
+    };
+    let wanted = connections_max as u64 + FILES_BESIDE;
+    if let Some(files) = limit.current.filter(|files| *files < wanted) {
+        tracing::warn!(
+            files,
+            connections_max,
+            "the system allows fewer open files than server.connections_max needs"
+        );
+    }
 }
 
 async fn bind(config: &Config) -> Result<Listeners, Failure> {
