@@ -34,3 +34,4 @@ mod sockets;
 mod stream;
 mod tls;
 mod together;
+mod traces;

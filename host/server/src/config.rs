@@ -12,6 +12,7 @@ pub mod images;
 pub mod plugins;
 pub mod report;
 pub mod sandbox;
+pub mod telemetry;
 
 use std::path::{Path, PathBuf};
 
@@ -23,6 +24,7 @@ pub use images::{FetchConfig, ImagesConfig};
 pub use plugins::{PluginConfig, PluginLimits, PluginsConfig};
 pub use report::{ConfigError, Issue};
 pub use sandbox::SandboxConfig;
+pub use telemetry::TelemetryConfig;
 use visor_model::{Activations, DeviceChoice, Quantization};
 
 /// The embedded copy of `config/visor.toml`: every key, its unit, its default and why.
@@ -38,6 +40,8 @@ pub struct Config {
     pub access: AccessConfig,
     /// Where the server is administered.
     pub admin: AdminConfig,
+    /// Who is told of requests besides the log.
+    pub telemetry: TelemetryConfig,
     /// Which weights, on which device, with how much context.
     pub model: ModelSection,
     /// What a request gets that does not say, and the most it may ask for.
@@ -62,6 +66,7 @@ impl Default for Config {
             server: ServerConfig::default(),
             access: AccessConfig::default(),
             admin: AdminConfig::default(),
+            telemetry: TelemetryConfig::default(),
             model: ModelSection::default(),
             generation: GenerationConfig::default(),
             formats: FormatsConfig::default(),

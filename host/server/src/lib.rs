@@ -2,7 +2,7 @@
 //!
 //! Rooms, in the order a request meets them: `http` (routes, body, error), `pipeline` (READ THIS FIRST),
 //! `blobs`, `images`, `services`; and what stands around them: `config`, `wiring`, `strategy`, `metrics`,
-//! `stats`, `cli`, and `eval`, which judges the answers.
+//! `stats`, `telemetry`, `cli`, and `eval`, which judges the answers.
 
 pub mod blobs;
 pub mod cli;
@@ -16,6 +16,7 @@ pub mod pipeline;
 pub mod services;
 pub mod stats;
 pub mod strategy;
+pub mod telemetry;
 pub mod wiring;
 
 use std::sync::Arc;

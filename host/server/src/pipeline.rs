@@ -253,5 +253,8 @@ fn note(house: &House, pinned: &Pinned, incoming: &Incoming, ended: Ended, trace
         completion_tokens = record.tokens.completion,
         "served"
     );
+    if let Some(telemetry) = &house.telemetry {
+        telemetry.tell(incoming, &record);
+    }
     house.metrics.record(&record);
 }

@@ -3,7 +3,7 @@
 use super::Config;
 
 /// Keys that are read once, at start. Everything else is applied live.
-const RESTART_KEYS: [&str; 18] = [
+const RESTART_KEYS: [&str; 19] = [
     "server.listen",
     "server.tls_cert_file",
     "server.tls_key_file",
@@ -15,6 +15,7 @@ const RESTART_KEYS: [&str; 18] = [
     "server.log_format",
     "server.log_filter",
     "admin",
+    "telemetry",
     "model",
     "images.decoded_mib_max",
     "images.fetch.at_once_max",
@@ -70,6 +71,7 @@ pub fn keep_restart_keys(running: &Config, new: &Config) -> Config {
     applied.server.log_format = server.log_format;
     applied.server.log_filter.clone_from(&server.log_filter);
     applied.admin = running.admin.clone();
+    applied.telemetry = running.telemetry.clone();
     applied.model = running.model.clone();
     applied.images.decoded_mib_max = running.images.decoded_mib_max;
     applied.images.fetch.at_once_max = running.images.fetch.at_once_max;
@@ -159,6 +161,7 @@ mod tests {
         new.server.log_format = super::super::LogFormat::Json;
         new.server.log_filter = "debug".to_owned();
         new.admin.listen = "127.0.0.1:1".to_owned();
+        new.telemetry.timeout_s += 1;
         new.model.aliases.push("x".to_owned());
         new.images.decoded_mib_max += 1;
         new.images.fetch.at_once_max += 1;

@@ -9,6 +9,7 @@ use std::path::Path;
 use super::report::Issue;
 use super::{
     AccessConfig, Config, FetchConfig, FormatsConfig, PluginLimits, RouteConfig, ServerConfig,
+    TelemetryConfig,
 };
 
 /// Positions of the longest context Phi-3.5 was trained for.
@@ -31,6 +32,7 @@ pub fn check(config: &Config) -> Vec<Issue> {
     check_server(config, &mut found);
     check_access(&config.access, &mut found);
     check_admin(config, &mut found);
+    check_telemetry(&config.telemetry, &mut found);
     check_model(config, &mut found);
     check_generation(config, &mut found);
     check_formats(&config.formats, &mut found);
@@ -216,6 +218,21 @@ fn check_admin(config: &Config, found: &mut Found) {
             "a loopback address, or a key with admin = true in [[access.keys]]",
         ),
         Ok(_) => {}
+    }
+}
+
+fn check_telemetry(telemetry: &TelemetryConfig, found: &mut Found) {
+    found.range("telemetry.timeout_s", telemetry.timeout_s, 1, 60);
+    let endpoint = &telemetry.otlp_endpoint;
+    let bare = |url: url::Url| {
+        url.scheme() == "http" && url.has_host() && url.path() == "/" && url.query().is_none()
+    };
+    if !endpoint.is_empty() && !url::Url::parse(endpoint).is_ok_and(bare) {
+        found.add(
+            "telemetry.otlp_endpoint",
+            format!("`{endpoint}` is not the address of a collector"),
+            "http://HOST:PORT, such as http://127.0.0.1:4318, without a path; empty sends nothing",
+        );
     }
 }
 

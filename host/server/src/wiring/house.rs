@@ -29,6 +29,7 @@ use crate::metrics::Metrics;
 use crate::pipeline::Answer;
 use crate::services::{ServedModel, Services};
 use crate::stats::ReloadState;
+use crate::telemetry::Telemetry;
 
 /// Between two looks at a model that loads.
 const READY_LOOK: Duration = Duration::from_millis(200);
@@ -61,6 +62,8 @@ pub struct House {
     pub fetcher: Fetcher,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// Who else is told of requests.
+    pub telemetry: Option<Telemetry>,
     pub(super) current: Arc<Current>,
     pub(super) sandbox: Sandbox,
     pub(super) folder: PluginFolder,
@@ -155,6 +158,7 @@ impl House {
         Ok(Arc::new(Self {
             engine,
             metrics: Metrics::new(&model.id),
+            telemetry: Telemetry::start(&config.telemetry)?,
             formats: Formats::new(Arc::clone(&model.tokenizer), model.stop_ids.clone()),
             model,
             pixels: caches.pixels,
@@ -296,6 +300,9 @@ impl House {
         drop(watcher);
         self.load.stop();
         self.engine.stop(Duration::ZERO);
+        if let Some(telemetry) = &self.telemetry {
+            telemetry.stop();
+        }
     }
 
     /// Whether the small model inside the binary is served.
