@@ -3,6 +3,7 @@ ids there are, and which combinations of fields are refused, or not looked at, a
 
 import base64
 import io
+import re
 
 import schemathesis
 from hypothesis import strategies
@@ -16,6 +17,7 @@ def picture(kind, size):
 
 
 PICTURES = [picture(kind, size) for kind in ("PNG", "JPEG", "WEBP") for size in ((8, 8), (40, 24))]
+NAME = re.compile("[a-zA-Z0-9_-]{1,64}")
 BASE64 = strategies.sampled_from(PICTURES)
 
 schemathesis.openapi.format("picture-base64", BASE64)
@@ -36,12 +38,47 @@ def whole(value):
     return value
 
 
+def tools(body, path):
+    """No two tools have one name, whoever is named is among them, and what is called a schema is one: a generated object is not."""
+    if path == "/api/generate":
+        body.pop("tools", None)
+    offered = body.get("tools") or []
+    if not isinstance(offered, list):
+        return
+    for number, tool in enumerate(offered):
+        for holder in (tool, tool.get("function") if isinstance(tool, dict) else None):
+            if isinstance(holder, dict) and isinstance(holder.get("name"), str) and NAME.fullmatch(holder["name"]):
+                holder["name"] = f"tool_{number}"
+    choice = body.get("tool_choice")
+    named = choice.get("function", choice) if isinstance(choice, dict) else None
+    if choice == "required" or isinstance(choice, dict) and choice.get("type") == "any":
+        if not offered:
+            body["tool_choice"] = None
+    elif isinstance(named, dict) and isinstance(named.get("name"), str) and NAME.fullmatch(named["name"]):
+        named["name"] = "tool_0"
+        if not offered:
+            body["tool_choice"] = None
+
+
+def schemas(value, key=""):
+    if isinstance(value, list):
+        return [schemas(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if key in ("schema", "parameters", "input_schema", "format") and value.get("type", "object") == "object":
+        return {"type": "object", "properties": {"sure": {"type": "boolean"}}}
+    return {own: schemas(item, own) for own, item in value.items()}
+
+
 @schemathesis.hook
 def before_call(context, case, kwargs):
     if not isinstance(case.body, dict):
         return
     body = case.body = whole(case.body)
     path = case.operation.path
+    if path.startswith(("/v1/chat", "/v1/responses", "/v1/messages", "/api/")):
+        body = case.body = schemas(body)
+        tools(body, path)
     # Alternatives to a token are told only with the token.
     top = body.get("top_logprobs")
     if path.endswith("/chat/completions") and isinstance(top, int) and top > 0 and body.get("logprobs") in (None, False):

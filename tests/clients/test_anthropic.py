@@ -8,6 +8,10 @@ import anthropic
 from served import QUESTION, Served, main, photo
 
 
+WEATHER = {"name": "weather", "description": "Tells the weather.", "input_schema": {
+    "type": "object", "properties": {"unit": {"type": "string", "enum": ["C", "F"]}}, "required": ["unit"]}}
+
+
 class AnthropicClient(Served):
     @classmethod
     def setUpClass(cls):
@@ -59,7 +63,26 @@ class AnthropicClient(Served):
             self.client.messages.create(**self.ask(extra_body={"temperature": 3}))
         self.assertEqual(bad.exception.body["error"]["type"], "invalid_request_error")
         with self.assertRaises(anthropic.BadRequestError):
-            self.client.messages.create(**self.ask(tools=[{"name": "f", "input_schema": {"type": "object"}}]))
+            self.client.messages.create(**self.ask(tools=[{"type": "web_search_20250305", "name": "web_search"}]))
+
+    def test_a_tool_is_used_streaming_and_not(self):
+        body = {"model": "visor-demo", "max_tokens": 400, "messages": [{"role": "user", "content": "Is it warm?"}],
+                "tools": [WEATHER], "tool_choice": {"type": "tool", "name": "weather"}}
+        whole = self.client.messages.create(**body)
+        self.assertEqual(whole.stop_reason, "tool_use")
+        use = whole.content[0]
+        self.assertEqual((use.type, use.name), ("tool_use", "weather"))
+        self.assertIn(use.input["unit"], ["C", "F"])
+        with self.client.messages.stream(**body) as stream:
+            last = stream.get_final_message()
+        self.assertEqual((last.content[0].type, last.stop_reason), ("tool_use", "tool_use"))
+        self.assertIn(last.content[0].input["unit"], ["C", "F"])
+        body["messages"] += [
+            {"role": "assistant", "content": [use.model_dump(include={"type", "id", "name", "input"})]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "21"}]},
+        ]
+        answer = self.client.messages.create(**{**body, "max_tokens": 12, "tool_choice": {"type": "auto"}})
+        self.assertTrue(answer.content)
 
 
 if __name__ == "__main__":

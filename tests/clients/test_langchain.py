@@ -3,8 +3,11 @@
 Run:  python3 tests/clients/test_langchain.py PATH/TO/visor
 """
 
+import typing
+
 import openai
 from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 
 from served import ENDLESS, QUESTION, Served, main, photo
@@ -44,6 +47,27 @@ class LangChainClient(Served):
         whole = self.chat().invoke([self.picture()])
         other = self.chat(use_responses_api=True).invoke([self.picture()])
         self.assertEqual(other.text, whole.text)
+
+    def test_bound_tools_are_called(self):
+        @tool
+        def weather(unit: typing.Literal["C", "F"]) -> str:
+            """Tells the weather."""
+            return f"21 {unit}"
+
+        for more in [{}, {"use_responses_api": True}]:
+            with self.subTest(**more):
+                bound = self.chat(max_tokens=400, **more).bind_tools([weather], tool_choice="required")
+                question = HumanMessage("Is it warm?")
+                reply = bound.invoke([question])
+                self.assertTrue(reply.tool_calls)
+                results = [weather.invoke(call) for call in reply.tool_calls]
+                self.assertTrue(results[0].content.startswith("21 "))
+                streamed = None
+                for piece in bound.stream([question]):
+                    streamed = piece if streamed is None else streamed + piece
+                self.assertEqual([call["args"] for call in streamed.tool_calls], [call["args"] for call in reply.tool_calls])
+                free = self.chat(**more).bind_tools([weather])
+                self.assertEqual(free.invoke([question, reply, *results]).type, "ai")
 
     def test_errors_are_typed(self):
         with self.assertRaises(openai.NotFoundError):

@@ -47,10 +47,28 @@ class OllamaClient(Served):
         opened = self.client.generate(model="visor-demo", prompt="Which?", format="json", options={"num_predict": 2})
         self.assertTrue(opened.response.startswith("{"))
 
+    def test_a_chat_offers_tools(self):
+        def weather(unit: str) -> str:
+            """Tells the weather."""
+            return f"21 {unit}"
+
+        messages = [{"role": "user", "content": "Is it warm?"}]
+        options = {"num_predict": 12, "temperature": 0}
+        answer = self.client.chat(model="visor-demo", messages=messages, tools=[weather], options=options)
+        plain = self.client.chat(model="visor-demo", messages=messages, options=options)
+        self.assertTrue(answer.message.content or answer.message.tool_calls)
+        self.assertGreater(answer.prompt_eval_count, plain.prompt_eval_count)
+        messages += [
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {"unit": "C"}}}]},
+            {"role": "tool", "tool_name": "weather", "content": weather("C")},
+        ]
+        later = self.client.chat(model="visor-demo", messages=messages, tools=[weather], options=options)
+        self.assertGreater(later.prompt_eval_count, answer.prompt_eval_count)
+
     def test_what_it_tells_of_the_model(self):
         names = [model.model for model in self.client.list().models]
         self.assertEqual(names, ["visor-demo"])
-        self.assertIn("vision", self.client.show("visor-demo").capabilities)
+        self.assertEqual(self.client.show("visor-demo").capabilities, ["completion", "tools", "vision"])
 
     def test_errors_are_typed(self):
         with self.assertRaises(ollama.ResponseError) as missing:

@@ -35,6 +35,13 @@ class Seen(pydantic.BaseModel):
     animal: typing.Literal["cat", "dog", "octopus"]
 
 
+class Weather(pydantic.BaseModel):
+    """Tells the weather."""
+
+    unit: typing.Literal["C", "F"]
+    days: int = pydantic.Field(ge=1, le=9)
+
+
 class OpenAIClient(Served):
     @classmethod
     def setUpClass(cls):
@@ -171,6 +178,46 @@ class OpenAIClient(Served):
         self.assertEqual(caught.exception.param, "response_format")
         response = self.client.responses.parse(model=self.model, input="Which one?", text_format=Seen, max_output_tokens=400)
         self.assertIsInstance(response.output_parsed, Seen)
+
+    def test_tools_are_called_streaming_and_not(self):
+        messages = [{"role": "user", "content": "Is it warm?"}]
+        more = {"tools": [openai.pydantic_function_tool(Weather, name="weather")], "max_tokens": 400,
+                "parallel_tool_calls": False, "tool_choice": "required"}
+        whole = self.create(messages, **more).choices[0]
+        self.assertEqual((whole.finish_reason, whole.message.content), ("tool_calls", None))
+        call = whole.message.tool_calls[0]
+        self.assertEqual(call.function.name, "weather")
+        arguments = Weather.model_validate_json(call.function.arguments)
+        parsed = self.client.chat.completions.parse(model=self.model, messages=messages, temperature=0, **more)
+        self.assertEqual(parsed.choices[0].message.tool_calls[0].function.parsed_arguments, arguments)
+        with self.client.chat.completions.stream(model=self.model, messages=messages, temperature=0, **more) as stream:
+            last = stream.get_final_completion().choices[0]
+        self.assertEqual(last.finish_reason, "tool_calls")
+        self.assertEqual(last.message.tool_calls[0].function.parsed_arguments, arguments)
+        self.assertNotEqual(last.message.tool_calls[0].id, call.id)
+        messages += [whole.message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "21"}]
+        answer = self.create(messages, **{**more, "tool_choice": "none", "max_tokens": 12}).choices[0].message
+        self.assertTrue(answer.content)
+        with self.assertRaises(openai.BadRequestError) as caught:
+            self.create(messages, **{**more, "tool_choice": {"type": "function", "function": {"name": "missing"}}})
+        self.assertEqual(caught.exception.param, "tool_choice")
+
+    def test_responses_call_functions_streaming_and_not(self):
+        parameters = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}}, "required": ["unit"], "additionalProperties": False}
+        tools = [{"type": "function", "name": "weather", "description": "Tells it.", "parameters": parameters, "strict": True}]
+        more = {"model": self.model, "tools": tools, "tool_choice": {"type": "function", "name": "weather"},
+                "max_output_tokens": 400, "temperature": 0}
+        whole = self.client.responses.create(input="Is it warm?", **more)
+        call = whole.output[0]
+        self.assertEqual((call.type, call.name), ("function_call", "weather"))
+        self.assertIn(json.loads(call.arguments)["unit"], ["C", "F"])
+        events = list(self.client.responses.create(input="Is it warm?", stream=True, **more))
+        done = [e for e in events if e.type == "response.function_call_arguments.done"]
+        self.assertEqual([e.arguments for e in done], [call.arguments])
+        later = [{"role": "user", "content": "Is it warm?"}, call.model_dump(exclude_none=True),
+                 {"type": "function_call_output", "call_id": call.call_id, "output": "21"}]
+        answer = self.client.responses.create(input=later, **{**more, "tool_choice": "auto", "max_output_tokens": 16})
+        self.assertTrue(answer.output)
 
     def test_a_text_completion(self):
         more = {"model": self.model, "prompt": "I see", "max_tokens": 6, "temperature": 0}

@@ -40,7 +40,7 @@ fn expected(max_tokens: u32) -> (String, Value) {
 }
 
 /// Names and data of the events of a stream, whose data says the name again.
-fn named_events(answer: &Answer) -> Vec<Value> {
+pub fn named_events(answer: &Answer) -> Vec<Value> {
     let event = |event: &str| {
         let (name, data) = event.split_once("\ndata: ").expect("a name and data");
         let data: Value = serde_json::from_str(data).expect("JSON");
@@ -107,10 +107,10 @@ fn errors_of_messages_are_in_their_dialect() {
             "gpt-4o",
         ),
         (
-            claude(json!({"tools": [{"name": "f"}]})),
+            claude(json!({"tools": [{"type": "web_search_20250305", "name": "web_search"}]})),
             400,
             "invalid_request_error",
-            "tools",
+            "tools[0].type",
         ),
     ] {
         let refused = post("/v1/messages", &body);
@@ -184,7 +184,10 @@ fn ollama_tells_of_its_model_and_its_errors() {
     assert_eq!(tags["models"][0]["name"], model());
     assert!(tags["models"][0]["size"].as_u64().expect("a size") > 0);
     let show = post("/api/show", &json!({"model": model()})).ok();
-    assert_eq!(show["capabilities"], json!(["completion", "vision"]));
+    assert_eq!(
+        show["capabilities"],
+        json!(["completion", "tools", "vision"])
+    );
     assert!(shared().get("/api/version").ok()["version"].is_string());
     let load = post("/api/generate", &json!({"model": model()})).ok();
     assert_eq!(load["done_reason"], "load");

@@ -77,10 +77,9 @@ fn wrong_types_and_missing_keys_are_400_and_name_the_key() {
 #[test]
 fn what_this_server_does_not_do_is_said_and_not_ignored() {
     let server = shared();
-    let tool = json!({"type": "function", "function": {"name": "f", "parameters": {}}});
     for (wish, param) in [
-        (json!({"tool_choice": "required"}), "tool_choice"),
-        (json!({"tools": [tool]}), "tools"),
+        (json!({"functions": [{"name": "f"}]}), "functions"),
+        (json!({"modalities": ["audio"]}), "modalities"),
     ] {
         let error = server
             .chat(&with(chat(&[text("x")]), wish.clone()))

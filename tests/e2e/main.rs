@@ -34,4 +34,5 @@ mod sockets;
 mod stream;
 mod tls;
 mod together;
+mod tools;
 mod traces;

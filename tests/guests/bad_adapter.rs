@@ -14,7 +14,7 @@ wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
 use exports::visor::plugin::adapter::{
     self, Event, Exchange, Generation, GuestExchange, Head, Input, Next, OutputFormat, Progress,
-    Response, Route, Sampling, Step,
+    Response, Route, Sampling, Step, ToolChoice,
 };
 use exports::visor::plugin::lifecycle;
 use visor::plugin::adapter_input::Request;
@@ -160,6 +160,8 @@ fn generate(text: String, lie: bool) -> Step {
         stop: Vec::new(),
         format: OutputFormat::Text,
         tools: Vec::new(),
+        tool_choice: ToolChoice::Auto,
+        parallel_tools: false,
         count: 1,
         extensions: Vec::new(),
     };

@@ -80,6 +80,7 @@ impl template::Guest for Bad {
             stop: Vec::new(),
             stop_control: Vec::new(),
             prefill: None,
+            calls: None,
             extensions: Vec::new(),
         })
     }

@@ -66,6 +66,7 @@ impl template::Guest for Loud {
             stop: Vec::new(),
             stop_control,
             prefill: None,
+            calls: None,
             extensions: Vec::new(),
         })
     }

@@ -33,7 +33,7 @@ mod wasm_engine;
 pub use adapter::exchange::Exchange;
 pub use adapter::types::{
     Blob, Event, FormPart, Generation, Head, HttpRequest, Input, Next, OutputFormat, Progress,
-    Response, Route, Sampling, Source, Step, TokenChance, TokenInfo,
+    Response, Route, Sampling, Source, Step, TokenChance, TokenInfo, ToolChoice,
 };
 pub use chat::{ChatRole, Extensions, FinishReason, Message, Part, ToolCall, ToolSpec, Usage};
 pub use check::{CheckReport, check_file};
@@ -61,4 +61,4 @@ pub use strategy::{
     Access, Algorithm, CacheEntry, CacheEvent, Interests, Lookup, RemovalCause, Scoping,
     StrategyPlan, Tier,
 };
-pub use template::{Conversation, PromptSegments, Segment};
+pub use template::{CallSyntax, Conversation, PromptSegments, Segment};

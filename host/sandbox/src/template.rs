@@ -15,6 +15,8 @@ use crate::services::ModelFacts;
 
 /// Stop strings of one prompt.
 const STOPS_MAX: usize = 64;
+/// Longest text around a tool call, in bytes.
+const SYNTAX_BYTES_MAX: usize = 64;
 
 /// What a template renders.
 pub struct Conversation {
@@ -49,6 +51,17 @@ pub enum Segment {
     CachePoint,
 }
 
+/// How the model writes tool calls: `open`, a call, `between` and a call for each further one, `close`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallSyntax {
+    /// What calls begin with, and no other answer does.
+    pub open: String,
+    /// What stands between two calls.
+    pub between: String,
+    /// What they end with.
+    pub close: String,
+}
+
 /// The answer of a template. Every image of the conversation appears, and none beyond.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PromptSegments {
@@ -60,6 +73,8 @@ pub struct PromptSegments {
     pub stop_control: Vec<String>,
     /// Text the answer begins with.
     pub prefill: Option<String>,
+    /// How the model writes tool calls, if it can.
+    pub calls: Option<CallSyntax>,
     /// Hints for other roles.
     pub extensions: Extensions,
 }
@@ -105,7 +120,9 @@ fn text_bytes(conversation: &Conversation) -> usize {
         Part::ToolCall(call) => call.name.len() + call.arguments.len(),
         Part::ToolResult { id, content } => id.len() + content.len(),
     });
-    parts.sum()
+    let tools = conversation.tools.iter();
+    let tools = tools.map(|tool| tool.name.len() + tool.description.len() + tool.parameters.len());
+    parts.sum::<usize>() + tools.sum::<usize>()
 }
 
 impl From<wit::Prompt> for PromptSegments {
@@ -115,7 +132,18 @@ impl From<wit::Prompt> for PromptSegments {
             stop: prompt.stop,
             stop_control: prompt.stop_control,
             prefill: prompt.prefill,
+            calls: prompt.calls.map(CallSyntax::from),
             extensions: prompt.extensions,
+        }
+    }
+}
+
+impl From<wit::CallSyntax> for CallSyntax {
+    fn from(syntax: wit::CallSyntax) -> Self {
+        Self {
+            open: syntax.open,
+            between: syntax.between,
+            close: syntax.close,
         }
     }
 }
@@ -148,6 +176,9 @@ fn check(prompt: &PromptSegments, image_count: usize, segments_max: usize) -> Re
             ));
         }
     }
+    if let Some(syntax) = &prompt.calls {
+        check_syntax(syntax)?;
+    }
     let mut shown = vec![false; image_count];
     for segment in &prompt.segments {
         if let Segment::Image(index) = segment {
@@ -163,6 +194,23 @@ fn check(prompt: &PromptSegments, image_count: usize, segments_max: usize) -> Re
     }
 }
 
+/// An opening tells calls from text. Something stands between two of them, or nobody could say where
+/// one ends. Both are held back from a client until they are complete.
+fn check_syntax(syntax: &CallSyntax) -> Result<(), String> {
+    let CallSyntax {
+        open,
+        between,
+        close,
+    } = syntax;
+    let bytes = open.len().max(between.len()).max(close.len());
+    if open.is_empty() || between.is_empty() || bytes > SYNTAX_BYTES_MAX {
+        return Err(format!(
+            "`calls` opens or separates with nothing, or has over {SYNTAX_BYTES_MAX} bytes"
+        ));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,6 +221,7 @@ mod tests {
             stop: Vec::new(),
             stop_control: Vec::new(),
             prefill: None,
+            calls: None,
             extensions: Vec::new(),
         }
     }
@@ -201,5 +250,22 @@ mod tests {
             ..prompt(vec![Segment::Text("x".to_owned())])
         };
         assert!(check(&empty_stop, 0, 10).is_err());
+    }
+
+    #[test]
+    fn calls_can_be_told_from_text_and_from_each_other() {
+        let with = |open: &str, between: &str, close: &str| PromptSegments {
+            calls: Some(CallSyntax {
+                open: open.to_owned(),
+                between: between.to_owned(),
+                close: close.to_owned(),
+            }),
+            ..prompt(vec![Segment::Text("x".to_owned())])
+        };
+        check(&with("call[", ", ", "]"), 0, 10).unwrap();
+        check(&with("call:", "\n", ""), 0, 10).unwrap();
+        assert!(check(&with("", ", ", "]"), 0, 10).is_err());
+        assert!(check(&with("call[", "", "]"), 0, 10).is_err());
+        assert!(check(&with(&"x".repeat(65), ", ", "]"), 0, 10).is_err());
     }
 }

@@ -1,12 +1,13 @@
-//! What an answer may look like: JSON, JSON that fits a schema, text that matches a regular expression. A wish becomes a grammar
-//! that the engine follows.
+//! What an answer may look like: JSON, JSON that fits a schema, text that matches a regular expression, calls of tools. A wish
+//! becomes a grammar that the engine follows.
 //!
 //! The only room that knows llguidance, whose types end here. A schema is a stranger's program: it is compiled on its own
 //! request's thread, with so much work and no more, and every step of following it has a limit, too, for that is the engine's
 //! thread. Nothing is ever fetched: a `$ref` to anywhere but the schema itself is an error.
 //!
-//! `vocabulary`: the model's tokens as bytes; `follow`: one answer.
+//! `calls`: tools as a grammar; `vocabulary`: the model's tokens as bytes; `follow`: one answer.
 
+mod calls;
 mod follow;
 mod vocabulary;
 
@@ -18,14 +19,17 @@ use llguidance::{Logger, TokenParser};
 use serde_json::{Map, Value, json};
 use visor_engine::Grammar;
 use visor_model::Tokenizer;
-use visor_sandbox::OutputFormat;
+use visor_sandbox::{OutputFormat, ToolChoice};
 
+use crate::calls::Calls;
 use crate::config::FormatsConfig;
 use follow::Compiled;
 use vocabulary::Vocabulary;
 
 /// Blanks between two tokens of JSON, in bytes: enough to indent by, too few to get lost in.
 const BLANKS: &str = r"[\x20\x0A\x09]{1,32}";
+/// The same within a call, which nobody reads: a small model would put as many as it may.
+const BLANK: &str = r"\x20";
 /// Least common multiple of all `multipleOf` in a schema, decimal points left out: what a number leaves when it is divided is kept
 /// track of digit by digit, and the library's limits on work do not count that.
 const MULTIPLE_MAX: u64 = 1000;
@@ -49,6 +53,25 @@ pub enum FormatError {
     /// The answer begins with a text that does not fit.
     #[error("the format does not allow what the answer is to begin with")]
     Beginning,
+    /// The parameters of a tool.
+    #[error("the parameters of the tool cannot be used: {why}")]
+    Tool {
+        /// Its number.
+        index: usize,
+        /// What is wrong with them.
+        why: String,
+    },
+}
+
+impl FormatError {
+    /// The same, of the parameters of a tool.
+    fn of_tool(self, index: usize) -> Self {
+        let why = match self {
+            Self::Unusable(why) | Self::Tool { why, .. } => why,
+            Self::TooLarge { .. } | Self::Beginning => self.to_string(),
+        };
+        Self::Tool { index, why }
+    }
 }
 
 /// Where an answer begins and ends.
@@ -82,19 +105,20 @@ impl Formats {
         }
     }
 
-    /// The grammar of a format; none for free text. Burns CPU: not for the engine's thread.
+    /// The grammar of a format and of tools; none for free text without any. Burns CPU: not for the engine's thread.
     ///
     /// # Errors
-    /// What is wrong with the format.
+    /// What is wrong with the format, or with a tool.
     pub fn compile(
         &self,
         format: &OutputFormat,
+        calls: Option<&Calls>,
         bounds: Bounds,
         limits: &FormatsConfig,
     ) -> Result<Option<Arc<dyn Grammar>>, FormatError> {
         let text = match format {
-            OutputFormat::Text => return Ok(None),
-            OutputFormat::Json => "",
+            OutputFormat::Text if calls.is_none() => return Ok(None),
+            OutputFormat::Text | OutputFormat::Json => "",
             OutputFormat::JsonSchema(text) | OutputFormat::Regex(text) => text,
         };
         if text.len() as u64 > limits.bytes_max {
@@ -103,11 +127,38 @@ impl Formats {
                 bytes_max: limits.bytes_max,
             });
         }
-        let grammar = grammar(format)?;
+        let Some(calls) = calls else {
+            return Ok(Some(self.build(grammar(format)?, bounds, limits)?));
+        };
+        let built = self.build(calls::grammar(calls, format)?, bounds, limits);
+        let built = built.map_err(|error| self.blame(error, calls, limits));
+        Ok(Some(built?))
+    }
+
+    fn build(
+        &self,
+        grammar: TopLevelGrammar,
+        bounds: Bounds,
+        limits: &FormatsConfig,
+    ) -> Result<Arc<dyn Grammar>, FormatError> {
         let vocabulary = self.vocabulary()?;
         let parser = parser(&vocabulary, grammar, limits)?;
-        let compiled = Compiled::new(parser, vocabulary, bounds)?;
-        Ok(Some(Arc::new(compiled)))
+        Ok(Arc::new(Compiled::new(parser, vocabulary, bounds)?))
+    }
+
+    /// Which tool it is that makes a grammar of several fail: the first that also fails alone.
+    fn blame(&self, error: FormatError, calls: &Calls, limits: &FormatsConfig) -> FormatError {
+        let alone = |name: &str| Calls {
+            choice: ToolChoice::Named(name.to_owned()),
+            count_max: 1,
+            ..calls.clone()
+        };
+        let failing = calls.offered().find_map(|(index, tool)| {
+            let grammar = calls::grammar(&alone(&tool.name), &OutputFormat::Text);
+            let built = grammar.and_then(|g| self.build(g, Bounds::default(), limits));
+            Some(built.err()?.of_tool(index))
+        });
+        failing.unwrap_or(error)
     }
 
     fn vocabulary(&self) -> Result<Arc<Vocabulary>, FormatError> {
@@ -124,17 +175,23 @@ impl Formats {
 }
 
 fn grammar(format: &OutputFormat) -> Result<TopLevelGrammar, FormatError> {
-    let text = match format {
-        OutputFormat::Regex(pattern) => return Ok(TopLevelGrammar::from_regex(whole(pattern))),
-        OutputFormat::JsonSchema(text) => text,
-        OutputFormat::Json | OutputFormat::Text => r#"{"type": "object"}"#,
-    };
-    let schema = Value::Object(schema(text)?);
+    if let OutputFormat::Regex(pattern) = format {
+        return Ok(TopLevelGrammar::from_regex(whole(pattern)));
+    }
+    let schema = Value::Object(json_schema(format)?);
     Ok(TopLevelGrammar::from_json_schema(schema))
 }
 
+/// The schema of a format that is JSON.
+fn json_schema(format: &OutputFormat) -> Result<Map<String, Value>, FormatError> {
+    match format {
+        OutputFormat::JsonSchema(text) => schema(text, BLANKS),
+        _ => schema(r#"{"type": "object"}"#, BLANKS),
+    }
+}
+
 /// A schema with our options, which are not the client's to set.
-fn schema(text: &str) -> Result<Map<String, Value>, FormatError> {
+fn schema(text: &str, blanks: &str) -> Result<Map<String, Value>, FormatError> {
     let unusable = |what: String| FormatError::Unusable(what);
     let schema = serde_json::from_str(text)
         .map_err(|error| unusable(format!("the schema is no JSON: {error}")))?;
@@ -152,7 +209,7 @@ fn schema(text: &str) -> Result<Map<String, Value>, FormatError> {
     };
     schema.insert(
         "x-guidance".to_owned(),
-        json!({ "whitespace_pattern": BLANKS }),
+        json!({ "whitespace_pattern": blanks }),
     );
     Ok(schema)
 }

@@ -1,10 +1,11 @@
 //! The visor server as a library: `serve` is what `main` and the tests call.
 //!
 //! Rooms, in the order a request meets them: `http` (routes, body, error), `pipeline` (READ THIS FIRST),
-//! `blobs`, `images`, `services`; and what stands around them: `config`, `wiring`, `strategy`, `metrics`,
+//! `blobs`, `images`, `formats`, `calls`, `services`; and what stands around them: `config`, `wiring`, `strategy`, `metrics`,
 //! `stats`, `telemetry`, `cli`, and `eval`, which judges the answers.
 
 pub mod blobs;
+pub mod calls;
 pub mod cli;
 pub mod config;
 pub mod eval;

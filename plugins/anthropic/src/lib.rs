@@ -1,6 +1,6 @@
 //! Request adapter: the Messages API of Anthropic, mounted at `/v1/messages`.
 //!
-//! - `request`: body → what is wanted
+//! - `request`: body → what is wanted (`tools`: what may be called, and was)
 //! - `reply`: events → a message, or the events of one; a count; errors
 //! - here: the exports, and everything that asks the host.
 //!
@@ -10,22 +10,23 @@
 
 mod reply;
 mod request;
+mod tools;
 
 use std::cell::RefCell;
 
-use visor_plugin_body::{Kind, Picture, Wrong, sources};
+use visor_plugin_body::{Choice, Kind, Picture, Tool, Wrong, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
 use exports::visor::plugin::adapter::{
     self, Event, Exchange, Generation, GuestExchange, Head, Input, OutputFormat, Progress,
-    Response, Route, Step,
+    Response, Route, Step, ToolChoice,
 };
 use exports::visor::plugin::lifecycle;
 use reply::{Reply, Shape, headers};
 use visor::plugin::adapter_input::Request;
 use visor::plugin::media::Source;
-use visor::plugin::types::{Error, ErrorCode};
+use visor::plugin::types::{Error, ErrorCode, ToolSpec};
 use visor::plugin::{clock, model};
 
 /// The type the exports hang on.
@@ -91,7 +92,9 @@ impl GuestExchange for Messages {
             max_tokens: Some(wanted.max_tokens),
             stop: wanted.stop,
             format: OutputFormat::Text,
-            tools: Vec::new(),
+            tools: wanted.tools.tools.into_iter().map(ToolSpec::from).collect(),
+            tool_choice: wanted.tools.choice.into(),
+            parallel_tools: wanted.tools.parallel,
             count: 1,
             extensions: wanted.extensions,
         };
@@ -138,6 +141,27 @@ fn find(name: &str) -> Result<model::Handle, Error> {
         param: Some("model".to_owned()),
         retry_after: None,
     })
+}
+
+impl From<Tool> for ToolSpec {
+    fn from(tool: Tool) -> Self {
+        Self {
+            name: tool.name,
+            description: tool.description,
+            parameters: tool.parameters,
+        }
+    }
+}
+
+impl From<Choice> for ToolChoice {
+    fn from(choice: Choice) -> Self {
+        match choice {
+            // Tools that are not to be called are not offered.
+            Choice::None | Choice::Auto => Self::Auto,
+            Choice::Required => Self::Required,
+            Choice::Named(name) => Self::Named(name),
+        }
+    }
 }
 
 impl From<Wrong> for Error {

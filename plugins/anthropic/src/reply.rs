@@ -5,7 +5,7 @@
 use serde_json::{Value, json};
 
 use crate::exports::visor::plugin::adapter::{Event, Next, Progress, Response};
-use crate::visor::plugin::types::{Error, ErrorCode, FinishReason, Usage};
+use crate::visor::plugin::types::{Error, ErrorCode, FinishReason, ToolCall, Usage};
 
 /// How the client wants the answer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,8 +26,14 @@ pub(crate) struct Reply {
     pub(crate) stop_sequences: Vec<String>,
     /// Whether the first event is out.
     begun: bool,
+    /// Blocks of a stream so far.
+    blocks: u32,
+    /// Whether they are calls, each complete, and not a text that is open to the end.
+    called: bool,
     /// All text so far, when the answer is one piece.
     text: String,
+    /// Blocks of calls, likewise.
+    calls: Vec<Value>,
     /// Why it ended, and the client's string that ended it.
     stop: Option<(&'static str, Option<String>)>,
 }
@@ -45,7 +51,10 @@ impl Reply {
             model,
             stop_sequences,
             begun: false,
+            blocks: 0,
+            called: false,
             text: String::new(),
+            calls: Vec::new(),
             stop: None,
         }
     }
@@ -77,6 +86,7 @@ impl Reply {
         match event {
             Event::Started((_, usage)) => self.begin(&usage, bytes),
             Event::Delta(delta) if self.shape == Shape::Stream => {
+                self.open_text(bytes);
                 let delta = json!({ "type": "text_delta", "text": delta.text });
                 bytes.extend(named(
                     "content_block_delta",
@@ -84,8 +94,7 @@ impl Reply {
                 ));
             }
             Event::Delta(delta) => self.text.push_str(&delta.text),
-            // We offered the model no tools.
-            Event::ToolCall(_) => {}
+            Event::ToolCall(call) => self.call(call.call, bytes),
             Event::Finish(finish) => {
                 self.stop = Some(self.stop(finish.reason, finish.matched_stop)?);
             }
@@ -105,11 +114,40 @@ impl Reply {
         self.begun = true;
         let message = self.message(json!([]), usage);
         bytes.extend(named("message_start", json!({ "message": message })));
-        let block = json!({ "type": "text", "text": "" });
+    }
+
+    /// An answer that is text is one block.
+    fn open_text(&mut self, bytes: &mut Vec<u8>) {
+        if self.blocks == 0 {
+            self.blocks = 1;
+            let block = json!({ "type": "text", "text": "" });
+            bytes.extend(named(
+                "content_block_start",
+                json!({ "index": 0, "content_block": block }),
+            ));
+        }
+    }
+
+    /// A call is whole when it comes, and a block of its own.
+    fn call(&mut self, call: ToolCall, bytes: &mut Vec<u8>) {
+        let id = format!("toolu_{}", call.id);
+        let block = |input: Value| json!({ "type": "tool_use", "id": id, "name": call.name, "input": input });
+        if self.shape != Shape::Stream {
+            let input = serde_json::from_str(&call.arguments);
+            self.calls.push(block(input.unwrap_or_else(|_| json!({}))));
+            return;
+        }
+        let index = self.blocks;
+        self.blocks += 1;
+        let delta = json!({ "type": "input_json_delta", "partial_json": call.arguments });
+        let start = json!({ "index": index, "content_block": block(json!({})) });
+        bytes.extend(named("content_block_start", start));
         bytes.extend(named(
-            "content_block_start",
-            json!({ "index": 0, "content_block": block }),
+            "content_block_delta",
+            json!({ "index": index, "delta": delta }),
         ));
+        bytes.extend(named("content_block_stop", json!({ "index": index })));
+        self.called = true;
     }
 
     fn done(&mut self, usage: &Usage, bytes: &mut Vec<u8>) {
@@ -119,14 +157,20 @@ impl Reply {
                 bytes.extend(count.to_string().into_bytes());
             }
             Shape::Whole => {
-                let content = json!([{ "type": "text", "text": self.text }]);
+                let content = match &self.calls[..] {
+                    [] => json!([{ "type": "text", "text": self.text }]),
+                    calls => json!(calls),
+                };
                 let message = self.message(content, usage);
                 bytes.extend(message.to_string().into_bytes());
             }
             Shape::Stream => {
                 self.begin(usage, bytes);
                 let (reason, sequence) = self.stop.clone().unzip();
-                bytes.extend(named("content_block_stop", json!({ "index": 0 })));
+                if !self.called {
+                    self.open_text(bytes);
+                    bytes.extend(named("content_block_stop", json!({ "index": 0 })));
+                }
                 let delta = json!({ "stop_reason": reason, "stop_sequence": sequence.flatten() });
                 let message = json!({ "delta": delta, "usage": counts(usage) });
                 bytes.extend(named("message_delta", message));

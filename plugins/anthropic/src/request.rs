@@ -4,14 +4,14 @@
 //! image is.
 
 use serde_json::Value;
-use visor_plugin_body::{Field, IsNeutral, Picture, Place, Wrong, lifted};
+use visor_plugin_body::{Field, IsNeutral, Picture, Place, Tools, Wrong, lifted};
 
 use crate::exports::visor::plugin::adapter::Sampling;
+use crate::tools;
 use crate::visor::plugin::types::{Extensions, Message, Part, Role};
 
 /// Strings that may end an answer; the host takes as many.
 const STOPS_MAX: usize = 8;
-const NO_TOOLS: &str = "this server does not call tools";
 
 /// A request as far as it can be understood without the host.
 #[derive(Debug)]
@@ -25,6 +25,7 @@ pub(crate) struct MessagesRequest {
     pub(crate) max_tokens: u32,
     pub(crate) stop: Vec<String>,
     pub(crate) stream: bool,
+    pub(crate) tools: Tools,
     /// Hints for the other plugins.
     pub(crate) extensions: Extensions,
 }
@@ -39,12 +40,15 @@ pub(crate) fn parse(text: &str, marker: &str, counts: bool) -> Result<MessagesRe
     let body = Field::body(&body)?;
     refuse_unsupported(&body)?;
     let mut reader = Reader {
+        text,
         marker,
         images: Vec::new(),
         extensions: Vec::new(),
     };
     let mut messages = system(&body.get("system"))?;
     messages.extend(reader.messages(&body.get("messages"))?);
+    let tools = tools::parse(&body, text)?;
+    reader.extensions.extend(tools.hints());
     Ok(MessagesRequest {
         model: body.get("model").string()?.to_owned(),
         messages,
@@ -57,6 +61,7 @@ pub(crate) fn parse(text: &str, marker: &str, counts: bool) -> Result<MessagesRe
         },
         stop: body.get("stop_sequences").strings(STOPS_MAX)?,
         stream: body.get("stream").flag()?,
+        tools,
         extensions: reader.extensions,
     })
 }
@@ -83,6 +88,8 @@ fn system(system: &Field) -> Result<Vec<Message>, Wrong> {
 
 /// Collects images and hints while it reads the messages.
 struct Reader<'a> {
+    /// The whole body.
+    text: &'a str,
     marker: &'a str,
     images: Vec<Picture>,
     extensions: Extensions,
@@ -121,24 +128,53 @@ impl Reader<'_> {
                 let parts = blocks
                     .iter()
                     .map(|block| self.block(block.object()?, &role));
-                parts.collect::<Result<_, _>>()?
+                parts.collect::<Result<Vec<_>, _>>()?.concat()
             }
             _ => return Err(content.wrong_type("a string or an array of blocks")),
         };
         Ok(Message { role, parts })
     }
 
-    fn block(&mut self, block: &Field, role: &Role) -> Result<Part, Wrong> {
+    fn block(&mut self, block: &Field, role: &Role) -> Result<Vec<Part>, Wrong> {
         let kind = block.get("type");
-        match kind.string()? {
-            "text" => Ok(Part::Text(block.get("text").string()?.to_owned())),
-            "image" if matches!(role, Role::User) => self.image(&block.get("source")),
+        let (word, is_user) = (kind.string()?, matches!(role, Role::User));
+        match word {
+            "text" => Ok(vec![Part::Text(block.get("text").string()?.to_owned())]),
+            "image" if is_user => Ok(vec![self.image(&block.get("source"))?]),
             "image" => {
                 Err(kind.invalid("Images are allowed in messages of the user only.".to_owned()))
             }
-            "tool_use" | "tool_result" => Err(kind.unsupported(NO_TOOLS)),
-            _ => Err(kind.unsupported("this server reads blocks of type text and image")),
+            "tool_use" if !is_user => Ok(vec![tools::call(block, self.text)?]),
+            "tool_result" if is_user => self.result(block),
+            "tool_use" | "tool_result" => {
+                let message = "The assistant uses tools, and the user has their results.";
+                Err(kind.invalid(message.to_owned()))
+            }
+            _ => Err(kind.unsupported(
+                "this server reads blocks of type text, image, tool_use and tool_result",
+            )),
         }
+    }
+
+    /// What came of a call: text, and pictures behind it.
+    fn result(&mut self, block: &Field) -> Result<Vec<Part>, Wrong> {
+        let content = block.get("content");
+        let inner = match content.value() {
+            None => Vec::new(),
+            Some(Value::String(text)) => vec![Part::Text(text.clone())],
+            Some(_) => {
+                let user = Role::User;
+                let blocks = content.items()?;
+                let blocks = blocks.iter().map(|block| match block.object()? {
+                    nested if nested.get("type").is_one_of(&["tool_result"]) => {
+                        Err(nested.wrong_value("text or image"))
+                    }
+                    nested => self.block(nested, &user),
+                });
+                blocks.collect::<Result<Vec<_>, _>>()?.concat()
+            }
+        };
+        tools::result(block, inner)
     }
 
     fn image(&mut self, source: &Field) -> Result<Part, Wrong> {
@@ -195,12 +231,10 @@ fn sampling(body: &Field) -> Result<Sampling, Wrong> {
 }
 
 fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
-    let table: [(&str, &str, IsNeutral); 5] = [
-        ("tools", NO_TOOLS, |field| field.is_empty()),
-        ("tool_choice", NO_TOOLS, |field| {
-            field.get("type").is_one_of(&["none", "auto"])
+    let table: [(&str, &str, IsNeutral); 3] = [
+        ("mcp_servers", "tools are the client's to run", |field| {
+            field.is_empty()
         }),
-        ("mcp_servers", NO_TOOLS, |field| field.is_empty()),
         ("thinking", "the model answers at once", |field| {
             field.get("type").is_one_of(&["disabled", "adaptive"])
         }),
@@ -295,6 +329,42 @@ mod tests {
     }
 
     #[test]
+    fn calls_and_results_are_parts() {
+        let read = parsed(&json!({ "model": "m", "max_tokens": 9, "messages": [
+            { "role": "assistant", "content": [
+                { "type": "text", "text": "a" },
+                { "type": "tool_use", "id": "toolu_1", "name": "weather", "input": { "city": "Ulm" } },
+            ] },
+            { "role": "user", "content": [
+                { "type": "tool_result", "tool_use_id": "toolu_1", "content": [
+                    { "type": "text", "text": "dry" },
+                    { "type": "image", "source": { "type": "url", "url": "https://a/b.png" } },
+                ] },
+                { "type": "tool_result", "tool_use_id": "toolu_2", "is_error": true },
+            ] },
+        ] }))
+        .unwrap();
+        let [Part::Text(_), Part::ToolCall(call)] = &read.messages[0].parts[..] else {
+            panic!("{read:?}")
+        };
+        assert_eq!(
+            (call.id.as_str(), call.name.as_str()),
+            ("toolu_1", "weather")
+        );
+        assert_eq!(call.arguments, r#"{"city":"Ulm"}"#);
+        let [
+            Part::ToolResult(dry),
+            Part::Image(0),
+            Part::ToolResult(failed),
+        ] = &read.messages[1].parts[..]
+        else {
+            panic!("{read:?}")
+        };
+        assert_eq!((dry.id.as_str(), dry.content.as_str()), ("toolu_1", "dry"));
+        assert_eq!(failed.content, "error: ");
+    }
+
+    #[test]
     fn counting_needs_no_length() {
         let body = json!({ "model": "m", "messages": [{ "role": "user", "content": "hi" }] });
         assert_eq!(
@@ -324,16 +394,6 @@ mod tests {
                 with("stop_sequences", json!([""])),
                 invalid,
                 "stop_sequences[0]",
-            ),
-            (
-                with("tools", json!([{ "name": "f" }])),
-                unsupported,
-                "tools",
-            ),
-            (
-                with("tool_choice", json!({ "type": "any" })),
-                unsupported,
-                "tool_choice",
             ),
             (
                 with("thinking", json!({ "type": "enabled" })),
@@ -366,9 +426,21 @@ mod tests {
                 "messages[0].content[0].type",
             ),
             (
-                content(json!([{ "type": "tool_result" }])),
-                unsupported,
+                content(json!([{ "type": "tool_use" }])),
+                invalid,
                 "messages[0].content[0].type",
+            ),
+            (
+                content(json!([{ "type": "tool_result" }])),
+                invalid,
+                "messages[0].content[0].tool_use_id",
+            ),
+            (
+                content(
+                    json!([{ "type": "tool_result", "tool_use_id": "1", "content": [{ "type": "tool_result" }] }]),
+                ),
+                invalid,
+                "messages[0].content[0].content[0]",
             ),
             (
                 image(json!({ "type": "file" })),

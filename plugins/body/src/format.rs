@@ -49,19 +49,34 @@ impl Format {
     /// Anything else, or nothing.
     pub fn schema(field: &Field, text: &str) -> Result<Self, Wrong> {
         field.object()?;
-        let path: Vec<&str> = field.path.split('.').collect();
-        let found = verbatim(text, &path);
-        found
+        let schema = verbatim(text, &field.path);
+        schema
             .map(|schema| Self::Schema(schema.to_owned()))
             .ok_or_else(|| field.wrong_type("an object"))
     }
 }
 
-/// A member of a body as the client wrote it; `text` is JSON. A value that was read has its keys in the alphabet's order, and the
-/// order of a schema's properties is that of the answer's.
+/// A value of a body as the client wrote it; `text` is JSON, `path` that of a [`Field`] whose keys are ours. A value that was read
+/// has its keys in the alphabet's order, and the order of a schema's properties is that of the answer's.
 #[must_use]
-pub fn verbatim<'a>(text: &'a str, path: &[&str]) -> Option<&'a str> {
-    path.iter().try_fold(text, |text, key| member(text, key))
+pub fn verbatim<'a>(text: &'a str, path: &str) -> Option<&'a str> {
+    path.split('.').try_fold(text, |text, step| {
+        let mut steps = step.split('[');
+        let value = member(text, steps.next()?)?;
+        steps.try_fold(value, |value, index| {
+            element(value, index.strip_suffix(']')?.parse().ok()?)
+        })
+    })
+}
+
+fn element(array: &str, index: usize) -> Option<&str> {
+    let mut rest = array.trim_start().strip_prefix('[')?.trim_start();
+    for _ in 0..index {
+        let behind = rest.get(value_bytes(rest)..)?.trim_start();
+        rest = behind.strip_prefix(',')?.trim_start();
+    }
+    let element = &rest[..value_bytes(rest)];
+    (!element.is_empty()).then_some(element)
 }
 
 /// Said twice, the last counts, as for values that are read.
@@ -163,11 +178,15 @@ mod tests {
                 serde_json::to_string_pretty(&body).unwrap(),
                 body.to_string().replace("\u{e9}", "\\u00e9"),
             ] {
-                let found = verbatim(&text, &["k\"\u{e9}", "k"]).unwrap();
-                let read: Value = serde_json::from_str(found).unwrap();
-                assert_eq!(read, *value, "{text}");
-                assert_eq!(verbatim(&text, &["a", "k"]), None);
-                assert_eq!(verbatim(&text, &["missing"]), None);
+                for path in ["k\"\u{e9}.k".to_owned(), format!("a[{at}]")] {
+                    let found = verbatim(&text, &path).unwrap();
+                    let read: Value = serde_json::from_str(found).unwrap();
+                    assert_eq!(read, *value, "{text}");
+                }
+                for missing in ["a.k", "missing", "a[99]", "a[6][0]", "k[0]"] {
+                    assert_eq!(verbatim(&text, missing), None, "{missing}");
+                }
+                assert_eq!(verbatim(&text, "a[7][0][0].x[1]"), Some(r#""}""#));
             }
         }
     }

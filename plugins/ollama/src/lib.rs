@@ -1,6 +1,6 @@
 //! Request adapter: the API of Ollama, mounted at `/api`.
 //!
-//! - `request`: body → what is wanted
+//! - `request`: body → what is wanted (`tools`: what may be called, and was)
 //! - `reply`: events → an answer, or a line for each piece of it; errors
 //! - here: the exports, and everything that asks the host.
 //!
@@ -11,24 +11,25 @@
 mod reply;
 mod request;
 mod time;
+mod tools;
 
 use std::cell::RefCell;
 
 use serde_json::{Value, json};
-use visor_plugin_body::{Field, Format, Kind, Picture, Wrong, sources};
+use visor_plugin_body::{Field, Format, Kind, Picture, Tool, Wrong, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
 use exports::visor::plugin::adapter::{
     self, Event, Exchange, Generation, GuestExchange, Head, OutputFormat, Progress, Response,
-    Route, Step,
+    Route, Step, ToolChoice,
 };
 use exports::visor::plugin::lifecycle;
 use reply::{Reply, Shape, json_response};
 use request::Wanted;
 use visor::plugin::adapter_input::Request;
 use visor::plugin::media::Source;
-use visor::plugin::types::{Error, ErrorCode};
+use visor::plugin::types::{Error, ErrorCode, ToolSpec};
 use visor::plugin::{clock, model};
 
 /// What clients of Ollama put behind a name that says no version.
@@ -136,7 +137,10 @@ fn answer(shape: Shape, wanted: Wanted, request: &Request) -> Result<(Option<Rep
         max_tokens: wanted.max_tokens,
         stop: wanted.stop,
         format: wanted.format.into(),
-        tools: Vec::new(),
+        tools: wanted.tools.tools.into_iter().map(ToolSpec::from).collect(),
+        // The API has no word for another choice.
+        tool_choice: ToolChoice::Auto,
+        parallel_tools: wanted.tools.parallel,
         count: 1,
         extensions: wanted.extensions,
     };
@@ -168,7 +172,7 @@ fn tags() -> Value {
 fn show(request: &Request) -> Result<Value, Error> {
     let body = Field::json(&request.text()?)?;
     let model = find(&request::model(&Field::body(&body)?)?)?;
-    let mut capabilities = vec!["completion"];
+    let mut capabilities = vec!["completion", "tools"];
     capabilities.extend(model.vision().is_some().then_some("vision"));
     let family = detail(&model, "family");
     let context_length = format!("{family}.context_length");
@@ -223,6 +227,16 @@ impl From<Format> for OutputFormat {
             Format::Json => Self::Json,
             Format::Schema(schema) => Self::JsonSchema(schema),
             Format::Regex(pattern) => Self::Regex(pattern),
+        }
+    }
+}
+
+impl From<Tool> for ToolSpec {
+    fn from(tool: Tool) -> Self {
+        Self {
+            name: tool.name,
+            description: tool.description,
+            parameters: tool.parameters,
         }
     }
 }

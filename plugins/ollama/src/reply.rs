@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::exports::visor::plugin::adapter::{
     Event, Next, Progress, Response, TokenChance, TokenInfo, Total,
 };
-use crate::visor::plugin::types::{Error, ErrorCode, FinishReason};
+use crate::visor::plugin::types::{Error, ErrorCode, FinishReason, ToolCall};
 
 /// Which of the two calls is answered.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,6 +30,9 @@ pub(crate) struct Reply {
     /// All text and tokens so far, when the answer is one piece.
     text: String,
     tokens: Vec<TokenInfo>,
+    calls: Vec<Value>,
+    /// Calls so far.
+    call_count: usize,
     reason: &'static str,
 }
 
@@ -43,6 +46,8 @@ impl Reply {
             begun: false,
             text: String::new(),
             tokens: Vec::new(),
+            calls: Vec::new(),
+            call_count: 0,
             reason: "stop",
         }
     }
@@ -72,8 +77,18 @@ impl Reply {
 
     fn event(&mut self, event: Event, now: &str, bytes: &mut Vec<u8>) -> Result<Next, Error> {
         match event {
-            // We offered the model no tools.
-            Event::Started(_) | Event::ToolCall(_) => {}
+            Event::Started(_) => {}
+            Event::ToolCall(call) => {
+                let call = self.call(call.call);
+                if self.stream {
+                    self.begun = true;
+                    let mut piece = self.piece("", &[], now);
+                    piece["message"]["tool_calls"] = json!([call]);
+                    bytes.extend(line(&piece));
+                } else {
+                    self.calls.push(call);
+                }
+            }
             Event::Delta(delta) if self.stream => {
                 self.begun = true;
                 let piece = self.piece(&delta.text, &delta.tokens, now);
@@ -86,6 +101,9 @@ impl Reply {
             Event::Finish(finish) => self.reason = reason(finish.reason)?,
             Event::Done(total) => {
                 let mut last = self.piece(&self.text, &self.tokens, now);
+                if !self.calls.is_empty() {
+                    last["message"]["tool_calls"] = json!(self.calls);
+                }
                 self.sum_up(&mut last, &total);
                 bytes.extend(if self.stream {
                     line(&last)
@@ -109,6 +127,17 @@ impl Reply {
             piece["logprobs"] = tokens.iter().map(token).collect();
         }
         piece
+    }
+
+    /// A call, whose arguments are an object with this API.
+    fn call(&mut self, call: ToolCall) -> Value {
+        let index = self.call_count;
+        self.call_count += 1;
+        let arguments: Value = serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({}));
+        json!({
+            "id": format!("call_{}", call.id),
+            "function": { "index": index, "name": call.name, "arguments": arguments },
+        })
     }
 
     /// What the last piece has beside the others. Times are nanoseconds.

@@ -4,16 +4,16 @@
 //! Pure: nothing here calls the host.
 
 use serde_json::Value;
-use visor_plugin_body::{Field, Format, IsNeutral, Picture, Place, Wrong, is_url, lifted};
+use visor_plugin_body::{Field, Format, IsNeutral, Picture, Place, Tools, Wrong, is_url, lifted};
 
 use crate::exports::visor::plugin::adapter::{Input, Sampling};
+use crate::tools::{self, Pending};
 use crate::visor::plugin::types::{Extensions, Message, Part, Role};
 
 /// Strings that may end an answer; the host takes as many.
 const STOPS_MAX: usize = 8;
 /// Most alternatives per token.
 const TOP_LOGPROBS_MAX: u8 = 20;
-const NO_TOOLS: &str = "this server does not call tools";
 
 /// A request as far as it can be understood without the host.
 #[derive(Debug)]
@@ -27,6 +27,7 @@ pub(crate) struct Wanted {
     pub(crate) max_tokens: Option<u32>,
     pub(crate) stop: Vec<String>,
     pub(crate) format: Format,
+    pub(crate) tools: Tools,
     pub(crate) stream: bool,
     /// Hints for the other plugins.
     pub(crate) extensions: Extensions,
@@ -44,12 +45,18 @@ pub(crate) fn parse_chat(text: &str, marker: &str) -> Result<Wanted, Wrong> {
         Some(messages) => messages.items()?,
         None => Vec::new(),
     };
+    let mut pending = Pending::default();
     let read = messages
         .iter()
-        .map(|item| message(item.object()?, &mut pictures));
+        .map(|item| message((item.object()?, text), &mut pictures, &mut pending));
     let read = read.collect::<Result<Vec<_>, _>>()?;
     let input = (!read.is_empty()).then_some(Input::Chat(read));
-    wanted((&body, text), input, pictures)
+    let tools = tools::parse(&body, text)?;
+    pictures.extensions.extend(tools.hints());
+    Ok(Wanted {
+        tools,
+        ..wanted((&body, text), input, pictures)?
+    })
 }
 
 /// Reads the body of a generation: a prompt to be answered, or with `raw` one to go on with.
@@ -59,7 +66,10 @@ pub(crate) fn parse_chat(text: &str, marker: &str) -> Result<Wanted, Wrong> {
 pub(crate) fn parse_generate(text: &str, marker: &str) -> Result<Wanted, Wrong> {
     let body = Field::json(text)?;
     let body = Field::body(&body)?;
-    let table: [(&str, &str, IsNeutral); 3] = [
+    let table: [(&str, &str, IsNeutral); 4] = [
+        ("tools", "send the conversation to /api/chat", |field| {
+            field.is_empty()
+        }),
         ("suffix", "this model only writes at the end", |field| {
             field.is_empty()
         }),
@@ -118,6 +128,7 @@ fn wanted(
         max_tokens: max_tokens(&options.get("num_predict"))?,
         stop: options.get("stop").strings(STOPS_MAX)?,
         format,
+        tools: Tools::default(),
         stream: stream.map_or(Ok(true), |field| field.boolean())?,
         extensions: pictures.extensions,
     })
@@ -142,17 +153,24 @@ pub(crate) fn model(body: &Field) -> Result<String, Wrong> {
     field.string().map(str::to_owned)
 }
 
-fn message(message: &Field, pictures: &mut Pictures) -> Result<Message, Wrong> {
+/// `text` is the whole body.
+fn message(
+    (message, text): (&Field, &str),
+    pictures: &mut Pictures,
+    pending: &mut Pending,
+) -> Result<Message, Wrong> {
     let role = message.get("role");
     let role = match role.string()? {
         "system" => Role::System,
         "user" => Role::User,
         "assistant" => Role::Assistant,
-        "tool" => return Err(role.unsupported(NO_TOOLS)),
-        _ => return Err(role.wrong_value("system, user or assistant")),
+        "tool" => {
+            let parts = vec![pending.result(message)?];
+            let role = Role::Tool;
+            return Ok(Message { role, parts });
+        }
+        _ => return Err(role.wrong_value("system, user, assistant or tool")),
     };
-    let calls: [(&str, &str, IsNeutral); 1] = [("tool_calls", NO_TOOLS, |field| field.is_empty())];
-    message.refuse(&calls)?;
     let images = message.get("images");
     if !matches!(role, Role::User) && images.value().is_some() && !images.is_empty() {
         return Err(images.invalid("Images are allowed in messages of the user only.".to_owned()));
@@ -160,6 +178,9 @@ fn message(message: &Field, pictures: &mut Pictures) -> Result<Message, Wrong> {
     let mut parts = pictures.take(&images)?;
     let content = message.get("content").text()?;
     parts.push(Part::Text(content.unwrap_or_default()));
+    if matches!(role, Role::Assistant) {
+        parts.extend(pending.calls(message, text)?);
+    }
     Ok(Message { role, parts })
 }
 
@@ -250,12 +271,9 @@ fn max_tokens(field: &Field) -> Result<Option<u32>, Wrong> {
 }
 
 fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
-    let table: [(&str, &str, IsNeutral); 2] = [
-        ("tools", NO_TOOLS, |field| field.is_empty()),
-        ("think", "the model answers at once", |field| {
-            field.is_false()
-        }),
-    ];
+    let table: [(&str, &str, IsNeutral); 1] = [("think", "the model answers at once", |field| {
+        field.is_false()
+    })];
     body.refuse(&table)
 }
 

@@ -16,7 +16,7 @@
 //! is global. Images never come in here: the host has replaced long base64 strings of the body by
 //! short tokens, and we pass the handle of such a string on.
 //!
-//! - `request`, `completion`: body → what is wanted (`options`: what both may ask for)
+//! - `request`, `completion`: body → what is wanted (`options`: what both may ask for; `tools`)
 //! - `reply`: events → one answer or chunks of it (`logprobs`: of its tokens); `error`: error objects
 //! - `tokens`: text to token ids and back
 //! - here: the exports, and everything that asks the host.
@@ -30,25 +30,26 @@ mod options;
 mod reply;
 mod request;
 mod tokens;
+mod tools;
 
 use std::cell::RefCell;
 
 use serde_json::{Value, json};
-use visor_plugin_body::{Format, Kind, Picture, Wrong, sources};
+use visor_plugin_body::{Choice, Format, Kind, Picture, Tool, Tools, Wrong, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
 use error::{headers, json_response};
 use exports::visor::plugin::adapter::{
     self, Event, Exchange, Generation, GuestExchange, Head, Input, OutputFormat, Progress,
-    Response, Route, Step,
+    Response, Route, Step, ToolChoice,
 };
 use exports::visor::plugin::lifecycle;
 use options::Options;
 use reply::{Reply, Shape};
 use visor::plugin::adapter_input::Request;
 use visor::plugin::media::Source;
-use visor::plugin::types::{Error, ErrorCode, Extensions};
+use visor::plugin::types::{Error, ErrorCode, Extensions, ToolSpec};
 use visor::plugin::{clock, model};
 
 /// A comment: clients skip it, proxies see that the connection lives.
@@ -147,6 +148,7 @@ fn chat(request: &Request) -> Result<(Option<Reply>, Step), Error> {
         input: Input::Chat(chat.messages),
         images,
         format: chat.format.into(),
+        tools: chat.tools,
         extensions: chat.extensions,
     };
     generate(Shape::Chat, chat.options, task)
@@ -159,6 +161,7 @@ fn complete(request: &Request) -> Result<(Option<Reply>, Step), Error> {
         input: Input::Text(completion.prompt),
         images: Vec::new(),
         format: OutputFormat::Text,
+        tools: Tools::default(),
         extensions: Vec::new(),
     };
     generate(Shape::Completion, completion.options, task)
@@ -169,6 +172,7 @@ struct Task {
     input: Input,
     images: Vec<Source>,
     format: OutputFormat,
+    tools: Tools,
     extensions: Extensions,
 }
 
@@ -197,7 +201,9 @@ fn generate(shape: Shape, options: Options, task: Task) -> Result<(Option<Reply>
         max_tokens: options.max_tokens,
         stop: options.stop,
         format: task.format,
-        tools: Vec::new(),
+        tools: task.tools.tools.into_iter().map(ToolSpec::from).collect(),
+        tool_choice: task.tools.choice.into(),
+        parallel_tools: task.tools.parallel,
         count: options.count,
         extensions: task.extensions,
     };
@@ -255,6 +261,27 @@ impl From<Format> for OutputFormat {
             Format::Json => Self::Json,
             Format::Schema(schema) => Self::JsonSchema(schema),
             Format::Regex(pattern) => Self::Regex(pattern),
+        }
+    }
+}
+
+impl From<Tool> for ToolSpec {
+    fn from(tool: Tool) -> Self {
+        Self {
+            name: tool.name,
+            description: tool.description,
+            parameters: tool.parameters,
+        }
+    }
+}
+
+impl From<Choice> for ToolChoice {
+    fn from(choice: Choice) -> Self {
+        match choice {
+            // Tools that are not to be called are not offered.
+            Choice::None | Choice::Auto => Self::Auto,
+            Choice::Required => Self::Required,
+            Choice::Named(name) => Self::Named(name),
         }
     }
 }

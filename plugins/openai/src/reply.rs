@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::error::error_event;
 use crate::exports::visor::plugin::adapter::{Delta, Event, Next, Progress, TokenInfo};
 use crate::logprobs;
-use crate::visor::plugin::types::{Error, ErrorCode, FinishReason, Usage};
+use crate::visor::plugin::types::{Error, ErrorCode, FinishReason, ToolCall, Usage};
 
 /// Which of the two APIs is answered.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -43,6 +43,10 @@ struct Choice {
     /// All text and tokens so far, when the answer is one piece.
     text: String,
     tokens: Vec<TokenInfo>,
+    /// As the API has them, when the answer is one piece.
+    calls: Vec<Value>,
+    /// Calls so far.
+    call_count: usize,
     /// Characters of the tokens so far.
     offset: usize,
     finish_reason: Option<&'static str>,
@@ -94,8 +98,7 @@ impl Reply {
         match event {
             Event::Started(_) => (0..self.choices.len()).for_each(|index| self.begin(index, bytes)),
             Event::Delta(delta) => self.delta(delta, bytes),
-            // We offered the model no tools.
-            Event::ToolCall(_) => {}
+            Event::ToolCall(call) => self.call(call.choice as usize, call.call, bytes),
             Event::Finish(finish) => {
                 self.finish(finish.choice as usize, finish_reason(finish.reason)?, bytes);
             }
@@ -142,6 +145,32 @@ impl Reply {
         bytes.extend(self.chunk(choice));
     }
 
+    /// A call is whole when it comes; a stream names it first, as the API does.
+    fn call(&mut self, index: usize, call: ToolCall, bytes: &mut Vec<u8>) {
+        let mut told = json!({
+            "id": format!("call_{}", call.id),
+            "type": "function",
+            "function": { "name": call.name, "arguments": call.arguments },
+        });
+        if !self.stream {
+            self.choices[index].calls.push(told);
+            return;
+        }
+        self.begin(index, bytes);
+        let number = self.choices[index].call_count;
+        self.choices[index].call_count += 1;
+        told["index"] = json!(number);
+        let arguments = told["function"]["arguments"].take();
+        told["function"]["arguments"] = json!("");
+        let rest = json!({ "index": number, "function": { "arguments": arguments } });
+        for call in [told, rest] {
+            let delta = json!({ "tool_calls": [call] });
+            bytes.extend(self.chunk(json!({
+                "index": index, "delta": delta, "logprobs": null, "finish_reason": null,
+            })));
+        }
+    }
+
     /// The terminal chunk of a choice. There is exactly one: the first reason stays.
     fn finish(&mut self, index: usize, reason: &'static str, bytes: &mut Vec<u8>) {
         if self.choices[index].finish_reason.is_some() {
@@ -179,8 +208,14 @@ impl Reply {
             });
             match self.shape {
                 Shape::Chat => {
+                    let content = Some(&choice.text);
+                    let content =
+                        content.filter(|text| !text.is_empty() || choice.calls.is_empty());
                     told["message"] =
-                        json!({ "role": "assistant", "content": choice.text, "refusal": null });
+                        json!({ "role": "assistant", "content": content, "refusal": null });
+                    if !choice.calls.is_empty() {
+                        told["message"]["tool_calls"] = json!(choice.calls);
+                    }
                 }
                 Shape::Completion => told["text"] = json!(choice.text),
             }

@@ -4,13 +4,15 @@
 //! what comes out says which lifted string, or which URL, each of them is.
 
 use serde_json::Value;
-use visor_plugin_body::{Field, Format, IsNeutral, Picture, Place, Wrong, is_url, lifted};
+use visor_plugin_body::{Field, Format, IsNeutral, Picture, Place, Tools, Wrong, is_url, lifted};
 
 use crate::options::{self, Options};
+use crate::tools;
 use crate::visor::plugin::types::{Extensions, Message, Part, Role};
 
 /// Most alternatives per token, as OpenAI has it.
 const TOP_LOGPROBS_MAX: u8 = 20;
+const NO_FUNCTIONS: &str = "functions are offered as 'tools'";
 
 /// A request as far as it can be understood without the host.
 #[derive(Debug)]
@@ -23,6 +25,7 @@ pub(crate) struct ChatRequest {
     pub(crate) options: Options,
     /// `response_format`
     pub(crate) format: Format,
+    pub(crate) tools: Tools,
 }
 
 /// Reads a body. `marker` is the word the host put in place of long base64 strings.
@@ -40,12 +43,15 @@ pub(crate) fn parse(text: &str, marker: &str) -> Result<ChatRequest, Wrong> {
     };
     let messages = reader.messages(&body.get("messages"))?;
     reader.num_crops(&body)?;
+    let tools = tools::parse(&body, text)?;
+    reader.extensions.extend(tools.hints());
     Ok(ChatRequest {
         messages,
         images: reader.images,
         extensions: reader.extensions,
         options: options::parse(&body, logprobs(&body)?)?,
         format: Format::read(&body.get("response_format"), text, Some("json_schema"))?,
+        tools,
     })
 }
 
@@ -74,21 +80,25 @@ impl Reader<'_> {
             "system" | "developer" => Role::System,
             "user" => Role::User,
             "assistant" => Role::Assistant,
-            "tool" | "function" => return Err(role.unsupported("this server does not call tools")),
-            _ => return Err(role.wrong_value("system, developer, user or assistant")),
+            "tool" => Role::Tool,
+            "function" => return Err(role.unsupported(NO_FUNCTIONS)),
+            _ => return Err(role.wrong_value("system, developer, user, assistant or tool")),
         };
-        for key in ["tool_calls", "function_call"] {
-            if let Some(calls) = message.get(key).given().filter(|calls| !calls.is_empty()) {
-                return Err(calls.unsupported("this server does not call tools"));
-            }
-        }
+        let old: [(&str, &str, IsNeutral); 1] =
+            [("function_call", NO_FUNCTIONS, |field| field.is_empty())];
+        message.refuse(&old)?;
         let content = message.get("content");
-        let parts = match content.value() {
+        let mut parts = match content.value() {
             Some(Value::String(text)) => vec![Part::Text(text.clone())],
             Some(Value::Array(_)) => self.parts(&content, &role)?,
             None if matches!(role, Role::Assistant) => vec![Part::Text(String::new())],
             _ => return Err(content.wrong_type("a string or an array of parts")),
         };
+        match role {
+            Role::Assistant => parts.extend(tools::calls(message)?),
+            Role::Tool => parts = vec![tools::result(message, parts)?],
+            _ => {}
+        }
         Ok(Message { role, parts })
     }
 
@@ -182,11 +192,9 @@ fn logprobs(body: &Field) -> Result<Option<u8>, Wrong> {
 }
 
 fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
-    const NO_TOOLS: &str = "this server does not call tools";
-    let table: [(&str, &str, IsNeutral); 4] = [
-        ("tools", NO_TOOLS, |field| field.is_empty()),
-        ("functions", NO_TOOLS, |field| field.is_empty()),
-        ("tool_choice", NO_TOOLS, |field| {
+    let table: [(&str, &str, IsNeutral); 3] = [
+        ("functions", NO_FUNCTIONS, |field| field.is_empty()),
+        ("function_call", NO_FUNCTIONS, |field| {
             field.is_one_of(&["none", "auto"])
         }),
         ("modalities", "answers are text", |field| {

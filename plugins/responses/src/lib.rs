@@ -1,7 +1,7 @@
 //! Request adapter: the Responses API of OpenAI, mounted at `/v1/responses`. Nothing is stored: a
 //! response is made, told and forgotten, and a conversation comes whole with every request.
 //!
-//! - `request`: body → what is wanted
+//! - `request`: body → what is wanted (`tools`: what may be called, and was)
 //! - `reply`: events → a response, or the events that build it; a count; errors
 //! - here: the exports, and everything that asks the host.
 //!
@@ -11,22 +11,23 @@
 
 mod reply;
 mod request;
+mod tools;
 
 use std::cell::RefCell;
 
-use visor_plugin_body::{Format, Kind, Picture, Wrong, sources};
+use visor_plugin_body::{Choice, Format, Kind, Picture, Tool, Wrong, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
 use exports::visor::plugin::adapter::{
     self, Event, Exchange, Generation, GuestExchange, Head, Input, OutputFormat, Progress,
-    Response, Route, Step,
+    Response, Route, Step, ToolChoice,
 };
 use exports::visor::plugin::lifecycle;
 use reply::{Reply, Shape, headers};
 use visor::plugin::adapter_input::Request;
 use visor::plugin::media::Source;
-use visor::plugin::types::{Error, ErrorCode};
+use visor::plugin::types::{Error, ErrorCode, ToolSpec};
 use visor::plugin::{clock, model};
 
 /// A comment: clients skip it, proxies see that the connection lives.
@@ -96,7 +97,9 @@ impl GuestExchange for Answer {
             max_tokens: wanted.max_tokens,
             stop: Vec::new(),
             format: wanted.format.into(),
-            tools: Vec::new(),
+            tools: wanted.tools.tools.into_iter().map(ToolSpec::from).collect(),
+            tool_choice: wanted.tools.choice.into(),
+            parallel_tools: wanted.tools.parallel,
             count: 1,
             extensions: wanted.extensions,
         };
@@ -157,6 +160,27 @@ impl From<Format> for OutputFormat {
             Format::Json => Self::Json,
             Format::Schema(schema) => Self::JsonSchema(schema),
             Format::Regex(pattern) => Self::Regex(pattern),
+        }
+    }
+}
+
+impl From<Tool> for ToolSpec {
+    fn from(tool: Tool) -> Self {
+        Self {
+            name: tool.name,
+            description: tool.description,
+            parameters: tool.parameters,
+        }
+    }
+}
+
+impl From<Choice> for ToolChoice {
+    fn from(choice: Choice) -> Self {
+        match choice {
+            // Tools that are not to be called are not offered.
+            Choice::None | Choice::Auto => Self::Auto,
+            Choice::Required => Self::Required,
+            Choice::Named(name) => Self::Named(name),
         }
     }
 }

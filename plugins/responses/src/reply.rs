@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use crate::exports::visor::plugin::adapter::{
     Delta, Event, Next, Progress, Response, TokenChance, TokenInfo,
 };
-use crate::visor::plugin::types::{Error, ErrorCode, FinishReason, Usage};
+use crate::visor::plugin::types::{Error, ErrorCode, FinishReason, ToolCall, Usage};
 
 /// How the client wants the answer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,8 +31,12 @@ pub(crate) struct Reply {
     pub(crate) repeated: Map<String, Value>,
     /// Events of the stream so far; each has its number.
     sequence: u64,
+    /// Whether the message is open in a stream.
+    opened: bool,
     text: String,
     tokens: Vec<TokenInfo>,
+    /// Items of calls, each complete.
+    calls: Vec<Value>,
     status: Status,
 }
 
@@ -64,8 +68,10 @@ impl Reply {
             model,
             repeated: Map::new(),
             sequence: 0,
+            opened: false,
             text: String::new(),
             tokens: Vec::new(),
+            calls: Vec::new(),
             status: Status::InProgress,
         }
     }
@@ -97,8 +103,7 @@ impl Reply {
         match event {
             Event::Started(_) => self.begin(bytes),
             Event::Delta(delta) => self.delta(delta, bytes),
-            // We offered the model no tools.
-            Event::ToolCall(_) => {}
+            Event::ToolCall(call) => self.call(&call.call, bytes),
             Event::Finish(finish) => self.status = status(finish.reason)?,
             Event::Done(total) => {
                 self.done(&total.usage, bytes);
@@ -109,7 +114,7 @@ impl Reply {
         Ok(Next::More)
     }
 
-    /// The events that open the response, its message and the message's text.
+    /// The events that open the response.
     fn begin(&mut self, bytes: &mut Vec<u8>) {
         if self.shape != Shape::Stream || self.sequence > 0 {
             return;
@@ -121,6 +126,14 @@ impl Reply {
             json!({ "response": response }),
             bytes,
         );
+    }
+
+    /// The events that open its message and the message's text.
+    fn open(&mut self, bytes: &mut Vec<u8>) {
+        self.begin(bytes);
+        if std::mem::replace(&mut self.opened, true) {
+            return;
+        }
         let item = self.message(json!([]));
         let added = json!({ "output_index": 0, "item": item });
         self.tell("response.output_item.added", added, bytes);
@@ -132,7 +145,7 @@ impl Reply {
     fn delta(&mut self, delta: Delta, bytes: &mut Vec<u8>) {
         self.text.push_str(&delta.text);
         if self.shape == Shape::Stream {
-            self.begin(bytes);
+            self.open(bytes);
             let mut told = self.place();
             told["delta"] = json!(delta.text);
             told["logprobs"] = logprobs(&delta.tokens);
@@ -155,7 +168,48 @@ impl Reply {
             bytes.extend(self.response(Some(usage)).to_string().into_bytes());
             return;
         }
+        if self.calls.is_empty() {
+            self.close(bytes);
+        }
+        let response = json!({ "response": self.response(Some(usage)) });
+        let name = format!("response.{}", self.status.word());
+        self.tell(&name, response, bytes);
+    }
+
+    /// A call is whole when it comes, and an item of its own.
+    fn call(&mut self, call: &ToolCall, bytes: &mut Vec<u8>) {
+        let id = format!("fc_{}", call.id);
+        let item = |arguments: &str, status: Status| {
+            json!({
+                "id": id,
+                "type": "function_call",
+                "status": status.word(),
+                "call_id": format!("call_{}", call.id),
+                "name": call.name,
+                "arguments": arguments,
+            })
+        };
+        let index = self.calls.len();
+        let done = item(&call.arguments, Status::Completed);
+        self.calls.push(done.clone());
+        if self.shape != Shape::Stream {
+            return;
+        }
         self.begin(bytes);
+        let started = item("", Status::InProgress);
+        let added = json!({ "output_index": index, "item": started });
+        self.tell("response.output_item.added", added, bytes);
+        let told = json!({ "item_id": id, "output_index": index, "delta": call.arguments });
+        self.tell("response.function_call_arguments.delta", told, bytes);
+        let told = json!({ "item_id": id, "output_index": index, "name": call.name, "arguments": call.arguments });
+        self.tell("response.function_call_arguments.done", told, bytes);
+        let told = json!({ "output_index": index, "item": done });
+        self.tell("response.output_item.done", told, bytes);
+    }
+
+    /// The events that end the message.
+    fn close(&mut self, bytes: &mut Vec<u8>) {
+        self.open(bytes);
         let part = output_text(&self.text, &self.tokens);
         let mut told = self.place();
         told["text"] = part["text"].clone();
@@ -167,9 +221,6 @@ impl Reply {
         let item = self.message(json!([part]));
         let told = json!({ "output_index": 0, "item": item });
         self.tell("response.output_item.done", told, bytes);
-        let response = json!({ "response": self.response(Some(usage)) });
-        let name = format!("response.{}", self.status.word());
-        self.tell(&name, response, bytes);
     }
 
     /// One event of the stream: its data says its name again, and its number.
@@ -203,10 +254,10 @@ impl Reply {
     fn response(&self, usage: Option<&Usage>) -> Value {
         let over = usage.is_some();
         let text = || json!([output_text(&self.text, &self.tokens)]);
-        let output = if over {
-            json!([self.message(text())])
-        } else {
-            json!([])
+        let output = match (over, &self.calls[..]) {
+            (false, _) => json!([]),
+            (true, []) => json!([self.message(text())]),
+            (true, calls) => json!(calls),
         };
         let incomplete =
             (self.status == Status::Incomplete).then(|| json!({ "reason": "max_output_tokens" }));
@@ -220,12 +271,9 @@ impl Reply {
             "incomplete_details": incomplete,
             "model": self.model,
             "output": output,
-            "parallel_tool_calls": false,
             "previous_response_id": null,
             "reasoning": { "effort": null, "summary": null },
             "store": false,
-            "tool_choice": "none",
-            "tools": [],
             "usage": usage.map(counts),
         });
         for (key, value) in &self.repeated {

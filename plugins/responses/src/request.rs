@@ -3,14 +3,14 @@
 //! Pure: nothing here calls the host.
 
 use serde_json::{Map, Value, json};
-use visor_plugin_body::{Field, Format, IsNeutral, Picture, Place, Wrong, is_url, lifted};
+use visor_plugin_body::{Field, Format, IsNeutral, Picture, Place, Tools, Wrong, is_url, lifted};
 
 use crate::exports::visor::plugin::adapter::Sampling;
+use crate::tools;
 use crate::visor::plugin::types::{Extensions, Message, Part, Role};
 
 /// Most alternatives per token, as OpenAI has it.
 const TOP_LOGPROBS_MAX: u8 = 20;
-const NO_TOOLS: &str = "this server does not call tools";
 const NO_STORE: &str = "this server keeps no responses; send the whole conversation as 'input'";
 
 /// A request as far as it can be understood without the host.
@@ -24,6 +24,7 @@ pub(crate) struct ResponseRequest {
     pub(crate) max_tokens: Option<u32>,
     /// `text.format`
     pub(crate) format: Format,
+    pub(crate) tools: Tools,
     pub(crate) stream: bool,
     /// Hints for the other plugins.
     pub(crate) extensions: Extensions,
@@ -49,6 +50,8 @@ pub(crate) fn parse(text: &str, marker: &str, counts: bool) -> Result<ResponseRe
     let instructions = body.get("instructions").text()?;
     messages.extend(instructions.map(|text| message(Role::System, vec![Part::Text(text)])));
     messages.extend(reader.input(&body.get("input"))?);
+    let tools = tools::parse(&body, text)?;
+    reader.extensions.extend(tools.hints());
     let max_tokens = body.get("max_output_tokens").optional_count(1)?;
     let format = Format::read(&body.get("text").get("format"), text, None)?;
     if format != Format::Text {
@@ -61,6 +64,7 @@ pub(crate) fn parse(text: &str, marker: &str, counts: bool) -> Result<ResponseRe
         sampling: sampling(&body)?,
         max_tokens: if counts { Some(0) } else { max_tokens },
         format,
+        tools,
         stream: body.get("stream").flag()?,
         extensions: reader.extensions,
         repeated: repeated(&body),
@@ -72,11 +76,14 @@ fn repeated(body: &Field) -> Map<String, Value> {
     let said = |key: &str| body.get(key).value().cloned();
     let format = body.get("text").get("format").value().cloned();
     let format = format.unwrap_or_else(|| json!({ "type": "text" }));
-    let defaults: [(&str, Value); 8] = [
+    let defaults: [(&str, Value); 11] = [
         ("instructions", Value::Null),
         ("max_output_tokens", Value::Null),
         ("metadata", Value::Object(Map::new())),
+        ("parallel_tool_calls", Value::from(true)),
         ("temperature", Value::Null),
+        ("tool_choice", Value::from("auto")),
+        ("tools", Value::Array(Vec::new())),
         ("top_logprobs", Value::Null),
         ("top_p", Value::Null),
         ("truncation", Value::from("disabled")),
@@ -113,21 +120,33 @@ impl Reader<'_> {
                 if items.is_empty() {
                     return Err(input.wrong_value("an array with at least one item"));
                 }
-                items.iter().map(|item| self.item(item.object()?)).collect()
+                let mut messages = Vec::new();
+                for item in &items {
+                    self.item(item.object()?, &mut messages)?;
+                }
+                Ok(messages)
             }
             _ => Err(input.wrong_type("a string or an array of items")),
         }
     }
 
-    fn item(&mut self, item: &Field) -> Result<Message, Wrong> {
+    fn item(&mut self, item: &Field, messages: &mut Vec<Message>) -> Result<(), Wrong> {
         let kind = item.get("type");
-        if kind.value().is_some() {
-            match kind.string()? {
-                "message" => {}
-                "item_reference" => return Err(kind.unsupported(NO_STORE)),
-                _ => return Err(kind.unsupported("this server reads items of type message")),
+        let word = kind.clone().given().map_or(Ok("message"), |k| k.string())?;
+        match word {
+            "message" => messages.push(self.message(item)?),
+            "function_call" => tools::call(item, messages)?,
+            "function_call_output" => messages.push(tools::result(item)?),
+            "item_reference" => return Err(kind.unsupported(NO_STORE)),
+            _ => {
+                let what = "this server reads items of type message, function_call and function_call_output";
+                return Err(kind.unsupported(what));
             }
         }
+        Ok(())
+    }
+
+    fn message(&mut self, item: &Field) -> Result<Message, Wrong> {
         let role = item.get("role");
         let role = match role.string()? {
             "system" | "developer" => Role::System,
@@ -243,11 +262,7 @@ fn logprobs(body: &Field) -> Result<Option<u8>, Wrong> {
 }
 
 fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
-    let table: [(&str, &str, IsNeutral); 7] = [
-        ("tools", NO_TOOLS, |field| field.is_empty()),
-        ("tool_choice", NO_TOOLS, |field| {
-            field.is_one_of(&["none", "auto"])
-        }),
+    let table: [(&str, &str, IsNeutral); 5] = [
         ("previous_response_id", NO_STORE, |_| false),
         ("conversation", NO_STORE, |_| false),
         ("background", NO_STORE, |field| field.is_false()),

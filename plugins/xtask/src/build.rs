@@ -12,7 +12,7 @@ use crate::stamp::{self, Guest, SETS, Set};
 use crate::toolchain::{TARGET, Toolchain};
 
 /// A component over this size is worth a word: it is embedded, and compiled at every start.
-const COMPONENT_BYTES_AIM: usize = 176 << 10;
+const COMPONENT_BYTES_AIM: usize = 200 << 10;
 
 /// Builds every component and writes the stamps.
 ///

@@ -210,7 +210,7 @@ fn check_sampling(sampling: &Sampling) -> Checked {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::types::OutputFormat;
+    use crate::adapter::types::{OutputFormat, ToolChoice};
     use crate::chat::ChatRole;
 
     fn route(method: &str, path: &str) -> Route {
@@ -297,6 +297,8 @@ mod tests {
             stop: Vec::new(),
             format: OutputFormat::Text,
             tools: Vec::new(),
+            tool_choice: ToolChoice::Auto,
+            parallel_tools: false,
             count: 1,
             extensions: Vec::new(),
         };

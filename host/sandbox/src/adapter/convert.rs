@@ -4,7 +4,7 @@ use wasmtime::component::{ResourceTable, ResourceTableError};
 
 use crate::adapter::types::{
     Event, Generation, Head, Input, Next, OutputFormat, Progress, Response, Route, Sampling,
-    Source, Step, TokenChance, TokenInfo,
+    Source, Step, TokenChance, TokenInfo, ToolChoice,
 };
 use crate::bindings::adapter::exports::visor::plugin::adapter as wit;
 use crate::bindings::adapter::visor::plugin::media;
@@ -100,6 +100,8 @@ fn generation(
         stop: plan.stop,
         format: plan.format.into(),
         tools: plan.tools.into_iter().map(Into::into).collect(),
+        tool_choice: plan.tool_choice.into(),
+        parallel_tools: plan.parallel_tools,
         count: plan.count,
         extensions: plan.extensions,
     })
@@ -129,6 +131,16 @@ impl From<wit::OutputFormat> for OutputFormat {
             wit::OutputFormat::Json => Self::Json,
             wit::OutputFormat::JsonSchema(schema) => Self::JsonSchema(schema),
             wit::OutputFormat::Regex(pattern) => Self::Regex(pattern),
+        }
+    }
+}
+
+impl From<wit::ToolChoice> for ToolChoice {
+    fn from(choice: wit::ToolChoice) -> Self {
+        match choice {
+            wit::ToolChoice::Auto => Self::Auto,
+            wit::ToolChoice::Required => Self::Required,
+            wit::ToolChoice::Named(name) => Self::Named(name),
         }
     }
 }

@@ -143,6 +143,18 @@ pub enum OutputFormat {
     Regex(String),
 }
 
+/// Whether the model calls its tools.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ToolChoice {
+    /// It answers or calls.
+    #[default]
+    Auto,
+    /// It calls.
+    Required,
+    /// It calls this one, once.
+    Named(String),
+}
+
 /// One wish of an adapter to the model.
 #[derive(Clone, Debug)]
 pub struct Generation {
@@ -162,6 +174,10 @@ pub struct Generation {
     pub format: OutputFormat,
     /// Tools the model may call.
     pub tools: Vec<ToolSpec>,
+    /// Whether it does.
+    pub tool_choice: ToolChoice,
+    /// Whether it may call several at once.
+    pub parallel_tools: bool,
     /// Alternatives, at least 1.
     pub count: u32,
     /// Hints for the other roles.

@@ -322,6 +322,9 @@ fn check_formats(formats: &FormatsConfig, found: &mut Found) {
             10_000_000,
         ),
         ("states_max", formats.states_max as u64, 1000, 1_000_000),
+        ("tools_max", u64::from(formats.tools_max), 0, 1024),
+        ("tools_bytes_max", formats.tools_bytes_max, 64, 16 << 20),
+        ("calls_max", u64::from(formats.calls_max), 1, 1024),
     ];
     for (name, value, low, high) in rows {
         found.range(&format!("formats.{name}"), value, low, high);

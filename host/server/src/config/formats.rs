@@ -18,6 +18,12 @@ pub struct FormatsConfig {
     pub step_items_max: usize,
     /// Most states that following one answer may come by; each takes 1 to 2 KiB.
     pub states_max: usize,
+    /// Most tools of a request.
+    pub tools_max: u32,
+    /// Most bytes of all its tools: names, descriptions and schemas.
+    pub tools_bytes_max: u64,
+    /// Most calls in one answer.
+    pub calls_max: u32,
 }
 
 impl Default for FormatsConfig {
@@ -29,6 +35,9 @@ impl Default for FormatsConfig {
             step_work_max: 30_000,
             step_items_max: 10_000,
             states_max: 20_000,
+            tools_max: 128,
+            tools_bytes_max: 128 << 10,
+            calls_max: 16,
         }
     }
 }

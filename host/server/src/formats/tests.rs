@@ -6,6 +6,8 @@ use serde_json::{Value, json};
 use visor_engine::{ConstraintError, Grammar};
 
 use super::*;
+use crate::calls::{Reader, Said};
+use visor_sandbox::{CallSyntax, ToolSpec};
 
 const VOCAB: usize = 32064;
 
@@ -27,7 +29,7 @@ fn bounds() -> Bounds {
 }
 
 fn compile_within(format: &OutputFormat, bounds: Bounds) -> Result<Arc<dyn Grammar>, FormatError> {
-    let compiled = formats().compile(format, bounds, &FormatsConfig::default());
+    let compiled = formats().compile(format, None, bounds, &FormatsConfig::default());
     compiled.map(|grammar| grammar.expect("no free text"))
 }
 
@@ -119,11 +121,14 @@ fn walk(grammar: &Arc<dyn Grammar>, seed: usize, tokens_max: usize) -> Walk {
 
 /// What walks say that come to their end, and how many do not.
 fn said(format: &OutputFormat) -> (Vec<String>, usize) {
-    let grammar = compile(format).unwrap();
+    said_within(&compile(format).unwrap())
+}
+
+fn said_within(grammar: &Arc<dyn Grammar>) -> (Vec<String>, usize) {
     let mut cut = 0;
     let mut texts = Vec::new();
     for seed in 0..30 {
-        let walk = walk(&grammar, seed, 200);
+        let walk = walk(grammar, seed, 200);
         assert_eq!(walk.failed, None);
         if walk.ended {
             texts.push(formats().tokenizer.decode(&walk.tokens, true));
@@ -317,6 +322,180 @@ fn hostile_formats_are_refused_in_time() {
             "{message}"
         );
     }
+}
+
+/// A tool whose every call is short, and one without arguments.
+fn calls(choice: ToolChoice, count_max: u32) -> Calls {
+    let tool = |name: &str, parameters: &Value| ToolSpec {
+        name: name.to_owned(),
+        description: String::new(),
+        parameters: parameters.to_string(),
+    };
+    let syntax = CallSyntax {
+        open: "call[".to_owned(),
+        between: ", ".to_owned(),
+        close: "]".to_owned(),
+    };
+    let weather = json!({
+        "properties": { "unit": { "enum": ["C", "F"] }, "days": { "type": "integer", "minimum": 1, "maximum": 9 } },
+        "required": ["unit", "days"],
+    });
+    Calls {
+        syntax,
+        tools: vec![
+            tool("weather", &weather),
+            tool("the_time", &json!({ "type": "object", "properties": {} })),
+        ],
+        choice,
+        count_max,
+    }
+}
+
+fn compile_calls(calls: &Calls, format: &OutputFormat) -> Result<Arc<dyn Grammar>, FormatError> {
+    let compiled = formats().compile(format, Some(calls), bounds(), &FormatsConfig::default());
+    compiled.map(|grammar| grammar.expect("no free text"))
+}
+
+/// The calls in a text, whose arguments fit.
+fn read_calls(calls: &Calls, text: &str) -> Vec<String> {
+    let mut reader = Reader::new(Some(Arc::new(calls.clone())));
+    let said = reader.take(text);
+    let name = |said: &Said| {
+        let Said::Call(call) = said else {
+            panic!("{text}");
+        };
+        let arguments: Value = serde_json::from_str(&call.arguments).unwrap();
+        match call.name.as_str() {
+            "weather" => {
+                assert_eq!(arguments.as_object().unwrap().len(), 2, "{text}");
+                assert!(["C", "F"].contains(&arguments["unit"].as_str().unwrap()));
+            }
+            "the_time" => assert_eq!(arguments, json!({})),
+            other => panic!("{other}"),
+        }
+        call.name.clone()
+    };
+    said.iter().map(name).collect()
+}
+
+#[test]
+fn calls_that_are_required_are_made_and_fit() {
+    let both = calls(ToolChoice::Required, 3);
+    let (texts, _) = said_within(&compile_calls(&both, &OutputFormat::Text).unwrap());
+    assert!(texts.len() > 15, "{}", texts.len());
+    let names: Vec<Vec<String>> = texts.iter().map(|text| read_calls(&both, text)).collect();
+    assert!(names.iter().all(|calls| (1..=3).contains(&calls.len())));
+    assert!(names.iter().any(|calls| calls.len() > 1));
+    let flat = names.concat();
+    assert!(flat.contains(&"weather".to_owned()) && flat.contains(&"the_time".to_owned()));
+
+    let named = calls(ToolChoice::Named("the_time".to_owned()), 1);
+    let (texts, cut) = said_within(&compile_calls(&named, &OutputFormat::Json).unwrap());
+    assert_eq!(cut, 0);
+    for text in texts {
+        assert_eq!(read_calls(&named, &text), ["the_time"]);
+    }
+}
+
+#[test]
+fn who_may_choose_answers_or_calls() {
+    let syntax = calls(ToolChoice::Auto, 2);
+    let text = |grammar: &Arc<dyn Grammar>, text: &str| {
+        let mut following = grammar.follow();
+        let ids = formats().tokenizer.encode_text(text);
+        for id in ids {
+            let mut logits = vec![0.0; VOCAB];
+            following.mask(&mut logits).unwrap();
+            if logits[id as usize] != 0.0 {
+                return None;
+            }
+            following.accept(id).unwrap();
+        }
+        let mut logits = vec![0.0; VOCAB];
+        following.mask(&mut logits).unwrap();
+        Some(
+            formats()
+                .stop_ids
+                .iter()
+                .any(|id| logits[*id as usize] == 0.0),
+        )
+    };
+    let free = compile_calls(&syntax, &OutputFormat::Text).unwrap();
+    for whole in [
+        "",
+        "A cat.",
+        "call",
+        "call me\n\n",
+        "I call[",
+        "日本 {}",
+        r#"call[{"name": "the_time", "arguments": {}}]"#,
+    ] {
+        assert_eq!(text(&free, whole), Some(true), "{whole}");
+    }
+    assert_eq!(text(&free, r#"call[{"name": "#), Some(false));
+    assert_eq!(text(&free, "call[ing"), None);
+    let held = compile_calls(&syntax, &regex("yes|no|call.*")).unwrap();
+    for (said, fits) in [
+        ("yes", Some(true)),
+        ("maybe", None),
+        ("call me", Some(true)),
+        ("call[x", None),
+    ] {
+        assert_eq!(text(&held, said), fits, "{said}");
+    }
+    let (texts, _) =
+        said_within(&compile_calls(&syntax, &schema_of(&json!({ "enum": [1, "a"] }))).unwrap());
+    for text in texts {
+        let is_answer = [json!(1), json!("a")]
+            .map(|v| v.to_string())
+            .contains(&text);
+        assert!(
+            is_answer || !read_calls(&syntax, &text).is_empty(),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn a_tool_that_cannot_be_called_is_named() {
+    for parameters in [
+        json!({ "type": "object", "properties": { "a": { "type": "no such type" } } }),
+        json!({ "type": "object", "properties": { "a": { "$ref": "http://127.0.0.1:1/x.json" } } }),
+        json!({ "type": "object", "properties": { "a": { "enum": [] } }, "required": ["a"] }),
+        json!({ "type": "string" }),
+        json!({ "multipleOf": 99_999 }),
+        json!(5),
+    ] {
+        for choice in [ToolChoice::Auto, ToolChoice::Required] {
+            let mut calls = calls(choice, 2);
+            calls.tools[1].parameters = parameters.to_string();
+            let error = compile_calls(&calls, &OutputFormat::Text).expect_err("refused");
+            let FormatError::Tool { index: 1, why } = &error else {
+                panic!("{error}: {parameters}");
+            };
+            assert!(why.len() < 500, "{why}");
+        }
+    }
+    let wrong = compile_calls(&calls(ToolChoice::Auto, 2), &regex("(")).unwrap_err();
+    assert!(matches!(wrong, FormatError::Unusable(_)), "{wrong}");
+}
+
+#[test]
+fn many_tools_are_followed_in_time() {
+    let mut many = calls(ToolChoice::Auto, 16);
+    let weather = many.tools[0].clone();
+    many.tools = (0..128)
+        .map(|n| ToolSpec {
+            name: format!("tool_{n}"),
+            ..weather.clone()
+        })
+        .collect();
+    let began = Instant::now();
+    let grammar = compile_calls(&many, &OutputFormat::Text).unwrap();
+    assert!(began.elapsed() < Duration::from_secs(20));
+    let walk = walk(&grammar, 1, 200);
+    assert_eq!(walk.failed, None);
+    assert!(walk.slowest < Duration::from_secs(1));
 }
 
 #[test]

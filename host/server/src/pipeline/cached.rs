@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use sha2::{Digest as _, Sha256};
 use visor_engine::{CacheKey, Lookup, NewEntry, Sampling, Scope, Scoping};
 use visor_model::Prompt;
-use visor_sandbox::OutputFormat;
+use visor_sandbox::{CallSyntax, OutputFormat, ToolChoice};
 
 use super::record::Stage;
 use super::work::Work;
+use crate::calls::Calls;
 use crate::wiring::Pinned;
 
 pub use visor_engine::Answer;
@@ -77,6 +78,8 @@ pub(super) struct AnswerKey<'a> {
     pub stop_ids: &'a [u32],
     /// What the answer is held to.
     pub format: &'a OutputFormat,
+    /// What it may call.
+    pub calls: Option<&'a Calls>,
     /// What is done to logits before the likeliest is taken.
     pub sampling: &'a Sampling,
 }
@@ -85,7 +88,7 @@ impl AnswerKey<'_> {
     /// SHA-256 over all of it, every part with its length before it.
     pub(super) fn digest(&self) -> [u8; 32] {
         let mut sha = Sha256::new();
-        sha.update(b"visor answer 3\0");
+        sha.update(b"visor answer 4\0");
         let pinned = self.pinned;
         for plugin in [&pinned.adapter, &pinned.template, &pinned.image_policy] {
             text(&mut sha, plugin.revision());
@@ -109,6 +112,7 @@ impl AnswerKey<'_> {
             .iter()
             .for_each(|id| sha.update(id.to_le_bytes()));
         shape(&mut sha, self.format);
+        tools(&mut sha, self.calls);
         adjustments(&mut sha, self.sampling);
         sha.finalize().into()
     }
@@ -141,6 +145,33 @@ fn shape(sha: &mut Sha256, format: &OutputFormat) {
     };
     sha.update([kind]);
     text(sha, written);
+}
+
+/// The prompt tells of the tools as the template pleases; what an answer is held to is theirs.
+fn tools(sha: &mut Sha256, calls: Option<&Calls>) {
+    count(sha, calls.map_or(0, |calls| calls.tools.len()));
+    let Some(calls) = calls else { return };
+    for tool in &calls.tools {
+        text(sha, &tool.name);
+        text(sha, &tool.description);
+        text(sha, &tool.parameters);
+    }
+    let (choice, name) = match &calls.choice {
+        ToolChoice::Auto => (0, ""),
+        ToolChoice::Required => (1, ""),
+        ToolChoice::Named(name) => (2, name.as_str()),
+    };
+    sha.update([choice]);
+    text(sha, name);
+    sha.update(calls.count_max.to_le_bytes());
+    let CallSyntax {
+        open,
+        between,
+        close,
+    } = &calls.syntax;
+    for part in [open, between, close] {
+        text(sha, part);
+    }
 }
 
 fn count(sha: &mut Sha256, count: usize) {

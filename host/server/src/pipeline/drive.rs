@@ -205,18 +205,22 @@ fn follow(work: &mut Work, running: Running) -> Following {
         index,
         origin,
         prefill,
+        calls,
         keep,
     } = running;
     let (told, choices) = match origin {
-        Origin::Engine(choices) => (Told::new(index, prefill, choices.len()), choices),
+        Origin::Engine(choices) => {
+            let told = Told::new(index, prefill, (choices.len(), calls));
+            (told, choices)
+        }
         Origin::Cache(answer, count) => {
             work.trace.response_cached = true;
-            let mut told = Told::new(index, None, count);
+            let mut told = Told::new(index, None, (count, calls));
             (0..count).for_each(|choice| told.answer(work, choice, &answer));
             (told, Vec::new())
         }
         Origin::Counted(usage) => {
-            let mut told = Told::new(index, None, 0);
+            let mut told = Told::new(index, None, (0, None));
             told.counted(work, usage);
             (told, Vec::new())
         }

@@ -1,6 +1,7 @@
 //! One generation, from the adapter's plan to the engine's queue: decode, policy, template, count,
 //! cache, crops, submit. Everything a client can have done wrong is found before the queue.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,7 +10,9 @@ use visor_engine::{
     Usage,
 };
 use visor_model::{ModelError, Prompt};
-use visor_sandbox::{ErrorCode, Extensions, Generation, OutputFormat};
+use visor_sandbox::{
+    CallSyntax, ErrorCode, Extensions, Generation, OutputFormat, ToolChoice, ToolSpec,
+};
 
 use super::cached::{self, Answer, AnswerKey, Sharing};
 use super::failure::Failure;
@@ -17,7 +20,8 @@ use super::plan::{self, Wish};
 use super::prompt::{self, Task};
 use super::vision::{self, Planned};
 use super::work::{Stop, Work};
-use crate::formats::Bounds;
+use crate::calls::Calls;
+use crate::formats::{Bounds, FormatError};
 
 /// Seconds after which a client that met a full queue may come back.
 const RETRY_AFTER_S: u32 = 2;
@@ -30,6 +34,8 @@ pub(super) struct Running {
     pub origin: Origin,
     /// Text the answer begins with, not yet told.
     pub prefill: Option<String>,
+    /// What it may call.
+    pub calls: Option<Arc<Calls>>,
     /// Where to keep the whole answer, if it may be kept.
     pub keep: Option<Keep>,
 }
@@ -61,10 +67,12 @@ pub(super) fn start(work: &mut Work, generation: Generation, index: u32) -> Resu
     let only_count = generation.tokens_max == Some(0);
     let mut counted = count(work, generation)?;
     let prefill = counted.prefill.take();
+    let calls = counted.calls.clone();
     let known = |origin| Running {
         index,
         origin,
         prefill: None,
+        calls: calls.clone(),
         keep: None,
     };
     if only_count {
@@ -86,6 +94,7 @@ pub(super) fn start(work: &mut Work, generation: Generation, index: u32) -> Resu
         index,
         origin,
         prefill,
+        calls,
         keep,
     })
 }
@@ -101,8 +110,8 @@ struct Counted {
     stop_ids: Vec<u32>,
     prefill: Option<String>,
     format: OutputFormat,
-    /// What the client calls it.
-    format_param: String,
+    calls: Option<Arc<Calls>>,
+    names: Names,
     extensions: Extensions,
 }
 
@@ -131,14 +140,18 @@ fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
     let tokens_max = plan::prompt_tokens_max(&config, &model);
     plan::check_least(&generation.input, text_tokens, image_tokens, tokens_max)?;
     work.check()?;
+    let names = Names::read(&generation.extensions);
     let task = Task {
         input: generation.input,
-        tools: generation.tools,
+        tools: generation.tools.clone(),
         image_tokens: planned.iter().map(|image| image.tokens).collect(),
         budget_tokens,
         extensions: generation.extensions.clone(),
     };
     let rendered = prompt::render(work, task)?;
+    let wanted = (generation.tool_choice, generation.parallel_tools);
+    let calls_max = config.formats.calls_max;
+    let calls = calls((generation.tools, rendered.calls), wanted, calls_max)?;
     Ok(Counted {
         tokens_max: plan::output_tokens(&rendered.prompt, &wish, &config, &model)?,
         planned,
@@ -149,16 +162,65 @@ fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
         stop_ids: rendered.stop_ids,
         prefill: rendered.prefill,
         format: generation.format,
-        format_param: format_param(&generation.extensions),
+        calls,
+        names,
         extensions: generation.extensions,
     })
 }
 
-/// What the client calls its format: the adapter says it in the extension `format.param`.
-fn format_param(extensions: &Extensions) -> String {
-    let mut named = extensions.iter().filter(|(key, _)| key == "format.param");
-    let named = named.next().map(|(_, value)| value.as_str());
-    named.unwrap_or("response_format").to_owned()
+/// What the model may call, if it is offered tools.
+fn calls(
+    (tools, syntax): (Vec<ToolSpec>, Option<CallSyntax>),
+    (choice, parallel): (ToolChoice, bool),
+    calls_max: u32,
+) -> Result<Option<Arc<Calls>>, Failure> {
+    if tools.is_empty() {
+        return Ok(None);
+    }
+    let syntax = syntax.ok_or_else(|| {
+        Failure::unsupported("tools", "this prompt template writes no calls of tools")
+    })?;
+    let once = !parallel || matches!(choice, ToolChoice::Named(_));
+    Ok(Some(Arc::new(Calls {
+        syntax,
+        tools,
+        choice,
+        count_max: if once { 1 } else { calls_max },
+    })))
+}
+
+/// What the client calls what its answer is held to: the adapter says it in extensions.
+struct Names {
+    format: String,
+    /// By number; those that were not named are missing.
+    tools: BTreeMap<usize, String>,
+}
+
+impl Names {
+    fn read(extensions: &Extensions) -> Self {
+        let number = |key: &str| {
+            let number = key.strip_prefix("tool.")?.strip_suffix(".param")?;
+            number.parse().ok()
+        };
+        let tools = extensions.iter();
+        let tools = tools.filter_map(|(key, name)| Some((number(key)?, name.clone())));
+        let mut format = extensions.iter().filter(|(key, _)| key == "format.param");
+        Self {
+            format: format
+                .next()
+                .map_or_else(|| "response_format".to_owned(), |(_, name)| name.clone()),
+            tools: tools.collect(),
+        }
+    }
+
+    /// What is wrong, as the client calls it.
+    fn of(&self, error: &FormatError) -> String {
+        let FormatError::Tool { index, .. } = error else {
+            return self.format.clone();
+        };
+        let named = self.tools.get(index).cloned();
+        named.unwrap_or_else(|| format!("tools[{index}]"))
+    }
 }
 
 /// The grammar of an answer that is not free.
@@ -173,13 +235,12 @@ fn grammar(
         stop_ids: counted.stop_ids.clone(),
     };
     let limits = &work.call.pinned.config.formats;
-    let compiled = work
-        .call
-        .house
-        .formats
-        .compile(&counted.format, bounds, limits);
-    let invalid = |message: String| Failure::invalid(message).at(&counted.format_param);
-    Ok(compiled.map_err(|error| invalid(error.to_string()))?)
+    let formats = &work.call.house.formats;
+    let compiled = formats.compile(&counted.format, counted.calls.as_deref(), bounds, limits);
+    Ok(compiled.map_err(|error| {
+        let param = counted.names.of(&error);
+        Failure::invalid(error.to_string()).at(param)
+    })?)
 }
 
 /// Who shares what this generation makes, and the key of its whole answer if that has one: only
@@ -210,6 +271,7 @@ fn share(work: &mut Work, counted: &mut Counted) -> (Sharing, Option<CacheKey>) 
             stop_strings: &counted.stop_strings,
             stop_ids: &counted.stop_ids,
             format: &counted.format,
+            calls: counted.calls.as_deref(),
             sampling: &counted.sampling,
         };
         sharing.key(key.digest())

@@ -3,13 +3,15 @@
 
 mod sampling;
 
+use std::collections::HashSet;
+
 pub(super) use sampling::seed_of;
 use visor_engine::Sampling;
 use visor_model::Prompt;
-use visor_sandbox::{ErrorCode, Generation, Input};
+use visor_sandbox::{ErrorCode, Generation, Input, ToolChoice, ToolSpec};
 
 use super::failure::Failure;
-use crate::config::Config;
+use crate::config::{Config, FormatsConfig};
 use crate::services::ServedModel;
 
 /// Most messages of one conversation.
@@ -51,7 +53,7 @@ pub(super) fn check(
         );
         return Err(Failure::new(ErrorCode::NotFound, message).at("model"));
     }
-    check_features(generation)?;
+    check_tools(generation, &config.formats)?;
     check_images(generation.images.len(), config)?;
     check_stops(&generation.stop)?;
     check_conversation(&generation.input)?;
@@ -62,14 +64,39 @@ pub(super) fn check(
     })
 }
 
-fn check_features(generation: &Generation) -> Result<(), Failure> {
-    if !generation.tools.is_empty() {
-        return Err(Failure::unsupported(
-            "tools",
-            "this server does not call tools",
+/// Refuses more tools than the operator allows, and those that cannot be told apart.
+fn check_tools(generation: &Generation, limits: &FormatsConfig) -> Result<(), Failure> {
+    let tools = &generation.tools;
+    let refused = |message: String| Err(Failure::invalid(message).at("tools"));
+    if tools.len() > limits.tools_max as usize {
+        let (count, count_max) = (tools.len(), limits.tools_max);
+        return refused(format!(
+            "the request has {count} tools; {count_max} are allowed"
         ));
     }
-    Ok(())
+    let bytes = |tool: &ToolSpec| tool.name.len() + tool.description.len() + tool.parameters.len();
+    let bytes: usize = tools.iter().map(bytes).sum();
+    if bytes as u64 > limits.tools_bytes_max {
+        let bytes_max = limits.tools_bytes_max;
+        return refused(format!(
+            "the tools are {bytes} bytes; {bytes_max} are allowed"
+        ));
+    }
+    let mut names = HashSet::new();
+    if let Some(tool) = tools.iter().find(|tool| !names.insert(&tool.name)) {
+        return refused(format!("two tools have the name `{}`", tool.name));
+    }
+    match &generation.tool_choice {
+        ToolChoice::Named(name) if !names.contains(name) => {
+            let message = format!("there is no tool `{name}`");
+            Err(Failure::invalid(message).at("tool_choice"))
+        }
+        ToolChoice::Required if tools.is_empty() => {
+            let message = "a call is required, and there are no tools";
+            Err(Failure::invalid(message).at("tool_choice"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Refuses more pictures than a request may have.

@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use visor_model::{Prompt, PromptPart};
 use visor_sandbox::{
-    Conversation, Extensions, Input, Message, ModelFacts, Part, PromptSegments, Segment, ToolSpec,
+    CallSyntax, Conversation, Extensions, Input, Message, ModelFacts, Part, PromptSegments,
+    Segment, ToolSpec,
 };
 
 use super::failure::Failure;
@@ -23,6 +24,8 @@ pub(super) struct Rendered {
     pub stop_ids: Vec<u32>,
     /// Text the answer begins with.
     pub prefill: Option<String>,
+    /// How tool calls are written.
+    pub calls: Option<CallSyntax>,
     /// Whether the prompt ends with text that the answer goes on with.
     pub continues: bool,
 }
@@ -124,6 +127,7 @@ fn render_untimed(work: &Work, task: Task) -> Result<Rendered, Stop> {
         stop_ids,
         continues: is_text || segments.prefill.is_some(),
         prefill: segments.prefill,
+        calls: segments.calls,
     })
 }
 
@@ -156,6 +160,7 @@ fn as_it_is(text: String, image_count: usize) -> PromptSegments {
         stop: Vec::new(),
         stop_control: Vec::new(),
         prefill: None,
+        calls: None,
         extensions: Vec::new(),
     }
 }

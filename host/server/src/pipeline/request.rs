@@ -148,6 +148,10 @@ impl LiftedBlobs {
             OutputFormat::JsonSchema(text) | OutputFormat::Regex(text) => self.restore_text(text),
             OutputFormat::Text | OutputFormat::Json => {}
         }
+        for tool in &mut generation.tools {
+            self.restore_text(&mut tool.description);
+            self.restore_text(&mut tool.parameters);
+        }
     }
 
     fn restore_message(&self, message: &mut Message) {

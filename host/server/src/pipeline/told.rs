@@ -9,6 +9,7 @@ use visor_sandbox::{Event, FinishReason, TokenChance, TokenInfo, Usage};
 use super::generate::{self, Keep};
 use super::record::Stage;
 use super::work::{Stop, Work};
+use crate::calls::{Calls, Reader, Said};
 
 /// What an adapter was told of one generation, and what it is to be told next.
 pub(super) struct Told {
@@ -30,17 +31,29 @@ pub(super) struct Told {
 /// One of its answers.
 #[derive(Debug, Clone, Default)]
 struct Choice {
-    /// All of its text so far.
+    /// All of its text so far, as the model said it.
     text: String,
+    reader: Reader,
+    /// Of text that is held back until it is told from a call.
+    tokens: Vec<TokenInfo>,
     over: bool,
 }
 
 impl Told {
-    pub(super) fn new(index: u32, prefill: Option<String>, choices: usize) -> Self {
+    /// Nothing was told yet of so many choices, which may be calls.
+    pub(super) fn new(
+        index: u32,
+        prefill: Option<String>,
+        (choices, calls): (usize, Option<Arc<Calls>>),
+    ) -> Self {
+        let choice = Choice {
+            reader: Reader::new(calls),
+            ..Choice::default()
+        };
         Self {
             index,
             prefill,
-            choices: vec![Choice::default(); choices],
+            choices: vec![choice; choices],
             started: false,
             usage: visor_engine::Usage::default(),
             timings: Timings::default(),
@@ -164,7 +177,7 @@ impl Told {
             work.text_came();
         }
         // The kept text has the prefill in it already.
-        self.push_delta(choice, answer.text.clone(), Vec::new());
+        self.said(choice, &answer.text, Vec::new());
         let answer = Answer {
             usage,
             ..answer.clone()
@@ -184,7 +197,33 @@ impl Told {
 
     fn delta(&mut self, choice: usize, text: String, tokens: Vec<TokenInfo>) {
         self.choices[choice].text.push_str(&text);
-        self.push_delta(choice, text, tokens);
+        self.said(choice, &text, tokens);
+    }
+
+    /// What the model said becomes text or calls, as far as it can be told. Of calls no tokens are told.
+    fn said(&mut self, choice: usize, text: &str, tokens: Vec<TokenInfo>) {
+        let own = &mut self.choices[choice];
+        own.tokens.extend(tokens);
+        for said in own.reader.take(text) {
+            let tokens = std::mem::take(&mut self.choices[choice].tokens);
+            match said {
+                Said::Text(text) => self.push_delta(choice, text, tokens),
+                Said::Call(call) => self.events.push(Event::ToolCall {
+                    generation: self.index,
+                    choice: number(choice),
+                    call,
+                }),
+            }
+        }
+    }
+
+    /// What was held back to the end.
+    fn rest(&mut self, choice: usize, whole: bool) {
+        let own = &mut self.choices[choice];
+        if let Some(text) = own.reader.finish(whole) {
+            let tokens = std::mem::take(&mut own.tokens);
+            self.push_delta(choice, text, tokens);
+        }
     }
 
     /// Neighbouring deltas of a choice become one.
@@ -213,7 +252,11 @@ impl Told {
     }
 
     fn finish(&mut self, work: &mut Work, choice: usize, answer: &Answer, timings: Timings) {
+        let whole = answer.reason == Finish::Stop && answer.matched_stop.is_none();
+        self.rest(choice, whole);
+        let called = self.choices[choice].reader.calls() > 0;
         let (reason, word) = match answer.reason {
+            Finish::Stop if called => (FinishReason::ToolCalls, "stop"),
             Finish::Stop => (FinishReason::Stop, "stop"),
             Finish::Length => (FinishReason::Length, "length"),
             Finish::Cancelled => (FinishReason::Cancelled, "cancelled"),

@@ -1,7 +1,7 @@
 //! Event lists in, bytes out.
 
 use super::*;
-use crate::exports::visor::plugin::adapter::{Delta, Finish, Total};
+use crate::exports::visor::plugin::adapter::{Call, Delta, Finish, Total};
 
 const USAGE: Usage = Usage {
     prompt_tokens: 770,
@@ -140,6 +140,60 @@ fn a_stream_has_the_events_of_one_block_in_order() {
         json!({ "stop_reason": "stop_sequence", "stop_sequence": "END" })
     );
     assert_eq!(events[5].1["usage"]["output_tokens"], 2);
+}
+
+#[test]
+fn calls_are_blocks() {
+    let call = |id: &str| {
+        Event::ToolCall(Call {
+            generation: 0,
+            choice: 0,
+            call: ToolCall {
+                id: id.to_owned(),
+                name: "weather".to_owned(),
+                arguments: r#"{"city": "Ulm"}"#.to_owned(),
+            },
+        })
+    };
+    let called = || {
+        let finish = finish(FinishReason::ToolCalls, None);
+        vec![
+            Event::Started((0, USAGE)),
+            call("1"),
+            call("2"),
+            finish,
+            done(),
+        ]
+    };
+    let message: Value = serde_json::from_str(&run(Shape::Whole, called())).unwrap();
+    assert_eq!(message["stop_reason"], "tool_use");
+    let block = |id: &str| json!({ "type": "tool_use", "id": id, "name": "weather", "input": { "city": "Ulm" } });
+    assert_eq!(
+        message["content"],
+        json!([block("toolu_1"), block("toolu_2")])
+    );
+    let events = events(&run(Shape::Stream, called()));
+    let names: Vec<&str> = events.iter().map(|(name, _)| name.as_str()).collect();
+    let block = [
+        "content_block_start",
+        "content_block_delta",
+        "content_block_stop",
+    ];
+    let ends = ["message_delta", "message_stop"];
+    assert_eq!(
+        names,
+        [&["message_start"][..], &block, &block, &ends].concat()
+    );
+    assert_eq!(
+        events[1].1["content_block"],
+        json!({ "type": "tool_use", "id": "toolu_1", "name": "weather", "input": {} })
+    );
+    let delta = json!({ "type": "input_json_delta", "partial_json": "{\"city\": \"Ulm\"}" });
+    assert_eq!(
+        (&events[5].1["delta"], &events[5].1["index"]),
+        (&delta, &json!(1))
+    );
+    assert_eq!(events[7].1["delta"]["stop_reason"], "tool_use");
 }
 
 #[test]

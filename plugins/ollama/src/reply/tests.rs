@@ -1,7 +1,7 @@
 //! Event lists in, bytes out.
 
 use super::*;
-use crate::exports::visor::plugin::adapter::{Delta, Finish};
+use crate::exports::visor::plugin::adapter::{Call, Delta, Finish};
 use crate::visor::plugin::types::Usage;
 
 const NOW: &str = "2024-02-29T00:00:00.000Z";
@@ -174,4 +174,51 @@ fn a_model_that_is_there_is_loaded() {
         (&json!(true), &json!("load"))
     );
     assert_eq!(body["response"], "");
+}
+
+#[test]
+fn calls_have_their_arguments_as_objects() {
+    let call = |id: &str| {
+        Event::ToolCall(Call {
+            generation: 0,
+            choice: 0,
+            call: ToolCall {
+                id: id.to_owned(),
+                name: "weather".to_owned(),
+                arguments: r#"{"city": "Ulm"}"#.to_owned(),
+            },
+        })
+    };
+    let told = |id: &str, index: usize| json!({ "id": id, "function": { "index": index, "name": "weather", "arguments": { "city": "Ulm" } } });
+    let events = || {
+        vec![
+            call("1"),
+            call("2"),
+            finish(FinishReason::ToolCalls),
+            done(),
+        ]
+    };
+    let advance = |stream: bool| {
+        let mut reply = Reply::new(Shape::Chat, "m".to_owned(), stream, false);
+        String::from_utf8(reply.advance(events(), NOW).unwrap().bytes).unwrap()
+    };
+    let whole: Value = serde_json::from_str(&advance(false)).unwrap();
+    assert_eq!(
+        whole["message"],
+        json!({ "role": "assistant", "content": "", "tool_calls": [told("call_1", 0), told("call_2", 1)] })
+    );
+    assert_eq!(whole["done_reason"], "stop");
+    let lines: Vec<Value> = advance(true)
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 3);
+    assert_eq!(
+        lines[1]["message"]["tool_calls"],
+        json!([told("call_2", 1)])
+    );
+    assert_eq!(
+        (&lines[1]["done"], &lines[2]["done"]),
+        (&json!(false), &json!(true))
+    );
 }

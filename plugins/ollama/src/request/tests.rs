@@ -130,8 +130,8 @@ fn what_is_wrong_is_named() {
         ),
         (
             with("messages", json!([{ "role": "tool" }])),
-            unsupported,
-            "messages[0].role",
+            invalid,
+            "messages[0].content",
         ),
         (
             with(
@@ -160,7 +160,7 @@ fn what_is_wrong_is_named() {
         ),
         (with("format", json!("xml")), invalid, "format"),
         (with("format", json!(5)), invalid, "format"),
-        (with("tools", json!([{}])), unsupported, "tools"),
+        (with("tools", json!([{}])), invalid, "tools[0].function"),
         (with("think", json!(true)), unsupported, "think"),
         (with("top_logprobs", json!(21)), invalid, "top_logprobs"),
     ];
@@ -169,6 +169,8 @@ fn what_is_wrong_is_named() {
         let named = wrong.param.as_deref().unwrap_or_default();
         assert_eq!((wrong.kind, named), (kind, param), "{body}");
     }
+    let tools = json!({ "model": "m", "prompt": "a", "tools": [{}] });
+    assert_eq!(generate(&tools).unwrap_err().kind, Kind::Unsupported);
     for key in ["suffix", "template"] {
         let mut body = json!({ "model": "m", "prompt": "a" });
         body[key] = json!("b");

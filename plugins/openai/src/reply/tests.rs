@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::error::render_error;
-use crate::exports::visor::plugin::adapter::{Finish, TokenChance, Total};
+use crate::exports::visor::plugin::adapter::{Call, Finish, TokenChance, Total};
 
 const USAGE: Usage = Usage {
     prompt_tokens: 770,
@@ -436,4 +436,56 @@ fn overload_says_when_to_come_back() {
             .headers
             .contains(&("retry-after".to_owned(), "2".to_owned()))
     );
+}
+
+fn call(choice: u32, id: &str) -> Event {
+    Event::ToolCall(Call {
+        generation: 0,
+        choice,
+        call: ToolCall {
+            id: id.to_owned(),
+            name: "weather".to_owned(),
+            arguments: r#"{"city": "Ulm"}"#.to_owned(),
+        },
+    })
+}
+
+#[test]
+fn calls_stand_beside_no_text() {
+    let events = || {
+        let finish = finish(FinishReason::ToolCalls);
+        vec![
+            Event::Started((0, USAGE)),
+            call(0, "1"),
+            call(0, "2"),
+            finish,
+            done(),
+        ]
+    };
+    let body = run(|| (reply(false, false), events()));
+    let answer: Value = serde_json::from_str(&body).unwrap();
+    let told = |id: &str| json!({ "id": id, "type": "function", "function": { "name": "weather", "arguments": "{\"city\": \"Ulm\"}" } });
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["finish_reason"], "tool_calls");
+    assert_eq!(
+        choice["message"],
+        json!({ "role": "assistant", "content": null, "refusal": null, "tool_calls": [told("call_1"), told("call_2")] })
+    );
+    let chunks = chunks(&run(|| (reply(true, false), events())));
+    let deltas: Vec<&Value> = chunks
+        .iter()
+        .map(|chunk| &chunk["choices"][0]["delta"]["tool_calls"][0])
+        .filter(|call| call.is_object())
+        .collect();
+    assert_eq!(
+        *deltas[0],
+        json!({ "index": 0, "id": "call_1", "type": "function", "function": { "name": "weather", "arguments": "" } })
+    );
+    assert_eq!(
+        *deltas[1],
+        json!({ "index": 0, "function": { "arguments": "{\"city\": \"Ulm\"}" } })
+    );
+    assert_eq!((deltas.len(), &deltas[2]["index"]), (4, &json!(1)));
+    let last = &chunks[chunks.len() - 1]["choices"][0];
+    assert_eq!(last["finish_reason"], "tool_calls");
 }

@@ -336,8 +336,8 @@ fn wrong_messages_are_named() {
 #[test]
 fn what_cannot_be_honoured_is_refused_and_not_ignored() {
     let refused = [
-        ("tools", json!([{ "type": "function" }])),
-        ("tool_choice", json!("required")),
+        ("functions", json!([{ "name": "f" }])),
+        ("function_call", json!({ "name": "f" })),
         ("modalities", json!(["text", "audio"])),
     ];
     for (key, value) in refused {
@@ -347,8 +347,8 @@ fn what_cannot_be_honoured_is_refused_and_not_ignored() {
             (Kind::Unsupported, Some(key))
         );
     }
-    let tool = json!({ "messages": [{ "role": "tool", "content": "42" }] });
-    assert_eq!(parsed(&tool).unwrap_err().kind, Kind::Unsupported);
+    let old = json!({ "messages": [{ "role": "function", "name": "f", "content": "42" }] });
+    assert_eq!(parsed(&old).unwrap_err().kind, Kind::Unsupported);
     let audio = parsed(&content(
         json!([{ "type": "input_audio", "input_audio": {} }]),
     ))

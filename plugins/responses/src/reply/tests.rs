@@ -1,7 +1,7 @@
 //! Event lists in, bytes out.
 
 use super::*;
-use crate::exports::visor::plugin::adapter::{Finish, Total};
+use crate::exports::visor::plugin::adapter::{Call, Finish, Total};
 
 const USAGE: Usage = Usage {
     prompt_tokens: 770,
@@ -203,5 +203,64 @@ fn errors_have_their_status_and_four_keys() {
                 .headers
                 .contains(&("retry-after".to_owned(), "2".to_owned()))
         );
+    }
+}
+
+#[test]
+fn calls_are_items() {
+    let call = |id: &str| {
+        Event::ToolCall(Call {
+            generation: 0,
+            choice: 0,
+            call: ToolCall {
+                id: id.to_owned(),
+                name: "weather".to_owned(),
+                arguments: r#"{"city": "Ulm"}"#.to_owned(),
+            },
+        })
+    };
+    let called = || {
+        let finish = finish(FinishReason::ToolCalls);
+        vec![
+            Event::Started((0, USAGE)),
+            call("1"),
+            call("2"),
+            finish,
+            done(),
+        ]
+    };
+    let response: Value = serde_json::from_str(&run(Shape::Whole, called())).unwrap();
+    let item = |id: &str, call_id: &str| {
+        json!({
+            "id": id, "type": "function_call", "status": "completed", "call_id": call_id,
+            "name": "weather", "arguments": "{\"city\": \"Ulm\"}",
+        })
+    };
+    assert_eq!(
+        response["output"],
+        json!([item("fc_1", "call_1"), item("fc_2", "call_2")])
+    );
+    assert_eq!(response["status"], "completed");
+    let events = events(&run(Shape::Stream, called()));
+    let names: Vec<&str> = events.iter().map(|e| e["type"].as_str().unwrap()).collect();
+    let one = [
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+    ];
+    let begun = ["response.created", "response.in_progress"];
+    assert_eq!(
+        names,
+        [&begun[..], &one, &one, &["response.completed"]].concat()
+    );
+    assert_eq!(events[2]["item"]["arguments"], "");
+    assert_eq!(
+        (&events[6]["output_index"], &events[6]["item"]["call_id"]),
+        (&json!(1), &json!("call_2"))
+    );
+    assert_eq!(events[10]["response"], response);
+    for (number, event) in events.iter().enumerate() {
+        assert_eq!(event["sequence_number"], number);
     }
 }

@@ -93,7 +93,7 @@ fn input_that_is_wrong_is_named() {
             "input[0].role",
         ),
         (
-            with("input", json!([{ "type": "function_call_output" }])),
+            with("input", json!([{ "type": "reasoning" }])),
             unsupported,
             "input[0].type",
         ),
@@ -137,7 +137,7 @@ fn settings_that_are_wrong_are_named() {
             "previous_response_id",
         ),
         ("background", json!(true), unsupported, "background"),
-        ("tools", json!([{}]), unsupported, "tools"),
+        ("tools", json!([{}]), invalid, "tools[0].type"),
         ("truncation", json!("auto"), unsupported, "truncation"),
         ("text", schema, invalid, "text.format.schema"),
     ];

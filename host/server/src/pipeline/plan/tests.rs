@@ -3,7 +3,7 @@
 use super::*;
 use std::sync::Arc;
 use visor_model::{CheckpointFacts, Tokenizer};
-use visor_sandbox::{ChatRole, Message, Part, Sampling as Wishes, ToolSpec};
+use visor_sandbox::{ChatRole, Message, Part, Sampling as Wishes};
 
 fn model(context_tokens: u32) -> ServedModel {
     let tokenizer = Tokenizer::from_bytes(include_bytes!("../../../../model/phi3/tokenizer.json"));
@@ -35,6 +35,8 @@ fn generation() -> Generation {
         stop: Vec::new(),
         format: visor_sandbox::OutputFormat::Text,
         tools: Vec::new(),
+        tool_choice: ToolChoice::Auto,
+        parallel_tools: true,
         count: 1,
         extensions: Vec::new(),
     }
@@ -59,22 +61,12 @@ fn wish(tokens_wanted: Option<u32>) -> Wish {
 #[test]
 fn what_cannot_be_fulfilled_names_its_key() {
     let model = model(100);
-    let tool = ToolSpec {
-        name: "f".to_owned(),
-        description: String::new(),
-        parameters: "{}".to_owned(),
-    };
     let refused = |change: &dyn Fn(&mut Generation)| {
         let mut generation = generation();
         change(&mut generation);
         let failure = check(&generation, &Config::default(), &model).expect_err("refused");
         (failure.error.code, failure.error.param.unwrap_or_default())
     };
-    let unsupported = |param: &str| (ErrorCode::Unsupported, param.to_owned());
-    assert_eq!(
-        refused(&|g| g.tools.push(tool.clone())),
-        unsupported("tools")
-    );
     assert_eq!(
         refused(&|g| g.model = Some("other".to_owned())),
         (ErrorCode::NotFound, "model".to_owned())
@@ -88,6 +80,44 @@ fn what_cannot_be_fulfilled_names_its_key() {
         refused(&|g| g.stop = vec!["x".to_owned(); 9]),
         invalid("stop")
     );
+}
+
+#[test]
+fn tools_have_limits_and_names_of_their_own() {
+    let tool = |name: &str, description: &str| ToolSpec {
+        name: name.to_owned(),
+        description: description.to_owned(),
+        parameters: "{}".to_owned(),
+    };
+    let check = |tools: &[ToolSpec], choice: ToolChoice| {
+        let generation = Generation {
+            tools: tools.to_vec(),
+            tool_choice: choice,
+            ..generation()
+        };
+        let limits = FormatsConfig {
+            tools_max: 3,
+            tools_bytes_max: 100,
+            ..FormatsConfig::default()
+        };
+        let refused = check_tools(&generation, &limits).err();
+        refused.map(|failure| failure.error.param.unwrap_or_default())
+    };
+    let few: Vec<_> = ["a", "b", "c"].map(|name| tool(name, "")).into();
+    let named = |name: &str| ToolChoice::Named(name.to_owned());
+    assert_eq!(check(&few, ToolChoice::Auto), None);
+    assert_eq!(check(&few, named("b")), None);
+    assert_eq!(check(&[], ToolChoice::Auto), None);
+    let many: Vec<_> = ["a", "b", "c", "d"].map(|name| tool(name, "")).into();
+    let tools = Some("tools".to_owned());
+    assert_eq!(check(&many, ToolChoice::Auto), tools);
+    let long = [tool("a", &"x".repeat(98))];
+    assert_eq!(check(&long, ToolChoice::Auto), tools);
+    let twins = [tool("a", "one"), tool("a", "two")];
+    assert_eq!(check(&twins, ToolChoice::Auto), tools);
+    let choice = Some("tool_choice".to_owned());
+    assert_eq!(check(&few, named("d")), choice);
+    assert_eq!(check(&[], ToolChoice::Required), choice);
 }
 
 type Change = fn(&mut Wishes);

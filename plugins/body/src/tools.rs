@@ -1,0 +1,236 @@
+//! The tools a body offers the model, and whether it is to call them.
+
+use serde_json::{Map, Value};
+
+use crate::format::verbatim;
+use crate::{Field, Wrong};
+
+/// Longest name of a tool, in characters.
+const NAME_MAX: usize = 64;
+/// Parameters of a tool that has none.
+const NOTHING: &str = r#"{"type":"object","properties":{}}"#;
+
+/// A tool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tool {
+    /// Its name.
+    pub name: String,
+    /// What it does.
+    pub description: String,
+    /// The schema of its arguments, as the client wrote it.
+    pub parameters: String,
+    /// What the client calls the schema.
+    pub param: String,
+}
+
+/// Whether the model calls tools.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// Never.
+    None,
+    /// As it likes.
+    #[default]
+    Auto,
+    /// It does.
+    Required,
+    /// This one.
+    Named(String),
+}
+
+/// Tools and what is to become of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tools {
+    /// Empty where none are offered.
+    pub tools: Vec<Tool>,
+    /// Whether they are called.
+    pub choice: Choice,
+    /// Whether several may be called at once.
+    pub parallel: bool,
+}
+
+impl Tool {
+    /// Reads what all dialects have in one place or another: a name, a description, and under `schema_key` a schema. `text` is the
+    /// whole body.
+    ///
+    /// # Errors
+    /// What is no tool.
+    pub fn read(tool: &Field, schema_key: &str, text: &str) -> Result<Self, Wrong> {
+        let name = tool.object()?.get("name");
+        check_name(&name)?;
+        tool.get("strict").flag()?;
+        let schema = tool.get(schema_key);
+        let parameters = match schema.clone().given() {
+            None => NOTHING,
+            Some(schema) => {
+                let kind = schema.object()?.get("type");
+                if kind.value().is_some() && !kind.is_one_of(&["object"]) {
+                    return Err(kind.wrong_value("object, as the arguments of a tool are one"));
+                }
+                verbatim(text, &schema.path).ok_or_else(|| schema.wrong_type("an object"))?
+            }
+        };
+        Ok(Self {
+            name: name.string()?.to_owned(),
+            description: tool.get("description").text()?.unwrap_or_default(),
+            parameters: parameters.to_owned(),
+            param: schema.path,
+        })
+    }
+}
+
+impl Tools {
+    /// Reads the array of tools, each by `read`. `choice` is where and how the client chose.
+    ///
+    /// # Errors
+    /// What is no tool, two of a name, or a choice that is none of them.
+    pub fn read(
+        tools: &Field,
+        read: impl Fn(&Field) -> Result<Tool, Wrong>,
+        (place, choice): (&Field, Choice),
+        parallel: bool,
+    ) -> Result<Self, Wrong> {
+        let items = match tools.clone().given() {
+            Some(tools) => tools.items()?,
+            None => Vec::new(),
+        };
+        // A set, in the shape that is compiled into every adapter anyway.
+        let mut names = Map::new();
+        let mut list = Vec::new();
+        for item in &items {
+            let tool = read(item.object()?)?;
+            if names.insert(tool.name.clone(), Value::Null).is_some() {
+                let message = format!(
+                    "Invalid value for '{}': two tools are called '{}'.",
+                    item.path, tool.name
+                );
+                return Err(item.invalid(message));
+            }
+            list.push(tool);
+        }
+        match &choice {
+            Choice::Named(name) if !names.contains_key(name) => {
+                let message = format!(
+                    "Invalid value for '{}': there is no tool '{name}' in '{}'.",
+                    place.path, tools.path
+                );
+                return Err(place.invalid(message));
+            }
+            Choice::Required if list.is_empty() => {
+                let message = format!(
+                    "Invalid value for '{}': there are no '{}' to call.",
+                    place.path, tools.path
+                );
+                return Err(place.invalid(message));
+            }
+            Choice::None => list.clear(),
+            _ => {}
+        }
+        Ok(Self {
+            tools: list,
+            choice,
+            parallel,
+        })
+    }
+
+    /// What the host is told about the names of the schemas.
+    pub fn hints(&self) -> impl Iterator<Item = (String, String)> {
+        let tools = self.tools.iter().enumerate();
+        tools.map(|(index, tool)| (format!("tool.{index}.param"), tool.param.clone()))
+    }
+}
+
+/// Refuses what is no name of a tool.
+///
+/// # Errors
+/// Anything but 1 to 64 letters, digits, `_` and `-`.
+pub fn check_name(field: &Field) -> Result<(), Wrong> {
+    let name = field.string()?;
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
+    if (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(fits) {
+        return Ok(());
+    }
+    Err(field.wrong_value("1 to 64 letters, digits, underscores and dashes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(body: &str, choice: Choice) -> Result<Tools, Wrong> {
+        let value: Value = serde_json::from_str(body).unwrap();
+        let field = Field::body(&value).unwrap();
+        let tool = |tool: &Field| Tool::read(tool, "schema", body);
+        Tools::read(
+            &field.get("tools"),
+            tool,
+            (&field.get("choice"), choice),
+            true,
+        )
+    }
+
+    #[test]
+    fn tools_are_read_with_their_schemas_as_they_were_written() {
+        let schema = r#"{ "type": "object", "properties": {"z": {}, "a": {}} }"#;
+        let body = format!(
+            r#"{{"tools": [{{"name": "a", "description": "does a"}}, {{"schema": {schema}, "name": "b-2_C"}}]}}"#
+        );
+        let tools = read(&body, Choice::Named("b-2_C".to_owned())).unwrap();
+        let [a, b] = &tools.tools[..] else {
+            panic!("{tools:?}")
+        };
+        assert_eq!(
+            (a.description.as_str(), a.parameters.as_str()),
+            ("does a", NOTHING)
+        );
+        assert_eq!(
+            (b.description.as_str(), b.parameters.as_str()),
+            ("", schema)
+        );
+        let hints: Vec<_> = tools.hints().collect();
+        assert_eq!(
+            hints[1],
+            ("tool.1.param".to_owned(), "tools[1].schema".to_owned())
+        );
+    }
+
+    #[test]
+    fn tools_that_are_not_to_be_called_are_not_offered() {
+        let body = json!({ "tools": [{ "name": "a" }] }).to_string();
+        assert_eq!(read(&body, Choice::None).unwrap().tools, []);
+        assert_eq!(read(&body, Choice::Auto).unwrap().tools.len(), 1);
+        assert_eq!(read("{}", Choice::Auto).unwrap().tools, []);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_tool_is_named() {
+        let long = "x".repeat(65);
+        for (tools, param) in [
+            (json!({}), "tools"),
+            (json!([5]), "tools[0]"),
+            (json!([{}]), "tools[0].name"),
+            (json!([{ "name": "a b" }]), "tools[0].name"),
+            (json!([{ "name": "" }]), "tools[0].name"),
+            (json!([{ "name": "grün" }]), "tools[0].name"),
+            (json!([{ "name": long }]), "tools[0].name"),
+            (
+                json!([{ "name": "a", "description": 5 }]),
+                "tools[0].description",
+            ),
+            (json!([{ "name": "a", "strict": 1 }]), "tools[0].strict"),
+            (json!([{ "name": "a", "schema": [] }]), "tools[0].schema"),
+            (
+                json!([{ "name": "a", "schema": { "type": "array" } }]),
+                "tools[0].schema.type",
+            ),
+            (json!([{ "name": "a" }, { "name": "a" }]), "tools[1]"),
+        ] {
+            let wrong = read(&json!({ "tools": tools }).to_string(), Choice::Auto).unwrap_err();
+            assert_eq!(wrong.param.as_deref(), Some(param), "{tools}");
+        }
+        for choice in [Choice::Required, Choice::Named("b".to_owned())] {
+            let wrong = read(r#"{"tools": []}"#, choice).unwrap_err();
+            assert_eq!(wrong.param.as_deref(), Some("choice"));
+        }
+    }
+}
