@@ -94,6 +94,58 @@ fn once_there_is_a_key_every_request_needs_one() {
     assert!(!log.contains("secret-of-"), "no key is logged");
 }
 
+/// Calls that rendered an error, of all adapters.
+fn rendered(server: &Server) -> u64 {
+    let stats = server.get("/stats").ok();
+    let plugins = stats["plugins"].as_array().cloned().unwrap_or_default();
+    let calls = plugins.iter().map(|plugin| {
+        let calls = &plugin["functions"]["render-error"]["calls"];
+        calls.as_u64().unwrap_or(0)
+    });
+    calls.sum()
+}
+
+#[test]
+fn who_is_turned_away_is_told_in_the_dialect_they_speak() {
+    let keys = key("slow", "slow", "requests_per_minute = 1");
+    let server = Server::start_with(&format!("[access]\nstats_need_key = false\n{keys}"));
+    let before = rendered(&server);
+    let paths = [
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/api/chat",
+    ];
+    for _ in 0..5 {
+        for path in paths {
+            let answer = send(&server, "POST", path, &[]);
+            let error = answer.json()["error"].clone();
+            assert_eq!(answer.status, 401, "{path}: {error}");
+            assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
+            assert_eq!(answer.header("x-visor-plugins"), None, "for strangers");
+            match path {
+                "/v1/messages" => assert_eq!(error["type"], "authentication_error"),
+                "/api/chat" => assert!(error.is_string(), "{error}"),
+                _ => assert_eq!(error["code"], "invalid_api_key"),
+            }
+        }
+    }
+    assert_eq!(rendered(&server) - before, 4, "one call for each dialect");
+    let slow = [("x-api-key", "slow")];
+    send(&server, "POST", "/v1/messages", &slow);
+    for path in paths {
+        let answer = send(&server, "POST", path, &slow);
+        let error = answer.json()["error"].clone();
+        assert_eq!(answer.status, 429, "{path}: {error}");
+        assert!(answer.header("retry-after").is_some());
+        match path {
+            "/v1/messages" => assert_eq!(error["type"], "rate_limit_error"),
+            "/api/chat" => assert!(error.is_string(), "{error}"),
+            _ => assert_eq!(error["code"], "rate_limit_exceeded"),
+        }
+    }
+}
+
 /// A picture is on its way before the server has said no, and most clients read only when they have written.
 #[test]
 fn a_client_that_writes_much_still_reads_why_it_was_turned_away() {

@@ -18,6 +18,10 @@ pub enum ErrorCode {
     TooLarge,
     /// Prompt plus requested output exceed the context length.
     ContextOverflow,
+    /// No key, or none that is known.
+    Unauthorized,
+    /// This client asked for too much; it may retry.
+    RateLimited,
     /// Busy; the client may retry.
     Overloaded,
     /// The deadline passed.

@@ -14,5 +14,6 @@ mod openapi;
 pub mod paths;
 mod patience;
 pub mod routes;
+pub mod strangers;
 pub mod tls;
 mod trace;

@@ -39,7 +39,7 @@ use visor_sandbox::{ErrorCode, Step};
 
 pub use cached::Answer;
 pub use cancel::CancelOnDrop;
-pub use failure::{Denied, Failure};
+pub use failure::Failure;
 pub use record::{Outcome, RequestRecord, Stage, StageTimes, TokenTotals};
 pub use reply::{Piece, Reply, ReplyBody, ReplyHead, ReplyReceiver, SendError};
 pub use work::{Call, Incoming};
@@ -197,20 +197,10 @@ fn tell(work: &mut Work, reply: &mut Reply, failure: &Failure) -> Result<(), Sen
         reply.send_bytes(Bytes::from(body), deadline)?;
         return reply.end(deadline);
     }
-    let mut response = response.unwrap_or_else(|()| error::fallback_response(failure));
-    let ours = !failure.allow.is_empty() || failure.denied.is_some();
-    if ours || !(400..=599).contains(&response.status) {
-        response.status = error::status_of(failure);
-    }
-    for (name, value) in error::headers_of(failure) {
-        if response
-            .headers
-            .iter()
-            .all(|(have, _)| !have.eq_ignore_ascii_case(&name))
-        {
-            response.headers.push((name, value));
-        }
-    }
+    let response = response.map_or_else(
+        |()| error::fallback_response(failure),
+        |response| error::completed(response, failure),
+    );
     reply.send_head(ReplyHead {
         status: response.status,
         headers: response.headers,

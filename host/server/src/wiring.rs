@@ -27,6 +27,7 @@ use crate::config::check::GENERATIONS_PER_REQUEST_MAX;
 use crate::config::sandbox::RoleView;
 use crate::config::{Config, RouteConfig};
 use crate::http::keys::KeyRing;
+use crate::http::strangers::Strangers;
 use crate::strategy::SandboxStrategy;
 
 pub use house::{House, HouseOptions};
@@ -60,6 +61,8 @@ pub struct WiredRoute {
     pub image_policy: Arc<Plugin>,
     /// Chooses scopes; none leaves it to the host.
     pub strategy: Option<Arc<SandboxStrategy>>,
+    /// What the adapter tells those without a key.
+    pub strangers: Arc<Strangers>,
 }
 
 impl WiredRoute {
@@ -98,6 +101,8 @@ pub struct Pinned {
     pub cache: Arc<dyn CacheStrategy>,
     /// The plugin behind `cache`; none is the host itself.
     pub cache_plugin: Option<Arc<Plugin>>,
+    /// What the adapter tells those without a key.
+    pub strangers: Arc<Strangers>,
     /// Revision of the wiring.
     pub wiring_revision: u64,
 }
@@ -130,6 +135,7 @@ pub fn wire(
             template: find(route, plugins, &route.template, Role::Template)?,
             image_policy: find(route, plugins, &route.image_policy, Role::ImagePolicy)?,
             strategy,
+            strangers: Arc::default(),
         });
     }
     let steering = routes.first().and_then(|route| route.strategy.clone());

@@ -294,6 +294,8 @@ fn words(code: ErrorCode) -> (u16, &'static str) {
         }
         ErrorCode::NotFound => (404, "not_found_error"),
         ErrorCode::TooLarge => (413, "request_too_large"),
+        ErrorCode::Unauthorized => (401, "authentication_error"),
+        ErrorCode::RateLimited => (429, "rate_limit_error"),
         ErrorCode::Overloaded => (529, "overloaded_error"),
         ErrorCode::Timeout => (504, "timeout_error"),
         ErrorCode::Internal => (500, "api_error"),

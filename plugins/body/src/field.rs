@@ -149,19 +149,31 @@ impl<'a> Field<'a> {
         }
     }
 
-    /// A whole number of at least `least`; beyond u32 it is as good as endless.
+    /// A whole number of at least `least`; beyond u32 it is as good as endless. 1.0 is one, too: JSON has one
+    /// kind of numbers.
     ///
     /// # Errors
     /// Anything else, or nothing.
     pub fn count(&self, least: u32) -> Result<u32, Wrong> {
-        let value = self.value.filter(|value| value.is_u64() || value.is_i64());
-        let value = value.ok_or_else(|| self.wrong_type("an integer"))?;
-        let count = value
-            .as_u64()
-            .map(|count| u32::try_from(count).unwrap_or(u32::MAX));
+        let float = self.whole()?;
+        let exact = self.value.and_then(Value::as_u64);
+        let count = exact.or_else(|| (float >= 0.0).then_some(float as u64));
         count
+            .map(|count| u32::try_from(count).unwrap_or(u32::MAX))
             .filter(|count| *count >= least)
             .ok_or_else(|| self.wrong_value(&format!("an integer of at least {least}")))
+    }
+
+    /// A whole number as far as a float tells it: one that is written as a float is none for certain beyond 2^53.
+    fn whole(&self) -> Result<f64, Wrong> {
+        let certain =
+            |number: f64| number.fract() == 0.0 && number.abs() <= 9_007_199_254_740_992.0;
+        let value = self.value.filter(|value| {
+            value.is_u64() || value.is_i64() || value.as_f64().is_some_and(certain)
+        });
+        value
+            .and_then(Value::as_f64)
+            .ok_or_else(|| self.wrong_type("an integer"))
     }
 
     /// This flag; false when it is absent.
@@ -243,18 +255,16 @@ impl<'a> Field<'a> {
     /// Any 64-bit integer, if it is there; negative ones are as good as others.
     ///
     /// # Errors
-    /// What is no integer.
+    /// What is no such integer.
     pub fn seed(&self) -> Result<Option<u64>, Wrong> {
         let Some(field) = self.clone().given() else {
             return Ok(None);
         };
-        let unsigned = field.value.and_then(Value::as_u64);
-        let signed = field.value.and_then(Value::as_i64).map(i64::cast_unsigned);
-        let seed = unsigned.or(signed);
-        seed.map_or_else(
-            || Err(field.wrong_type("an integer")),
-            |seed| Ok(Some(seed)),
-        )
+        let float = field.whole()?;
+        let value = field.value;
+        let unsigned = value.and_then(Value::as_u64);
+        let signed = value.and_then(Value::as_i64).unwrap_or(float as i64);
+        Ok(Some(unsigned.unwrap_or_else(|| signed.cast_unsigned())))
     }
 
     /// Refuses members that would change the answer and cannot be honoured: better than to ignore
@@ -351,6 +361,44 @@ impl<'a> Field<'a> {
             kind,
             message,
             param,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_whole_number_may_have_a_point() {
+        let count = |value: Value| {
+            Field::body(&json!({ "n": value }))
+                .unwrap()
+                .get("n")
+                .count(1)
+        };
+        let seed = |value: Value| Field::body(&json!({ "n": value })).unwrap().get("n").seed();
+        assert_eq!((count(json!(2)), count(json!(2.0))), (Ok(2), Ok(2)));
+        assert_eq!(
+            (count(json!(5e9)), count(json!(u64::MAX))),
+            (Ok(u32::MAX), Ok(u32::MAX))
+        );
+        assert_eq!(seed(json!(7.0)), Ok(Some(7)));
+        assert_eq!(seed(json!(-1.0)), Ok(Some(u64::MAX)));
+        assert_eq!(seed(json!(i64::MIN)), Ok(Some(1 << 63)));
+        for wrong in [
+            json!(1.5),
+            json!(0),
+            json!(-3.0),
+            json!(1e30),
+            json!("1"),
+            json!(true),
+        ] {
+            assert!(count(wrong.clone()).is_err(), "{wrong}");
+        }
+        for wrong in [json!(1.5), json!(1e30), json!("7")] {
+            assert!(seed(wrong.clone()).is_err(), "{wrong}");
         }
     }
 }

@@ -48,15 +48,15 @@ pub fn lifted(text: &str, marker: &str) -> Option<u32> {
     number.strip_prefix(':')?.parse().ok()
 }
 
-/// Whether a text is a URL of a kind that may lead to an image. Whether the host fetches, and from
-/// where, is its decision.
+/// Whether a text is a URL of a kind that may lead to an image. Whether the host fetches or reads files,
+/// and from where, is its decision.
 #[must_use]
 pub fn is_url(text: &str) -> bool {
     let starts_with = |scheme: &str| {
         text.get(..scheme.len())
             .is_some_and(|start| start.eq_ignore_ascii_case(scheme))
     };
-    ["data:", "https://", "http://"]
+    ["data:", "https://", "http://", "file:"]
         .into_iter()
         .any(starts_with)
 }
@@ -99,7 +99,11 @@ mod tests {
 
     #[test]
     fn paths_and_other_schemes_are_no_urls() {
-        assert!(is_url("DATA:,") && is_url("https://a") && is_url("http://a"));
-        assert!(!is_url("file:///etc/passwd") && !is_url("a.png") && !is_url(""));
+        for url in ["DATA:,", "https://a", "http://a", "file:///a.png"] {
+            assert!(is_url(url), "{url}");
+        }
+        for other in ["a.png", "/a.png", "ftp://a/b.png", ""] {
+            assert!(!is_url(other), "{other}");
+        }
     }
 }

@@ -251,6 +251,8 @@ fn status(code: ErrorCode) -> u16 {
         ErrorCode::InvalidRequest | ErrorCode::Unsupported | ErrorCode::ContextOverflow => 400,
         ErrorCode::NotFound => 404,
         ErrorCode::TooLarge => 413,
+        ErrorCode::Unauthorized => 401,
+        ErrorCode::RateLimited => 429,
         ErrorCode::Overloaded => 503,
         ErrorCode::Timeout => 504,
         ErrorCode::Internal => 500,

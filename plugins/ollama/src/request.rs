@@ -84,14 +84,20 @@ pub(crate) fn parse_generate(text: &str, marker: &str) -> Result<Wanted, Wrong> 
     let mut pictures = Pictures::new(marker);
     let prompt = body.get("prompt").text()?.unwrap_or_default();
     let images = pictures.take(&body.get("images"))?;
+    // Said twice, by a system prompt and by a raw one, it is an error with Ollama, too.
+    let system = body.get("system").text()?.filter(|text| !text.is_empty());
+    let raw = body.get("raw");
+    let is_raw = raw.flag()?;
+    if is_raw && system.is_some() {
+        return Err(raw.invalid("'raw' does not support 'system'.".to_owned()));
+    }
     if prompt.is_empty() && images.is_empty() {
         return wanted((&body, text), None, pictures);
     }
-    if body.get("raw").flag()? {
+    if is_raw {
         return wanted((&body, text), Some(Input::Text(prompt)), pictures);
     }
     let mut messages = Vec::new();
-    let system = body.get("system").text()?.filter(|text| !text.is_empty());
     messages.extend(system.map(|text| Message {
         role: Role::System,
         parts: vec![Part::Text(text)],
@@ -245,7 +251,10 @@ fn sampling(options: &Field, logprobs: Option<u8>) -> Result<Sampling, Wrong> {
         min_p: number("min_p", "a number from 0 to 1", |p| {
             (0.0..=1.0).contains(&p)
         })?,
-        repetition_penalty: number("repeat_penalty", "a number above 0", |p| p > 0.0)?,
+        // The host's range, for an answer or none: options are looked at whatever is asked for.
+        repetition_penalty: number("repeat_penalty", "a number from 0.01 to 100", |p| {
+            (0.01..=100.0).contains(&p)
+        })?,
         presence_penalty: penalty("presence_penalty")?,
         frequency_penalty: penalty("frequency_penalty")?,
         logit_bias: Vec::new(),

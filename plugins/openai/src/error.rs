@@ -62,6 +62,8 @@ fn words(error: &Error) -> (u16, &'static str, Option<&'static str>) {
             "invalid_request_error",
             Some("context_length_exceeded"),
         ),
+        ErrorCode::Unauthorized => (401, "invalid_request_error", Some("invalid_api_key")),
+        ErrorCode::RateLimited => (429, "rate_limit_error", Some("rate_limit_exceeded")),
         ErrorCode::Overloaded => (503, "overloaded_error", Some("overloaded")),
         ErrorCode::Timeout => (504, "server_error", Some("timeout")),
         ErrorCode::Internal => (500, "server_error", Some("internal_error")),

@@ -34,8 +34,15 @@ pub(crate) fn parse(body: &Field, logprobs: Option<u8>) -> Result<Options, Wrong
         stop: body.get("stop").strings(STOPS_MAX)?,
         count: body.get("n").optional_count(1)?.unwrap_or(1),
         stream: body.get("stream").flag()?,
-        include_usage: body.get("stream_options").get("include_usage").flag()?,
+        include_usage: include_usage(&body.get("stream_options"))?,
     })
+}
+
+fn include_usage(options: &Field) -> Result<bool, Wrong> {
+    match options.clone().given() {
+        Some(options) => options.object()?.get("include_usage").flag(),
+        None => Ok(false),
+    }
 }
 
 /// The most of some ranges are the host's to judge, and it names them as clients do.

@@ -395,6 +395,8 @@ fn words(error: &Error) -> (u16, &'static str, Option<&'static str>) {
         ErrorCode::Unsupported => (400, INVALID, Some("unsupported_value")),
         ErrorCode::TooLarge => (413, INVALID, Some("request_too_large")),
         ErrorCode::ContextOverflow => (400, INVALID, Some("context_length_exceeded")),
+        ErrorCode::Unauthorized => (401, INVALID, Some("invalid_api_key")),
+        ErrorCode::RateLimited => (429, "rate_limit_error", Some("rate_limit_exceeded")),
         ErrorCode::Overloaded => (503, "overloaded_error", Some("overloaded")),
         ErrorCode::Timeout => (504, "server_error", Some("timeout")),
         ErrorCode::Internal => (500, "server_error", Some("internal_error")),

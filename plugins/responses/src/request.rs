@@ -53,7 +53,11 @@ pub(crate) fn parse(text: &str, marker: &str, counts: bool) -> Result<ResponseRe
     let tools = tools::parse(&body, text)?;
     reader.extensions.extend(tools.hints());
     let max_tokens = body.get("max_output_tokens").optional_count(1)?;
-    let format = Format::read(&body.get("text").get("format"), text, None)?;
+    let settings = body.get("text");
+    if settings.value().is_some() {
+        settings.object()?;
+    }
+    let format = Format::read(&settings.get("format"), text, None)?;
     if format != Format::Text {
         reader.hint("format.param", "text.format");
     }

@@ -3,22 +3,19 @@
 use serde_json::json;
 use visor_sandbox::{ErrorCode, Response};
 
-use crate::pipeline::{Denied, Failure};
+use crate::pipeline::Failure;
 
 /// The status a failure has when no adapter has an opinion.
 pub fn status_of(failure: &Failure) -> u16 {
     if !failure.allow.is_empty() {
         return 405;
     }
-    match failure.denied {
-        Some(Denied::Unknown) => return 401,
-        Some(Denied::TooMany) => return 429,
-        None => {}
-    }
     match failure.error.code {
         ErrorCode::InvalidRequest | ErrorCode::Unsupported | ErrorCode::ContextOverflow => 400,
         ErrorCode::NotFound => 404,
         ErrorCode::TooLarge => 413,
+        ErrorCode::Unauthorized => 401,
+        ErrorCode::RateLimited => 429,
         ErrorCode::Overloaded => 503,
         ErrorCode::Timeout => 504,
         ErrorCode::Internal => 500,
@@ -31,7 +28,7 @@ pub fn headers_of(failure: &Failure) -> Vec<(String, String)> {
     if let Some(seconds) = failure.error.retry_after_s {
         headers.push(("retry-after".to_owned(), seconds.to_string()));
     }
-    if failure.denied == Some(Denied::Unknown) {
+    if failure.error.code == ErrorCode::Unauthorized {
         headers.push(("www-authenticate".to_owned(), "Bearer".to_owned()));
     }
     if !failure.allow.is_empty() {
@@ -42,20 +39,17 @@ pub fn headers_of(failure: &Failure) -> Vec<(String, String)> {
 
 /// The error object of the OpenAI API with all four keys: the dialect of last resort.
 pub fn fallback_body(failure: &Failure) -> Vec<u8> {
-    let by_code = match failure.error.code {
+    let (kind, code) = match failure.error.code {
         ErrorCode::InvalidRequest => ("invalid_request_error", None),
         ErrorCode::Unsupported => ("invalid_request_error", Some("unsupported_value")),
         ErrorCode::ContextOverflow => ("invalid_request_error", Some("context_length_exceeded")),
         ErrorCode::NotFound => ("invalid_request_error", Some("not_found")),
         ErrorCode::TooLarge => ("invalid_request_error", Some("request_too_large")),
+        ErrorCode::Unauthorized => ("invalid_request_error", Some("invalid_api_key")),
+        ErrorCode::RateLimited => ("rate_limit_error", Some("rate_limit_exceeded")),
         ErrorCode::Overloaded => ("overloaded_error", Some("overloaded")),
         ErrorCode::Timeout => ("server_error", Some("timeout")),
         ErrorCode::Internal => ("server_error", Some("internal_error")),
-    };
-    let (kind, code) = match failure.denied {
-        Some(Denied::Unknown) => ("invalid_request_error", Some("invalid_api_key")),
-        Some(Denied::TooMany) => ("rate_limit_error", Some("rate_limit_exceeded")),
-        None => by_code,
     };
     let error = json!({
         "message": failure.error.message,
@@ -83,6 +77,23 @@ pub fn fallback_response(failure: &Failure) -> Response {
         headers,
         body: fallback_body(failure),
     }
+}
+
+/// What an adapter made of a failure, with what is not its to say: a status that is none of a failure, and the one that a caller
+/// who is turned away gets.
+pub fn completed(mut response: Response, failure: &Failure) -> Response {
+    let code = failure.error.code;
+    let ours = matches!(code, ErrorCode::Unauthorized | ErrorCode::RateLimited);
+    if ours || !failure.allow.is_empty() || !(400..=599).contains(&response.status) {
+        response.status = status_of(failure);
+    }
+    for (name, value) in headers_of(failure) {
+        let mut named = response.headers.iter();
+        if named.all(|(have, _)| !have.eq_ignore_ascii_case(&name)) {
+            response.headers.push((name, value));
+        }
+    }
+    response
 }
 
 #[cfg(test)]
@@ -114,6 +125,25 @@ mod tests {
             (response.status, header(&response, "allow").as_str()),
             (405, "GET, POST")
         );
+    }
+
+    #[test]
+    fn who_is_turned_away_gets_the_hosts_status_and_headers() {
+        let rendered = |status| Response {
+            status,
+            headers: vec![("Retry-After".to_owned(), "9".to_owned())],
+            body: Vec::new(),
+        };
+        let stranger = Failure::new(ErrorCode::Unauthorized, "no key");
+        let response = completed(rendered(200), &stranger);
+        assert_eq!(response.status, 401);
+        assert_eq!(header(&response, "www-authenticate"), "Bearer");
+        let busy = Failure::new(ErrorCode::RateLimited, "too many").retry_after(3);
+        let response = completed(rendered(503), &busy);
+        assert_eq!((response.status, response.headers.len()), (429, 1));
+        let missing = Failure::new(ErrorCode::NotFound, "no such thing");
+        assert_eq!(completed(rendered(410), &missing).status, 410);
+        assert_eq!(completed(rendered(302), &missing).status, 404);
     }
 
     #[test]

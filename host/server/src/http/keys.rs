@@ -13,7 +13,7 @@ use visor_sandbox::ErrorCode;
 
 use super::gate::{Gate, Permit};
 use crate::config::AccessConfig;
-use crate::pipeline::{Denied, Failure};
+use crate::pipeline::Failure;
 
 /// Headers that may carry a key, in lower case, and others that are nobody else's business: plugins
 /// never see them.
@@ -220,13 +220,11 @@ fn shown(headers: &HeaderMap) -> Option<&[u8]> {
 }
 
 fn unauthorized(message: &str) -> Failure {
-    Failure::new(ErrorCode::InvalidRequest, message).denied(Denied::Unknown)
+    Failure::new(ErrorCode::Unauthorized, message)
 }
 
 fn too_many(message: String, retry_after_s: u32) -> Failure {
-    Failure::new(ErrorCode::Overloaded, message)
-        .retry_after(retry_after_s)
-        .denied(Denied::TooMany)
+    Failure::new(ErrorCode::RateLimited, message).retry_after(retry_after_s)
 }
 
 #[cfg(test)]
@@ -359,7 +357,7 @@ mod tests {
         let held = old.find(&shown).unwrap().unwrap().enter().unwrap();
         let new = KeyRing::new(&access(1), Some(&old));
         let busy = new.find(&shown).unwrap().unwrap().enter().unwrap_err();
-        assert_eq!(busy.denied, Some(Denied::TooMany));
+        assert_eq!(busy.error.code, ErrorCode::RateLimited);
         assert_eq!(busy.error.retry_after_s, Some(1));
         drop(held);
         assert!(new.find(&shown).unwrap().unwrap().enter().is_ok());

@@ -174,7 +174,7 @@ async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<
                 // What runs here is nothing that strangers are told.
                 Err(failure) => {
                     discard(&pinned, body).await;
-                    refuse(&http, pinned, incoming, failure).await
+                    turn_away(&http, pinned, &incoming, failure).await
                 }
             }
         }
@@ -342,6 +342,28 @@ async fn refuse(
     }
     pipeline::record_refusal(&http.house, &pinned, &incoming, &failure);
     whole(error::fallback_response(&failure))
+}
+
+/// Answers somebody without a key. See [`super::strangers`].
+async fn turn_away(
+    http: &Http,
+    pinned: Pinned,
+    incoming: &Incoming,
+    failure: Failure,
+) -> Response<Body> {
+    pipeline::record_refusal(&http.house, &pinned, incoming, &failure);
+    if let Some(known) = pinned.strangers.known(&failure) {
+        return whole(known);
+    }
+    let fallback = error::fallback_response(&failure);
+    let Some(permit) = http.refusals.enter(REFUSALS_MAX) else {
+        return whole(fallback);
+    };
+    let rendered = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        pinned.strangers.render(&pinned.adapter, &failure)
+    });
+    whole(rendered.await.unwrap_or(fallback))
 }
 
 async fn pass_on(receiver: ReplyReceiver, held: Held) -> Response<Body> {

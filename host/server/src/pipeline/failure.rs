@@ -11,19 +11,8 @@ pub struct Failure {
     pub error: GuestError,
     /// The methods a path does have, when the request came with another one.
     pub allow: Vec<String>,
-    /// Whether it was the key, not the request.
-    pub denied: Option<Denied>,
     /// How metrics count it.
     pub outcome: Outcome,
-}
-
-/// Why a caller is turned away whatever the request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Denied {
-    /// No key, or none that is known.
-    Unknown,
-    /// The key asked for too much.
-    TooMany,
 }
 
 impl Failure {
@@ -94,13 +83,6 @@ impl Failure {
         self
     }
 
-    /// The same, for a caller who is turned away.
-    #[must_use]
-    pub fn denied(mut self, why: Denied) -> Self {
-        self.denied = Some(why);
-        self
-    }
-
     /// The same, saying when a retry makes sense.
     #[must_use]
     pub fn retry_after(mut self, seconds: u32) -> Self {
@@ -112,14 +94,13 @@ impl Failure {
 impl From<GuestError> for Failure {
     fn from(error: GuestError) -> Self {
         let outcome = match error.code {
-            ErrorCode::Overloaded => Outcome::Rejected,
+            ErrorCode::Overloaded | ErrorCode::RateLimited => Outcome::Rejected,
             ErrorCode::Internal | ErrorCode::Timeout => Outcome::ServerError,
             _ => Outcome::ClientError,
         };
         Self {
             error,
             allow: Vec::new(),
-            denied: None,
             outcome,
         }
     }

@@ -210,6 +210,7 @@ impl House {
                 || Arc::new(Native::default()) as _,
                 |strategy| strategy as _,
             ),
+            strangers: Arc::clone(&route.strangers),
             wiring_revision: wiring.revision,
         })
     }

@@ -241,6 +241,8 @@ fn errors_have_their_status_and_name_what_is_wrong() {
         (ErrorCode::ContextOverflow, 400, "invalid_request_error"),
         (ErrorCode::NotFound, 404, "not_found_error"),
         (ErrorCode::TooLarge, 413, "request_too_large"),
+        (ErrorCode::Unauthorized, 401, "authentication_error"),
+        (ErrorCode::RateLimited, 429, "rate_limit_error"),
         (ErrorCode::Overloaded, 529, "overloaded_error"),
         (ErrorCode::Timeout, 504, "timeout_error"),
         (ErrorCode::Internal, 500, "api_error"),

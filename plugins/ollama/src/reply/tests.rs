@@ -163,6 +163,8 @@ fn errors_are_one_sentence_that_names_what_is_wrong() {
     );
     let mid_stream = render_error(&error, true);
     assert!(mid_stream.body.ends_with(b"\n"));
+    assert_eq!(status(ErrorCode::Unauthorized), 401);
+    assert_eq!(status(ErrorCode::RateLimited), 429);
 }
 
 #[test]

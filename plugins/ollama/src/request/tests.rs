@@ -92,6 +92,17 @@ fn a_prompt_is_answered_or_gone_on_with() {
     assert!(matches!(read[1].parts[..], [Part::Image(0), Part::Text(_)]));
     let raw = generate(&json!({ "model": "m", "prompt": "Once", "raw": true })).unwrap();
     assert!(matches!(raw.input, Some(Input::Text(text)) if text == "Once"));
+    for (more, param) in [
+        (json!({ "system": "Be brief." }), "raw"),
+        (json!({ "system": 5 }), "system"),
+    ] {
+        let mut body = json!({ "model": "m", "prompt": "Once", "raw": true });
+        body["system"] = more["system"].clone();
+        let wrong = generate(&body).unwrap_err();
+        assert_eq!(wrong.param.as_deref(), Some(param));
+    }
+    let penalty = json!({ "model": "m", "options": { "repeat_penalty": 101 } });
+    assert!(generate(&penalty).is_err() && chat(&penalty).is_err());
 }
 
 #[test]

@@ -353,50 +353,34 @@ fn half_an_answer_does_not_look_like_a_whole_one() {
 
 #[test]
 fn every_error_code_has_a_status_and_four_keys() {
+    use ErrorCode as Code;
+    let (invalid, broken) = ("invalid_request_error", "server_error");
     let table = [
+        (Code::InvalidRequest, 400, invalid, None),
+        (Code::NotFound, 404, invalid, Some("not_found")),
+        (Code::Unsupported, 400, invalid, Some("unsupported_value")),
+        (Code::TooLarge, 413, invalid, Some("request_too_large")),
         (
-            ErrorCode::InvalidRequest,
+            Code::ContextOverflow,
             400,
-            "invalid_request_error",
-            Value::Null,
+            invalid,
+            Some("context_length_exceeded"),
+        ),
+        (Code::Unauthorized, 401, invalid, Some("invalid_api_key")),
+        (
+            Code::RateLimited,
+            429,
+            "rate_limit_error",
+            Some("rate_limit_exceeded"),
         ),
         (
-            ErrorCode::NotFound,
-            404,
-            "invalid_request_error",
-            json!("not_found"),
-        ),
-        (
-            ErrorCode::Unsupported,
-            400,
-            "invalid_request_error",
-            json!("unsupported_value"),
-        ),
-        (
-            ErrorCode::TooLarge,
-            413,
-            "invalid_request_error",
-            json!("request_too_large"),
-        ),
-        (
-            ErrorCode::ContextOverflow,
-            400,
-            "invalid_request_error",
-            json!("context_length_exceeded"),
-        ),
-        (
-            ErrorCode::Overloaded,
+            Code::Overloaded,
             503,
             "overloaded_error",
-            json!("overloaded"),
+            Some("overloaded"),
         ),
-        (ErrorCode::Timeout, 504, "server_error", json!("timeout")),
-        (
-            ErrorCode::Internal,
-            500,
-            "server_error",
-            json!("internal_error"),
-        ),
+        (Code::Timeout, 504, broken, Some("timeout")),
+        (Code::Internal, 500, broken, Some("internal_error")),
     ];
     for (code, status, kind, word) in table {
         let error = Error {

@@ -182,6 +182,8 @@ fn errors_have_their_status_and_four_keys() {
         (ErrorCode::ContextOverflow, 400),
         (ErrorCode::NotFound, 404),
         (ErrorCode::TooLarge, 413),
+        (ErrorCode::Unauthorized, 401),
+        (ErrorCode::RateLimited, 429),
         (ErrorCode::Overloaded, 503),
         (ErrorCode::Timeout, 504),
         (ErrorCode::Internal, 500),

@@ -140,6 +140,7 @@ fn settings_that_are_wrong_are_named() {
         ("tools", json!([{}]), invalid, "tools[0].type"),
         ("truncation", json!("auto"), unsupported, "truncation"),
         ("text", schema, invalid, "text.format.schema"),
+        ("text", json!([]), invalid, "text"),
     ];
     for (key, value, kind, param) in table {
         named((with(key, value), kind, param));
