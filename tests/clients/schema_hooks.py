@@ -69,10 +69,10 @@ def before_call(context, case, kwargs):
         tools(body, path)
     # Alternatives to a token are told only with the token.
     top = body.get("top_logprobs")
-    if path.endswith("/chat/completions") and isinstance(top, int) and top > 0 and body.get("logprobs") in (None, False):
+    if path.endswith("/chat/completions") and isinstance(top, (int, float)) and top > 0 and body.get("logprobs") in (None, False):
         body["logprobs"] = True
     crops = body.get("num_crops")
-    if path.endswith("/chat/completions") and isinstance(crops, int) and 16 < crops < 2**64:
+    if path.endswith("/chat/completions") and isinstance(crops, (int, float)) and 16 < crops < 2**64:
         body["num_crops"] = 16
     # The last message is the user's.
     messages = body.get("messages")
