@@ -351,8 +351,7 @@ impl Loader<'_> {
     }
 
     fn device_weight(&self, matrix: &WeightMatrix) -> Result<DeviceWeight, ModelError> {
-        let int4 = matrix.try_int4().ok();
-        if let Some(rows) = int4
+        if let Ok(rows) = matrix.try_int4()
             && let Some(weight) = DeviceWeight::int4(&rows, self.device)?
         {
             return Ok(weight);
