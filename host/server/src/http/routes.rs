@@ -284,10 +284,10 @@ async fn work(
     permit: Permit,
 ) -> Response<Body> {
     let pieces_max = pinned.config.server.stream_buffer_pieces;
-    let (reply, receiver) = Reply::new(pieces_max, Handle::current());
+    let (reply, receiver) = Reply::new(pieces_max, Handle::current(), permit.clone());
     let cancel = CancelToken::default();
     let held = Held {
-        permit: permit.clone(),
+        permit,
         cancel: CancelOnDrop::new(cancel.clone()),
     };
     let call = Call {
@@ -296,10 +296,7 @@ async fn work(
         incoming,
         cancel,
     };
-    tokio::task::spawn_blocking(move || {
-        let _permit = permit;
-        pipeline::run(call, body, reply);
-    });
+    tokio::task::spawn_blocking(move || pipeline::run(call, body, reply));
     pass_on(receiver, held).await
 }
 
@@ -311,10 +308,10 @@ async fn reject(
     failure: Failure,
     permit: Permit,
 ) -> Response<Body> {
-    let (reply, receiver) = Reply::new(1, Handle::current());
+    let (reply, receiver) = Reply::new(1, Handle::current(), permit.clone());
     let cancel = CancelToken::default();
     let held = Held {
-        permit: permit.clone(),
+        permit,
         cancel: CancelOnDrop::new(cancel.clone()),
     };
     let call = Call {
@@ -323,10 +320,7 @@ async fn reject(
         incoming,
         cancel,
     };
-    tokio::task::spawn_blocking(move || {
-        let _permit = permit;
-        pipeline::reject(call, failure, reply);
-    });
+    tokio::task::spawn_blocking(move || pipeline::reject(call, failure, reply));
     pass_on(receiver, held).await
 }
 

@@ -60,11 +60,12 @@ pub enum SendError {
 }
 
 /// The exchange's end of a reply.
-#[derive(Debug)]
 pub struct Reply {
     head: Option<oneshot::Sender<ReplyHead>>,
     pieces: mpsc::Sender<Piece>,
     runtime: Handle,
+    /// What the exchange holds, let go before the last of the answer is out.
+    place: Option<Box<dyn Send>>,
     /// Status of the head that was sent.
     status: Option<u16>,
     /// Time spent waiting for the client.
@@ -72,14 +73,20 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// Both ends; at most `pieces_max` pieces wait in between.
-    pub fn new(pieces_max: usize, runtime: Handle) -> (Self, ReplyReceiver) {
+    /// Both ends; at most `pieces_max` pieces wait in between. `place` is dropped before the last of
+    /// the answer is sent, so that whoever has read it all finds the place free.
+    pub fn new(
+        pieces_max: usize,
+        runtime: Handle,
+        place: impl Send + 'static,
+    ) -> (Self, ReplyReceiver) {
         let (head_sender, head) = oneshot::channel();
         let (piece_sender, pieces) = mpsc::channel(pieces_max.max(1));
         let reply = Self {
             head: Some(head_sender),
             pieces: piece_sender,
             runtime,
+            place: Some(Box::new(place)),
             status: None,
             waited: Duration::ZERO,
         };
@@ -108,6 +115,9 @@ impl Reply {
     pub fn send_head(&mut self, head: ReplyHead) -> Result<(), SendError> {
         let sender = self.head.take().expect("a head is sent once");
         self.status = Some(head.status);
+        if matches!(head.body, ReplyBody::Whole(_)) {
+            self.place = None;
+        }
         sender.send(head).map_err(|_| SendError::Gone)
     }
 
@@ -127,6 +137,7 @@ impl Reply {
     /// # Errors
     /// The client left, or was too slow.
     pub fn end(&mut self, deadline: Instant) -> Result<(), SendError> {
+        self.place = None;
         self.send(Piece::End, deadline)
     }
 
@@ -155,7 +166,7 @@ mod tests {
 
     #[tokio::test]
     async fn pieces_arrive_in_order_and_a_slow_client_is_given_up_on() {
-        let (mut reply, mut receiver) = Reply::new(2, Handle::current());
+        let (mut reply, mut receiver) = Reply::new(2, Handle::current(), ());
         let thread = tokio::task::spawn_blocking(move || {
             let soon = Instant::now() + Duration::from_millis(50);
             let head = ReplyHead {
@@ -185,7 +196,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_left_is_noticed() {
-        let (mut reply, receiver) = Reply::new(2, Handle::current());
+        let (mut reply, receiver) = Reply::new(2, Handle::current(), ());
         drop(receiver);
         let deadline = Instant::now() + Duration::from_secs(5);
         assert_eq!(
