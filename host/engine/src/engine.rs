@@ -42,6 +42,9 @@ pub struct EngineOptions {
     pub prefill_chunk_tokens: usize,
     /// What pictures and prompts may add to the time between two tokens of sequences that decode.
     pub slice: Duration,
+    /// Tokens that a step may check beside those that come, of all its sequences together; 0 for none. See
+    /// [`crate::EngineStats::accepted_tokens`].
+    pub draft_tokens_max: usize,
     /// Stop strings of one request.
     pub stop_strings_max: usize,
     /// Digest of the checkpoint: part of every feature's key.
@@ -59,6 +62,7 @@ impl Default for EngineOptions {
             kv_bytes: 2 << 30,
             prefill_chunk_tokens: 128,
             slice: Duration::from_millis(500),
+            draft_tokens_max: 7,
             stop_strings_max: 16,
             model_digest: String::new(),
         }
@@ -112,6 +116,7 @@ impl Engine {
             sequences_max: limits.sequences_max,
             chunk_tokens: options.prefill_chunk_tokens.max(1),
             slice: options.slice,
+            draft_tokens_max: options.draft_tokens_max,
         };
         let slot = ModelSlot::new(loader, options.devices, kv_limit, Arc::clone(&shared));
         let scheduler = Scheduler::new(slot, stores, tokenizer, inbox, slices);

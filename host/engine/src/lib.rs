@@ -10,6 +10,7 @@
 pub mod cache;
 mod constraint;
 mod detokenizer;
+mod drafter;
 mod engine;
 mod error;
 mod features;

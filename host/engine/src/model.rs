@@ -59,6 +59,15 @@ pub trait Model: Send + 'static {
     /// A sequence that is as long as the model allows.
     fn push(&self, state: &mut Self::State, token: u32) -> Result<(), ModelError>;
 
+    /// Appends tokens that are likely to come next, pending; how many of them, perhaps none. What runs with drafts behind it
+    /// gives what it gives alone.
+    fn push_drafts(&self, _state: &mut Self::State, _tokens: &[u32]) -> usize {
+        0
+    }
+
+    /// Takes back the last `count` positions, which were drafts, whether they ran or not.
+    fn drop_drafts(&self, _state: &mut Self::State, _count: usize) {}
+
     /// Positions that have not run.
     fn pending(state: &Self::State) -> usize;
 
@@ -91,8 +100,8 @@ pub trait Model: Send + 'static {
     /// Whether a sequence of so many positions is rotated with the long factors.
     fn is_long(&self, positions: usize) -> bool;
 
-    /// Runs pending positions of several sequences; for each the logits, (vocab_size), of its last position once nothing of it is
-    /// pending. What a sequence gets does not depend on the others. Asks `keep_going` between layers.
+    /// Runs pending positions of several sequences; for each, once nothing of it is pending, the logits, (1 + drafts, vocab_size),
+    /// of its last positions. What a sequence gets does not depend on the others. Asks `keep_going` between layers.
     ///
     /// # Errors
     /// [`ModelError::Cancelled`] once `keep_going` said no, [`ModelError::KvFull`]; any failure of the forward pass, after which
@@ -110,6 +119,8 @@ pub struct Part<'a, S> {
     pub state: &'a mut S,
     /// Pending positions to run at most; at least one is.
     pub positions_max: usize,
+    /// The last ones that are drafts.
+    pub drafts: usize,
 }
 
 /// A model's KV blocks.
@@ -177,6 +188,14 @@ impl Model for Phi3V {
         Self::push(self, state, token)
     }
 
+    fn push_drafts(&self, state: &mut SequenceState, tokens: &[u32]) -> usize {
+        Self::push_drafts(self, state, tokens)
+    }
+
+    fn drop_drafts(&self, state: &mut SequenceState, count: usize) {
+        Self::drop_drafts(self, state, count);
+    }
+
     fn pending(state: &SequenceState) -> usize {
         state.pending()
     }
@@ -226,6 +245,7 @@ impl Model for Phi3V {
             .map(|part| StepPart {
                 state: part.state,
                 positions_max: part.positions_max,
+                drafts: part.drafts,
             })
             .collect();
         Self::step(self, &mut parts, keep_going)

@@ -53,6 +53,8 @@ pub(crate) struct Slices {
     pub(crate) chunk_tokens: usize,
     /// What pictures and prompts may add to the time between two tokens of a sequence that decodes.
     pub(crate) slice: Duration,
+    /// Draft tokens of a step, of all its sequences together.
+    pub(crate) draft_tokens_max: usize,
 }
 
 /// What sequences leave for others.
@@ -320,6 +322,11 @@ impl<L: ModelLoader> Scheduler<L> {
         let positions: usize = taken.iter().map(|(_, positions)| positions).sum();
         let decodes = |(sequence, _): &&(Sequence<L::Model>, usize)| sequence.is_decoding();
         let decoding = taken.iter().filter(decodes).count();
+        let drafted = if positions == decoding {
+            draft(&mut taken, self.slices.draft_tokens_max, model)
+        } else {
+            0
+        };
         let mut parts: Vec<_> = taken
             .iter_mut()
             .filter_map(|(sequence, positions)| sequence.part(*positions))
@@ -328,11 +335,17 @@ impl<L: ModelLoader> Scheduler<L> {
         let logits = guarded(|| model.step(&mut parts, &keep_going));
         drop(parts);
         let time = began.elapsed();
-        let taken: Vec<_> = taken.into_iter().map(|(sequence, _)| sequence).collect();
+        let mut taken: Vec<_> = taken.into_iter().map(|(sequence, _)| sequence).collect();
+        if matches!(logits, Err(Trouble::Cancelled)) {
+            let drop_drafts = |sequence: &mut Sequence<_>| sequence.drop_drafts(0, model);
+            taken.iter_mut().for_each(drop_drafts);
+        }
         match logits {
             Ok(logits) => {
-                self.pace.note(decoding, positions - decoding, time);
-                self.note_step(taken.len(), positions);
+                if drafted == 0 {
+                    self.pace.note(decoding, positions - decoding, time);
+                }
+                self.note_step(taken.len(), positions + drafted);
                 self.stepped(taken, logits, time);
             }
             // All of them end in the next sweep.
@@ -449,12 +462,13 @@ impl<L: ModelLoader> Scheduler<L> {
             };
             let mut bench = self.stores.bench(model);
             let tokens_before = sequence.usage().completion_tokens;
+            let drafted = sequence.drafted();
             let progress = guard::alone(|| sequence.take(logits, &mut bench));
             let tokens = sequence.usage().completion_tokens - tokens_before;
             if let Ok(Progress::Done(..)) = &progress {
                 sequence.share(&mut bench, true);
             }
-            self.shared().stats().completion_tokens += u64::from(tokens);
+            self.shared().stats().add_tokens(tokens, drafted);
             match progress {
                 Ok(Progress::More) => self.put_back(sequence),
                 Ok(Progress::Done(reason, stop)) => self.end(sequence, reason, stop),
@@ -555,6 +569,21 @@ impl<L: ModelLoader> Scheduler<L> {
     fn shared(&self) -> &Shared {
         &self.slot.shared
     }
+}
+
+/// Lets sequences that decode draft so many tokens in all, as many each; how many they did. One whose last step failed goes step by
+/// step.
+fn draft<M: Model>(taken: &mut [(Sequence<M>, usize)], most: usize, model: &M) -> usize {
+    let each = most / taken.len().max(1);
+    let mut all = 0;
+    for (sequence, positions) in taken {
+        if !sequence.is_suspect {
+            let drafted = sequence.draft(each, model);
+            *positions += drafted;
+            all += drafted;
+        }
+    }
+    all
 }
 
 /// Takes a sequence out by its order.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use visor_model::{ModelError, Tokenizer};
 
+use crate::drafter::Drafter;
 use crate::error::EngineError;
 use crate::features::FeatureStore;
 use crate::guard::{Trouble, guarded};
@@ -83,6 +84,9 @@ pub(crate) struct Sequence<M: Model> {
     wanted: Vec<bool>,
     sampler: Sampler,
     output: Output,
+    drafter: Drafter,
+    /// Positions at its end that are drafts of the step under way.
+    drafts: Vec<u32>,
     /// Generated so far. What is needed to go on where it was.
     tokens: Vec<u32>,
     tokens_unsent: u32,
@@ -109,6 +113,8 @@ impl<M: Model> Sequence<M> {
             wanted: vec![false; request.images.len()],
             sampler: Sampler::new(&request),
             output: Output::new(Arc::clone(tokenizer), stop_strings, request.continues),
+            drafter: Drafter::new(&request.prompt.ids),
+            drafts: Vec::new(),
             tokens: Vec::new(),
             tokens_unsent: 0,
             cached_tokens: None,
@@ -174,6 +180,7 @@ impl<M: Model> Sequence<M> {
     pub(crate) fn rewind(&mut self) {
         self.phase = Phase::Idle;
         self.chain = None;
+        self.drafts.clear();
     }
 
     /// KV blocks of `size` positions that it will take before long, beside those for what it has.
@@ -389,12 +396,42 @@ impl<M: Model> Sequence<M> {
         guarded(|| model.reserve(state, done + positions))
     }
 
+    /// Appends what is likely to come next, `most` tokens or fewer, to be checked by the step that runs the last token; how many.
+    pub(crate) fn draft(&mut self, most: usize, model: &M) -> usize {
+        let left = (self.request.tokens_max as usize).saturating_sub(self.tokens.len() + 1);
+        let Phase::Forward(state) = &mut self.phase else {
+            return 0;
+        };
+        let mut draft = self.drafter.draft(most.min(left));
+        if !draft.is_empty() {
+            let taken = model.push_drafts(state, &draft);
+            draft.truncate(taken);
+        }
+        self.drafts = draft;
+        self.drafts.len()
+    }
+
+    /// Positions of the step under way that are drafts.
+    pub(crate) fn drafted(&self) -> usize {
+        self.drafts.len()
+    }
+
+    /// Takes back the drafts behind the first `kept`.
+    pub(crate) fn drop_drafts(&mut self, kept: usize, model: &M) {
+        let wrong = self.drafts.len() - kept;
+        if let (Phase::Forward(state), true) = (&mut self.phase, wrong > 0) {
+            model.drop_drafts(state, wrong);
+        }
+        self.drafts.clear();
+    }
+
     /// Its part of a step; `None` when nothing of it can run.
     pub(crate) fn part(&mut self, positions_max: usize) -> Option<Part<'_, M::State>> {
         match &mut self.phase {
             Phase::Forward(state) => Some(Part {
                 state,
                 positions_max,
+                drafts: self.drafts.len(),
             }),
             Phase::Idle | Phase::Vision(..) => None,
         }
@@ -410,39 +447,63 @@ impl<M: Model> Sequence<M> {
         *stage += micros(time);
     }
 
-    /// Takes the logits that a step gave it: a token, its text to the client, and whether the answer ends with it.
+    /// Takes the logits that a step gave it: a token, its text to the client, and whether the answer ends with it. As long as the
+    /// token is the one that was drafted, the next logits are those behind it, and it goes on at once.
     pub(crate) fn take(
         &mut self,
-        logits: Vec<f32>,
+        mut logits: Vec<f32>,
         bench: &mut Bench<'_, M>,
     ) -> Result<Progress, Trouble> {
-        let sampled = self.sampler.sample(logits);
-        let sampled = sampled.map_err(|error| match error {
-            SamplerError::Constraint(error) => Trouble::Constraint(error),
-            error => Trouble::Broken(Box::new(error)),
-        })?;
-        let token = sampled.token;
-        self.is_suspect = false;
-        if self.tokens.is_empty() {
-            self.share(bench, false);
+        let drafted = self.drafts.len();
+        let size = logits.len() / (drafted + 1);
+        let mut accepted = 0;
+        loop {
+            let rest = logits.split_off(size);
+            let sampled = self.sampler.sample(logits);
+            let sampled = sampled.map_err(|error| match error {
+                SamplerError::Constraint(error) => Trouble::Constraint(error),
+                error => Trouble::Broken(Box::new(error)),
+            })?;
+            let token = sampled.token;
+            self.is_suspect = false;
+            if self.tokens.is_empty() {
+                self.share(bench, false);
+            }
+            let progress = self.accept(sampled);
+            self.drafter.push(token);
+            if matches!(progress, Progress::Done(..)) || self.drafts.get(accepted) != Some(&token) {
+                if drafted > 0 {
+                    self.drafter.note(drafted, accepted);
+                    self.drop_drafts(accepted, bench.model);
+                }
+                return self.go_on(progress, token, bench.model);
+            }
+            accepted += 1;
+            self.extend_chain(token);
+            logits = rest;
         }
-        let progress = self.accept(sampled);
-        let Phase::Forward(state) = &mut self.phase else {
+    }
+
+    /// Appends the token that was taken last, where another follows.
+    fn go_on(&mut self, progress: Progress, token: u32, model: &M) -> Result<Progress, Trouble> {
+        let (Phase::Forward(state), Progress::More) = (&mut self.phase, &progress) else {
             return Ok(progress);
         };
-        if matches!(progress, Progress::More) {
-            match guarded(|| bench.model.push(state, token)) {
-                // The model's own end comes before the one that was asked for.
-                Err(Trouble::Refused(ModelError::TooLong { .. })) => {
-                    return Ok(Progress::Done(Finish::Length, None));
-                }
-                pushed => pushed?,
+        match guarded(|| model.push(state, token)) {
+            // The model's own end comes before the one that was asked for.
+            Err(Trouble::Refused(ModelError::TooLong { .. })) => {
+                return Ok(Progress::Done(Finish::Length, None));
             }
-            if let Some(chain) = &mut self.chain {
-                chain.push(token);
-            }
+            pushed => pushed?,
         }
+        self.extend_chain(token);
         Ok(progress)
+    }
+
+    fn extend_chain(&mut self, token: u32) {
+        if let Some(chain) = &mut self.chain {
+            chain.push(token);
+        }
     }
 
     /// Takes a generated token: text to the client, and whether the answer ends with it.

@@ -144,6 +144,7 @@ fn warm_up<M: Model>(model: &M, tokenizer: &Tokenizer) -> Result<(), Trouble> {
         let part = Part {
             state: &mut state,
             positions_max: prompt.ids.len(),
+            drafts: 0,
         };
         Ok(model.step(&mut [part], &|| true)?.pop().flatten())
     })?;

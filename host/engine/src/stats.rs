@@ -50,6 +50,10 @@ pub struct EngineStats {
     pub cached_tokens: u64,
     /// Generated tokens.
     pub completion_tokens: u64,
+    /// Tokens that were drafted and run.
+    pub drafted_tokens: u64,
+    /// Those of them that came.
+    pub accepted_tokens: u64,
     /// Steps of the model.
     pub steps: u64,
     /// Sequences that took part in a step, summed over the steps.
@@ -95,6 +99,15 @@ impl EngineStats {
         self.step_positions += positions as u64;
         let size = STEP_SIZES.partition_point(|size| *size < sequences);
         self.step_sizes[size.min(STEP_SIZES.len() - 1)] += 1;
+    }
+
+    /// A step led to so many tokens of a sequence that had drafted some of them.
+    pub(crate) fn add_tokens(&mut self, tokens: u32, drafted: usize) {
+        self.completion_tokens += u64::from(tokens);
+        if drafted > 0 {
+            self.drafted_tokens += drafted as u64;
+            self.accepted_tokens += u64::from(tokens.saturating_sub(1));
+        }
     }
 
     /// It waits no more.

@@ -290,6 +290,7 @@ impl Bench<'_> {
                 .map(|(state, _)| StepPart {
                     state,
                     positions_max: 1,
+                    drafts: 0,
                 })
                 .collect();
             let logits = self.model.step(&mut parts, self.options.keep_going)?;

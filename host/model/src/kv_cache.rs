@@ -58,6 +58,11 @@ impl KvCache {
         self.blocks.clear();
     }
 
+    /// Forgets what is behind the first `positions`. It was computed for this sequence alone, and its room stays.
+    pub(crate) fn truncate(&mut self, positions: usize) {
+        self.len = self.len.min(positions);
+    }
+
     /// Takes blocks for `positions` in all, and the one that is appended to for this sequence alone.
     ///
     /// # Errors

@@ -193,6 +193,36 @@ impl Phi3V {
         Ok(())
     }
 
+    /// Appends tokens that are likely to come next, pending, as many of them as need no other rotary regime and find KV blocks;
+    /// how many. A step then tells what comes behind each ([`StepPart::drafts`](crate::StepPart)). None where positions that run
+    /// together would not give what each gives alone.
+    pub fn push_drafts(&self, state: &mut SequenceState, tokens: &[u32]) -> usize {
+        let (len, regime) = (state.len(), self.decoder.rope.regime(state.len()));
+        if !self.decoder.is_joint() {
+            return 0;
+        }
+        let fits = |count: usize| {
+            self.check_length(len + count).is_ok() && self.decoder.rope.regime(len + count) == regime
+        };
+        for (index, token) in tokens.iter().enumerate() {
+            let Ok(slot) = self.check_token(*token) else {
+                return index;
+            };
+            if !fits(index + 1) || state.cache.reserve(len + index + 1).is_err() {
+                return index;
+            }
+            state.slots.push(slot);
+        }
+        tokens.len()
+    }
+
+    /// Takes back the last `count` tokens, which were drafts, whether they ran or not.
+    pub fn drop_drafts(&self, state: &mut SequenceState, count: usize) {
+        let len = state.len().saturating_sub(count).max(state.prompt_len);
+        state.slots.truncate(len);
+        state.cache.truncate(len);
+    }
+
     fn check_length(&self, positions: usize) -> Result<(), ModelError> {
         let positions_max = self.config().positions_max;
         if positions > positions_max {

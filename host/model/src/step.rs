@@ -14,11 +14,13 @@ pub struct StepPart<'a> {
     pub state: &'a mut SequenceState,
     /// Pending positions to run at most; at least one is.
     pub positions_max: usize,
+    /// Of the pending positions, the last ones that are drafts: logits are wanted of each, and of the one before them.
+    pub drafts: usize,
 }
 
 impl Phi3V {
-    /// Runs pending positions of several sequences, and gives for each the logits of its last position once nothing of it is
-    /// pending. With eight-bit activations and INT4 weights every weight is read once for all of them. What a sequence gets
+    /// Runs pending positions of several sequences, and gives for each, once nothing of it is pending, the logits of its last
+    /// position and of as many before it as are asked for, one after the other. With eight-bit activations and INT4 weights every weight is read once for all of them. What a sequence gets
     /// depends, to the bit, neither on the others nor on how its prompt is cut into steps; only where weights are stored as
     /// floats, sums of a prompt may be added in another order when it is cut otherwise.
     ///
@@ -54,6 +56,7 @@ impl Phi3V {
         let part = StepPart {
             state,
             positions_max,
+            drafts: 0,
         };
         Ok(self.step(&mut [part], &|| true)?.pop().flatten())
     }
@@ -82,10 +85,10 @@ impl Phi3V {
         let hidden = self.run_parts(parts, keep_going)?;
         let ends = counts.iter().scan(0, |end, count| {
             *end += count;
-            Some(*end as u32 - 1)
+            Some(*end as u32)
         });
-        let done = |(part, last): (&StepPart<'_>, u32)| (part.state.pending() == 0).then_some(last);
-        let lasts: Vec<u32> = parts.iter().zip(ends).filter_map(done).collect();
+        let told = |(part, end): (&StepPart<'_>, u32)| end - logits_of_part(part) as u32..end;
+        let lasts: Vec<u32> = parts.iter().zip(ends).flat_map(told).collect();
         if lasts.is_empty() {
             // Nothing is read that would wait for the device.
             self.settle()?;
@@ -93,16 +96,13 @@ impl Phi3V {
         }
         let [hidden, logits] = self.finish(&hidden, &lasts)?;
         let mut each = hidden.into_iter().zip(logits);
-        let mut finish = |part: &mut StepPart<'_>| {
-            let (hidden, logits) = each.by_ref().next()?;
-            part.state.last_hidden = hidden;
-            Some(logits)
+        let finish = |part: &mut StepPart<'_>| {
+            let (mut hidden, logits): (Vec<_>, Vec<_>) =
+                each.by_ref().take(logits_of_part(part)).unzip();
+            part.state.last_hidden = hidden.pop()?;
+            Some(logits.concat())
         };
-        let answer = parts.iter_mut().map(|part| match part.state.pending() {
-            0 => finish(part),
-            _ => None,
-        });
-        Ok(answer.collect())
+        Ok(parts.iter_mut().map(finish).collect())
     }
 
     /// Normalized hidden states of some rows, and their logits.
@@ -143,6 +143,7 @@ impl Phi3V {
         let part = StepPart {
             state,
             positions_max,
+            drafts: 0,
         };
         self.run_parts(&mut [part], &|| true)
     }
@@ -211,6 +212,14 @@ impl Phi3V {
 /// Positions that a part runs.
 fn count_of(part: &StepPart<'_>) -> usize {
     part.state.pending().min(part.positions_max.max(1))
+}
+
+/// Positions of a part that ran of which logits are told: none while something is pending.
+fn logits_of_part(part: &StepPart<'_>) -> usize {
+    match part.state.pending() {
+        0 => 1 + part.drafts,
+        _ => 0,
+    }
 }
 
 /// Whether two neighbours are copied or looked up together.

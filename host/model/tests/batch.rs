@@ -110,6 +110,7 @@ fn a_sequence_gives_the_same_alone_and_among_others() {
             .map(|(index, state)| StepPart {
                 state,
                 positions_max: prompts[index].2,
+                drafts: 0,
             })
             .collect();
         let answers = model.step(&mut parts, &|| true).unwrap();
@@ -266,6 +267,58 @@ fn what_cannot_be_adopted_is_refused() {
         model.advance(&mut missing, 9),
         Err(ModelError::Prompt(_))
     ));
+}
+
+#[test]
+fn drafts_are_told_what_comes_behind_them_to_the_bit() {
+    let model = demo();
+    let tokens: Vec<u32> = (0..12).map(|index| 20 + 31 * index).collect();
+    // The block that is written ends among the drafts.
+    let begin = || model.begin(&text(61, 5), &[]).unwrap();
+    let want = alone(&model, begin(), 512, &tokens);
+    let mut state = begin();
+    model.advance(&mut state, usize::MAX).unwrap();
+    let mut at = 0;
+    for right in [0, 1, 3, 2] {
+        model.push(&mut state, tokens[at]).unwrap();
+        let mut drafts = tokens[at + 1..at + 1 + right].to_vec();
+        drafts.extend([7, 8]);
+        assert_eq!(model.push_drafts(&mut state, &drafts), drafts.len());
+        let part = StepPart {
+            state: &mut state,
+            positions_max: usize::MAX,
+            drafts: drafts.len(),
+        };
+        let logits = model.step(&mut [part], &|| true).unwrap().remove(0);
+        let logits = bits(&logits.unwrap());
+        let rows: Vec<&[u32]> = logits.chunks(logits.len() / (drafts.len() + 1)).collect();
+        for row in 0..=right {
+            assert!(rows[row] == want[at + 1 + row], "row {row} from {at}");
+        }
+        model.drop_drafts(&mut state, 2);
+        at += right + 1;
+    }
+    assert_eq!((state.len(), state.pending()), (61 + at, 0));
+}
+
+#[test]
+fn no_draft_changes_the_rope_regime_or_takes_more_blocks_than_there_are() {
+    let model = demo();
+    let mut state = model.begin(&text(4094, 5), &[]).unwrap();
+    assert!(!model.is_long(4096) && model.is_long(4097));
+    assert_eq!(model.push_drafts(&mut state, &[1, 2, 3, 4]), 2);
+    model.drop_drafts(&mut state, 2);
+    assert_eq!(state.len(), 4094);
+    drop(state);
+    model.kv_pool().set_blocks_max(1);
+    let mut state = model.begin(&text(62, 5), &[]).unwrap();
+    assert_eq!(model.push_drafts(&mut state, &[1, 2, 3, 4]), 2);
+    assert_eq!(model.push_drafts(&mut state, &[u32::MAX]), 0, "no token");
+    let float = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("demo");
+    let float = Checkpoint::open(&float).unwrap();
+    let float = Phi3V::load_with(&float, DeviceKind::Cpu, Activations::Float, &|_| ()).unwrap();
+    let mut state = float.begin(&text(62, 5), &[]).unwrap();
+    assert_eq!(float.push_drafts(&mut state, &[1]), 0, "sums may differ");
 }
 
 #[test]

@@ -244,6 +244,8 @@ pub struct ModelSection {
     pub prefill_chunk_tokens: usize,
     /// Milliseconds that pictures and prompts may add to the time between two tokens of others. Needs a restart.
     pub slice_ms: u64,
+    /// Tokens that a step may check ahead of time, of all its requests together; 0 for none. Needs a restart.
+    pub draft_tokens_max: usize,
 }
 
 impl Default for ModelSection {
@@ -261,6 +263,7 @@ impl Default for ModelSection {
             kv_cache_mib: 2048,
             prefill_chunk_tokens: 128,
             slice_ms: 500,
+            draft_tokens_max: 7,
         }
     }
 }

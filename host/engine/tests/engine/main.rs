@@ -5,6 +5,7 @@
 mod batch;
 mod cancel;
 mod constraints;
+mod drafts;
 mod events;
 mod fallback;
 mod features;

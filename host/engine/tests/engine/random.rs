@@ -117,12 +117,18 @@ fn every_request_ends_once_and_is_counted_once() {
 /// memory, each says what it says alone, as far as it gets.
 #[test]
 fn whatever_runs_together_says_what_it_says_alone() {
-    let alone = engine_of(Script::new(Answer::Hashed(600)), |options| {
+    for answer in [Answer::Hashed(600), Answer::Repeating(5)] {
+        says_what_it_says_alone(&answer);
+    }
+}
+
+fn says_what_it_says_alone(answer: &Answer) {
+    let alone = engine_of(Script::new(answer.clone()), |options| {
         options.sequences_max = 1;
     });
     for seed in 1..=6 {
         let mut random = Random(seed * 0x9E37_79B9);
-        let script = Script::new(Answer::Hashed(600));
+        let script = Script::new(answer.clone());
         let caches: Caches<_, _> = Caches::new(CacheBytes {
             features: random.below(3) * 1500,
             prefixes: random.below(4) * 20_000,
@@ -133,6 +139,7 @@ fn whatever_runs_together_says_what_it_says_alone() {
         options.kv_bytes = 1000 * random.below(700);
         options.context_tokens_max = 900;
         options.prefill_chunk_tokens = 1 + random.below(200) as usize;
+        options.draft_tokens_max = random.below(3) as usize * 5;
         options.slice = Duration::from_micros(random.below(300));
         let loader = ScriptedLoader(script.clone());
         let engine = Engine::start(loader, tokenizer(), &caches, options);

@@ -1,6 +1,6 @@
 //! A model that says what it is told to, writes down what it is asked, and breaks on demand.
 
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::hash::{DefaultHasher, Hash, Hasher as _};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -60,6 +60,8 @@ pub(crate) enum Answer {
     Tokens(Vec<u32>),
     /// A distribution over so many tokens that depends on every id so far.
     Hashed(u32),
+    /// One that depends on the last two, mostly over so many: what is said comes again.
+    Repeating(u32),
 }
 
 #[derive(Clone)]
@@ -73,6 +75,8 @@ pub(crate) struct Script {
     /// Most sequences in a step.
     pub(crate) widest: Arc<AtomicUsize>,
     pub(crate) short_positions_max: usize,
+    /// Most drafts that are taken at once.
+    pub(crate) drafts_max: usize,
 }
 
 impl Script {
@@ -85,6 +89,7 @@ impl Script {
             blocks_used: Arc::default(),
             widest: Arc::default(),
             short_positions_max: usize::MAX,
+            drafts_max: usize::MAX,
         }
     }
 
@@ -129,15 +134,24 @@ impl Script {
                 logits
             }
             Answer::Hashed(count) => {
-                let logit = |id: u32| {
-                    let mut hasher = DefaultHasher::new();
-                    (ids, id).hash(&mut hasher);
-                    (hasher.finish() % 1000) as f32 / 200.0
-                };
+                let logit = |id: u32| hash((ids, id)) / 200.0;
                 (0..*count).map(logit).collect()
+            }
+            Answer::Repeating(count) => {
+                let last = ids.last_chunk::<2>();
+                let likely = |id: u32| hash((last, id)) / 100.0;
+                let logit = |id: u32| if id < *count { likely(id) } else { -9.0 };
+                (0..=100).map(logit).collect()
             }
         }
     }
+}
+
+/// 0 to 999.
+fn hash(what: impl Hash) -> f32 {
+    let mut hasher = DefaultHasher::new();
+    what.hash(&mut hasher);
+    (hasher.finish() % 1000) as f32
 }
 
 pub(crate) struct ScriptedModel {
@@ -202,10 +216,15 @@ impl ScriptedModel {
         }
     }
 
-    fn run(&self, state: &mut State, positions_max: usize) -> Result<Option<Vec<f32>>, ModelError> {
+    fn run(&self, part: &mut Part<'_, State>) -> Result<Option<Vec<f32>>, ModelError> {
+        let Part {
+            state,
+            positions_max,
+            drafts,
+        } = part;
         let (from, pending) = (state.done, state.ids.len() - state.done);
         assert!(pending > 0, "nothing is pending");
-        let positions = pending.min(positions_max);
+        let positions = pending.min(*positions_max);
         let mut reply = Reply::Go;
         if !state.is_warm_up {
             reply = self
@@ -227,7 +246,11 @@ impl ScriptedModel {
         // From what the blocks hold: a wrong one changes the answer.
         let seen: Vec<i64> = state.blocks.iter().flat_map(|b| b.ids.clone()).collect();
         assert_eq!(seen.len(), state.ids.len());
-        let mut logits = self.script.logits(&seen, state.pushed);
+        let behind = |draft: usize| {
+            let seen = &seen[..seen.len() - draft];
+            self.script.logits(seen, state.pushed - draft)
+        };
+        let mut logits: Vec<f32> = (0..=*drafts).rev().flat_map(behind).collect();
         if reply == Reply::Nan {
             logits[3] = f32::NAN;
         }
@@ -310,6 +333,36 @@ impl Model for ScriptedModel {
         Ok(())
     }
 
+    fn push_drafts(&self, state: &mut State, tokens: &[u32]) -> usize {
+        let long = self.is_long(state.ids.len());
+        for (index, token) in tokens.iter().enumerate() {
+            let len = state.ids.len() + 1;
+            if index == self.script.drafts_max
+                || self.is_long(len) != long
+                || self.reserve(state, len).is_err()
+            {
+                return index;
+            }
+            state.ids.push(i64::from(*token));
+            state.pushed += 1;
+        }
+        tokens.len()
+    }
+
+    fn drop_drafts(&self, state: &mut State, count: usize) {
+        state.ids.truncate(state.ids.len() - count);
+        state.pushed -= count;
+        state.done = state.done.min(state.ids.len());
+        for (index, block) in state.blocks.iter_mut().enumerate() {
+            let held = state.done.saturating_sub(index * BLOCK);
+            if held < BLOCK
+                && let Some(block) = Arc::get_mut(block)
+            {
+                block.ids.truncate(held);
+            }
+        }
+    }
+
     fn pending(state: &State) -> usize {
         state.ids.len() - state.done
     }
@@ -385,7 +438,7 @@ impl Model for ScriptedModel {
             return Err(ModelError::Cancelled);
         }
         self.script.widest.fetch_max(parts.len(), Ordering::Relaxed);
-        let run = |part: &mut Part<'_, State>| self.run(part.state, part.positions_max);
+        let run = |part: &mut Part<'_, State>| self.run(part);
         parts.iter_mut().map(run).collect()
     }
 }
@@ -435,6 +488,8 @@ pub(crate) fn options() -> EngineOptions {
         queue_requests_max: 4,
         sequences_max: 1,
         slice: PATIENCE,
+        // What is counted here are steps of one token.
+        draft_tokens_max: 0,
         ..EngineOptions::default()
     }
 }

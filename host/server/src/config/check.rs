@@ -254,6 +254,7 @@ fn check_model(config: &Config, found: &mut Found) {
     found.range("model.sequences_max", model.sequences_max, 1, 256);
     found.range("model.kv_cache_mib", model.kv_cache_mib, 1, 1 << 20);
     found.range("model.slice_ms", model.slice_ms, 1, 60_000);
+    found.range("model.draft_tokens_max", model.draft_tokens_max, 0, 64);
     for (index, alias) in model.aliases.iter().enumerate() {
         let repeated = model.aliases[..index].contains(alias) || *alias == model.served_name;
         if alias.is_empty() || repeated {

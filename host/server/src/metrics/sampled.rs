@@ -60,6 +60,10 @@ pub struct EngineSample {
     pub step_sequences: u64,
     /// Positions of a step, summed over the steps.
     pub step_positions: u64,
+    /// Tokens that were drafted and run.
+    pub drafted_tokens: u64,
+    /// Those of them that came.
+    pub accepted_tokens: u64,
     /// Steps by their sequences, as the engine counts them.
     pub step_sizes: [u64; STEP_SIZES.len()],
     /// KV blocks alive, those of cached prefixes included.
@@ -182,6 +186,8 @@ struct EngineSeries {
     steps: Counter,
     step_sequences: Counter,
     step_positions: Counter,
+    drafted: Counter,
+    accepted: Counter,
     kv_blocks: Gauge,
     kv_blocks_max: Gauge,
     rejected: Counter,
@@ -256,6 +262,16 @@ impl EngineSeries {
             steps: add(to, "visor_steps", "Steps of the model"),
             step_sequences: add(to, "visor_step_sequences", "Sequences in steps"),
             step_positions: add(to, "visor_step_positions", "Positions in steps"),
+            drafted: add(
+                to,
+                "vllm:spec_decode_num_draft_tokens",
+                "Tokens drafted and run",
+            ),
+            accepted: add(
+                to,
+                "vllm:spec_decode_num_accepted_tokens",
+                "Drafted tokens that came",
+            ),
             kv_blocks: add(to, "visor_kv_blocks", "KV blocks in use"),
             kv_blocks_max: add(to, "visor_kv_blocks_max", "KV blocks there can be"),
             rejected: add(to, "visor_sequences_rejected", "Refused, queue full"),
@@ -278,6 +294,8 @@ impl EngineSeries {
         mirror(&self.steps, engine.steps);
         mirror(&self.step_sequences, engine.step_sequences);
         mirror(&self.step_positions, engine.step_positions);
+        mirror(&self.drafted, engine.drafted_tokens);
+        mirror(&self.accepted, engine.accepted_tokens);
         self.kv_blocks.set(signed(engine.kv_blocks));
         self.kv_blocks_max.set(signed(engine.kv_blocks_max));
         mirror(&self.rejected, engine.rejected);

@@ -393,6 +393,7 @@ fn engine_options(config: &Config, model: &ServedModel) -> EngineOptions {
         kv_bytes: config.model.kv_cache_mib << 20,
         prefill_chunk_tokens: config.model.prefill_chunk_tokens,
         slice: Duration::from_millis(config.model.slice_ms),
+        draft_tokens_max: config.model.draft_tokens_max,
         model_digest: model.facts.digest.clone(),
         ..EngineOptions::default()
     }
