@@ -6,28 +6,21 @@ What is checked is in node/openai.js; the packages are installed below target/.
 
 import json
 import os
-import pathlib
-import shutil
 import subprocess
 
-from served import ENDLESS, PHOTOS, ROOT, Served, main
-
-SOURCES = pathlib.Path(__file__).resolve().parent / "node"
-FOLDER = ROOT / "target" / "node-clients"
+import node_packages
+from served import ENDLESS, PHOTOS, Served, main
 
 
 class OpenAINodeClient(Served):
     @classmethod
     def setUpClass(cls):
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        for file in SOURCES.iterdir():
-            shutil.copy(file, FOLDER)
-        subprocess.run(["npm", "ci", "--no-audit", "--no-fund", "--silent"], cwd=FOLDER, check=True)
+        cls.packages = node_packages.install()
         super().setUpClass()
 
     def test_what_the_script_checks(self):
         environment = os.environ | {"VISOR_BASE": self.base, "VISOR_PHOTOS": str(PHOTOS), "VISOR_ENDLESS": json.dumps(ENDLESS)}
-        ran = subprocess.run(["node", "--test", "openai.js"], cwd=FOLDER, env=environment, capture_output=True, text=True)
+        ran = subprocess.run(["node", "--test", "openai.js"], cwd=self.packages, env=environment, capture_output=True, text=True)
         self.assertEqual(ran.returncode, 0, ran.stdout + ran.stderr)
 
 
