@@ -267,3 +267,27 @@ fn decoded_pictures_of_all_requests_share_one_budget_of_memory() {
     let message = error["message"].as_str().expect("a message");
     assert!(message.contains("images.decoded_mib_max"), "{message}");
 }
+
+/// A picture in four crops and a whole is 6.5 MiB.
+#[test]
+fn crops_of_all_requests_share_one_budget_of_memory() {
+    let server = Arc::new(Server::start_with("[images]\ncrops_mib_max = 32\n"));
+    let asking = |count: usize| {
+        let different: Vec<_> = (0..count as u32).map(|index| plain(400 + index)).collect();
+        chat(&[pictures(&different, "what are these?")])
+    };
+    // Of six clients with four pictures each, one has room at a time.
+    let clients: Vec<_> = (0..6)
+        .map(|_| {
+            let (server, body) = (Arc::clone(&server), asking(4));
+            thread::spawn(move || server.chat(&body).ok())
+        })
+        .collect();
+    for client in clients {
+        client.join().expect("it waited and was answered");
+    }
+    let error = server.chat(&asking(5)).error(413);
+    let message = error["message"].as_str().expect("a message");
+    assert!(message.contains("images.crops_mib_max"), "{message}");
+    server.chat(&asking(4)).ok();
+}

@@ -1,5 +1,6 @@
 //! What goes into the engine and what comes out: plain data and the two ends of a request.
 
+use std::fmt::Debug;
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -181,6 +182,8 @@ pub struct GenerateRequest {
     pub deadline: Option<Instant>,
     /// Use of the caches.
     pub cache: CacheAccess,
+    /// Goes when the engine is done with the request and its pictures, such as what the memory of these is counted by.
+    pub held: Option<Arc<dyn Debug + Send + Sync>>,
 }
 
 impl GenerateRequest {
@@ -198,6 +201,7 @@ impl GenerateRequest {
             cancel: CancelToken::new(),
             deadline: None,
             cache: CacheAccess::default(),
+            held: None,
         }
     }
 }

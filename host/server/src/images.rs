@@ -92,12 +92,32 @@ pub fn room(
         .iter()
         .map(|h| h.decoding_bytes() - h.decoded_bytes());
     let bytes = kept + beside.max().unwrap_or(0);
+    let mib_max = loading.config.decoded_mib_max;
+    let limit = (mib_max, "to decode", "images.decoded_mib_max");
+    take(bytes, budget, loading, limit)
+}
+
+/// Room for crops of so many bytes, from when they are made until the answer about them ends.
+///
+/// # Errors
+/// As [`room`].
+pub fn crops_room(bytes: u64, budget: &Budget, loading: &Loading<'_>) -> Result<Room, LoadError> {
+    let mib_max = loading.config.crops_mib_max;
+    let limit = (mib_max, "as crops", "images.crops_mib_max");
+    take(bytes, budget, loading, limit)
+}
+
+fn take(
+    bytes: u64,
+    budget: &Budget,
+    loading: &Loading<'_>,
+    (mib_max, what, key): (u64, &str, &str),
+) -> Result<Room, LoadError> {
     budget.take(bytes, &loading.patience).map_err(|none| match none {
         NoRoom::Never => {
-            let (mib, mib_max) = (bytes.div_ceil(1 << 20), loading.config.decoded_mib_max);
+            let mib = bytes.div_ceil(1 << 20);
             let message = format!(
-                "the images of this request take {mib} MiB to decode; at most {mib_max} are allowed \
-                 (images.decoded_mib_max)"
+                "the images of this request take {mib} MiB {what}; at most {mib_max} are allowed ({key})"
             );
             refused(ErrorCode::TooLarge, message)
         }

@@ -60,6 +60,11 @@ pub struct ViewPlan {
 }
 
 impl ViewPlan {
+    /// Memory of the crops it makes, in bytes.
+    pub fn crops_bytes(&self) -> u64 {
+        (self.chains().count() * CROP_SAMPLES * size_of::<f32>()) as u64
+    }
+
     /// SHA-256 over the source's digest and everything in the plan: equal keys, equal crops.
     pub fn key(&self, source_digest: &[u8; 32]) -> [u8; 32] {
         let mut sha = Sha256::new();

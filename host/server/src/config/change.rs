@@ -3,7 +3,7 @@
 use super::Config;
 
 /// Keys that are read once, at start. Everything else is applied live.
-const RESTART_KEYS: [&str; 19] = [
+const RESTART_KEYS: [&str; 20] = [
     "server.listen",
     "server.tls_cert_file",
     "server.tls_key_file",
@@ -18,6 +18,7 @@ const RESTART_KEYS: [&str; 19] = [
     "telemetry",
     "model",
     "images.decoded_mib_max",
+    "images.crops_mib_max",
     "images.fetch.at_once_max",
     "images.fetch.lookups_max",
     "plugins.folder",
@@ -74,6 +75,7 @@ pub fn keep_restart_keys(running: &Config, new: &Config) -> Config {
     applied.telemetry = running.telemetry.clone();
     applied.model = running.model.clone();
     applied.images.decoded_mib_max = running.images.decoded_mib_max;
+    applied.images.crops_mib_max = running.images.crops_mib_max;
     applied.images.fetch.at_once_max = running.images.fetch.at_once_max;
     applied.images.fetch.lookups_max = running.images.fetch.lookups_max;
     applied.plugins.folder.clone_from(&running.plugins.folder);
@@ -164,6 +166,7 @@ mod tests {
         new.telemetry.timeout_s += 1;
         new.model.aliases.push("x".to_owned());
         new.images.decoded_mib_max += 1;
+        new.images.crops_mib_max += 1;
         new.images.fetch.at_once_max += 1;
         new.images.fetch.lookups_max += 1;
         new.plugins.folder = "other".into();

@@ -21,6 +21,8 @@ const CONTEXT_TOKENS_MIN: u32 = 512;
 const DECODING_BYTES_MAX: u64 = 14;
 /// Most memory for decoded pictures, in MiB: a count of KiB that fits 31 bits.
 const DECODED_MIB_MAX: u64 = 2 << 20;
+/// A picture of 17 crops is 22 MiB.
+const CROPS_MIB_MIN: u64 = 32;
 
 /// Highest value of `server.generations_per_request_max`.
 pub const GENERATIONS_PER_REQUEST_MAX: u32 = 128;
@@ -359,6 +361,12 @@ fn check_images(config: &Config, found: &mut Found) {
             &format!("{one_mib} to {DECODED_MIB_MAX}"),
         );
     }
+    found.range(
+        "images.crops_mib_max",
+        images.crops_mib_max,
+        CROPS_MIB_MIN,
+        DECODED_MIB_MAX,
+    );
     check_files_root(&images.files_root, found);
     check_fetch(&images.fetch, found);
 }

@@ -18,7 +18,7 @@ use super::cached::{self, Answer, AnswerKey, Sharing};
 use super::failure::Failure;
 use super::plan::{self, Wish};
 use super::prompt::{self, Task};
-use super::vision::{self, Planned};
+use super::vision::{self, Planned, Rendered};
 use super::work::{Stop, Work};
 use crate::calls::Calls;
 use crate::formats::{Bounds, FormatError};
@@ -287,11 +287,11 @@ fn submit(
     choices: u32,
 ) -> Result<Vec<EventReceiver>, Stop> {
     let seed = counted.sampling.seed;
-    let images = vision::render(work, counted.planned, sharing)?;
+    let Rendered { pixels, room } = vision::render(work, counted.planned, sharing)?;
     work.check()?;
     let mut request = GenerateRequest {
         prompt: counted.prompt,
-        images,
+        images: pixels,
         continues: counted.continues,
         sampling: counted.sampling,
         grammar,
@@ -301,6 +301,7 @@ fn submit(
         cancel: work.call.cancel.clone(),
         deadline: Some(work.deadline),
         cache: CacheAccess::from(&sharing.scoping),
+        held: room.map(|room| Arc::new(room) as _),
     };
     let submitted = (0..choices).map(|choice| {
         request.sampling.seed = plan::seed_of(seed, choice);

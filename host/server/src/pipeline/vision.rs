@@ -218,12 +218,26 @@ fn view_plan(view: &View) -> ViewPlan {
     }
 }
 
+/// Crops of a request's pictures, and the memory they take; none without pictures.
+pub(super) struct Rendered {
+    pub pixels: Vec<Arc<PixelValues>>,
+    pub room: Option<Room>,
+}
+
 /// Runs the plans into crops, or takes them from the cache.
 pub(super) fn render(
     work: &mut Work,
     planned: Vec<Planned>,
     sharing: &Sharing,
-) -> Result<Vec<Arc<PixelValues>>, Stop> {
+) -> Result<Rendered, Stop> {
+    let house = Arc::clone(&work.call.house);
+    let bytes = planned.iter().map(|image| image.plan.crops_bytes()).sum();
+    let room = (bytes > 0).then(|| {
+        images_stage(work, None, |loading| {
+            images::crops_room(bytes, &house.crops, loading)
+        })
+    });
+    let room = room.transpose()?;
     let access = sharing.scoping.pixels;
     let mut rendered = Vec::with_capacity(planned.len());
     for image in planned {
@@ -231,7 +245,7 @@ pub(super) fn render(
         let key = sharing.key(image.key);
         let found = access
             .read
-            .then(|| work.call.house.pixels.get(&key))
+            .then(|| house.pixels.get(&key))
             .flatten();
         if let Some(pixels) = found {
             rendered.push(pixels);
@@ -247,14 +261,14 @@ pub(super) fn render(
         let pixels = Arc::new(pixels);
         if access.write {
             let entry = sharing.entry(pixels.bytes(), elapsed, image.tokens);
-            work.call
-                .house
-                .pixels
-                .insert(key, Arc::clone(&pixels), &entry);
+            house.pixels.insert(key, Arc::clone(&pixels), &entry);
         }
         rendered.push(pixels);
     }
-    Ok(rendered)
+    Ok(Rendered {
+        pixels: rendered,
+        room,
+    })
 }
 
 #[cfg(test)]

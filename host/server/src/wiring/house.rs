@@ -58,6 +58,8 @@ pub struct House {
     pub responses: Arc<Cache<Answer>>,
     /// Memory for decoded pictures.
     pub decoding: Budget,
+    /// Memory for crops, from when they are made until nobody answers about them any more.
+    pub crops: Budget,
     /// The way to pictures that only have an address.
     pub fetcher: Fetcher,
     /// What is counted.
@@ -164,6 +166,7 @@ impl House {
             pixels: caches.pixels,
             responses: caches.responses,
             decoding: Budget::new(config.images.decoded_mib_max << 20),
+            crops: Budget::new(config.images.crops_mib_max << 20),
             fetcher: Fetcher::system(&config.images.fetch),
             current,
             sandbox,
