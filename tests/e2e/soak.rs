@@ -151,3 +151,35 @@ fn memory_stays_where_it_is() {
     let entries = stats["caches"]["prefixes"]["entries"].as_u64();
     assert!(blocks <= entries, "{blocks:?} blocks, {entries:?} cached");
 }
+
+/// What a tokenizer would keep of texts is more than the texts.
+#[test]
+fn texts_that_are_taken_apart_leave_nothing_behind() {
+    const TEXTS: u64 = 3000;
+    /// What they would come to is twice that.
+    const GROWTH_BYTES_MAX: f64 = 4e6;
+    let server = Arc::new(Server::start());
+    let run = |numbers: std::ops::Range<u64>| {
+        let clients: Vec<_> = (0..4)
+            .map(|client| {
+                let (server, numbers) = (Arc::clone(&server), numbers.clone());
+                thread::spawn(move || {
+                    for number in numbers.skip(client).step_by(4) {
+                        let words = (1..25).map(|word| (number * word * 2_654_435_761) % 1_000_003);
+                        let words: Vec<String> = words.map(|word| word.to_string()).collect();
+                        let body = json!({"prompt": words.join(" ")}).to_string();
+                        server.send("POST", "/v1/tokenize", body.as_bytes()).ok();
+                    }
+                })
+            })
+            .collect();
+        for client in clients {
+            client.join().expect("every text was taken apart");
+        }
+        resident(&server)
+    };
+    let early = run(0..500);
+    let growth = run(500..500 + TEXTS) - early;
+    println!("{TEXTS} texts: {:+.1} MiB", growth / 1048576.0);
+    assert!(growth < GROWTH_BYTES_MAX, "{growth} bytes");
+}

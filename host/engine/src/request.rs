@@ -1,7 +1,7 @@
 //! What goes into the engine and what comes out: plain data and the two ends of a request.
 
-use std::fmt::Debug;
 use std::cell::Cell;
+use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};

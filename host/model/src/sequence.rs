@@ -202,7 +202,8 @@ impl Phi3V {
             return 0;
         }
         let fits = |count: usize| {
-            self.check_length(len + count).is_ok() && self.decoder.rope.regime(len + count) == regime
+            self.check_length(len + count).is_ok()
+                && self.decoder.rope.regime(len + count) == regime
         };
         for (index, token) in tokens.iter().enumerate() {
             let Ok(slot) = self.check_token(*token) else {

@@ -243,10 +243,7 @@ pub(super) fn render(
     for image in planned {
         work.check()?;
         let key = sharing.key(image.key);
-        let found = access
-            .read
-            .then(|| house.pixels.get(&key))
-            .flatten();
+        let found = access.read.then(|| house.pixels.get(&key)).flatten();
         if let Some(pixels) = found {
             rendered.push(pixels);
             continue;
