@@ -1,6 +1,7 @@
 //! What request adapters share: a JSON body read field by field, so that every complaint names its
 //! place. Nothing here knows a dialect or the host.
 
+mod bindings;
 mod field;
 mod format;
 mod picture;

@@ -16,7 +16,7 @@ mod tools;
 use std::cell::RefCell;
 
 use serde_json::{Value, json};
-use visor_plugin_body::{Field, Format, Kind, Picture, Tool, Wrong, sources};
+use visor_plugin_body::{Field, Picture, into_bindings, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
@@ -220,37 +220,6 @@ fn find(name: &str) -> Result<model::Handle, Error> {
         })
 }
 
-impl From<Format> for OutputFormat {
-    fn from(format: Format) -> Self {
-        match format {
-            Format::Text => Self::Text,
-            Format::Json => Self::Json,
-            Format::Schema(schema) => Self::JsonSchema(schema),
-            Format::Regex(pattern) => Self::Regex(pattern),
-        }
-    }
-}
-
-impl From<Tool> for ToolSpec {
-    fn from(tool: Tool) -> Self {
-        Self {
-            name: tool.name,
-            description: tool.description,
-            parameters: tool.parameters,
-        }
-    }
-}
-
-impl From<Wrong> for Error {
-    fn from(wrong: Wrong) -> Self {
-        Self {
-            code: match wrong.kind {
-                Kind::Invalid => ErrorCode::InvalidRequest,
-                Kind::Unsupported => ErrorCode::Unsupported,
-            },
-            message: wrong.message,
-            param: wrong.param,
-            retry_after: None,
-        }
-    }
-}
+into_bindings!(Format);
+into_bindings!(Tool);
+into_bindings!(Wrong);

@@ -15,7 +15,7 @@ mod tools;
 
 use std::cell::RefCell;
 
-use visor_plugin_body::{Choice, Format, Kind, Picture, Tool, Wrong, sources};
+use visor_plugin_body::{Picture, into_bindings, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
@@ -153,48 +153,7 @@ fn served(name: Option<&str>) -> Result<model::Handle, Error> {
     })
 }
 
-impl From<Format> for OutputFormat {
-    fn from(format: Format) -> Self {
-        match format {
-            Format::Text => Self::Text,
-            Format::Json => Self::Json,
-            Format::Schema(schema) => Self::JsonSchema(schema),
-            Format::Regex(pattern) => Self::Regex(pattern),
-        }
-    }
-}
-
-impl From<Tool> for ToolSpec {
-    fn from(tool: Tool) -> Self {
-        Self {
-            name: tool.name,
-            description: tool.description,
-            parameters: tool.parameters,
-        }
-    }
-}
-
-impl From<Choice> for ToolChoice {
-    fn from(choice: Choice) -> Self {
-        match choice {
-            // Tools that are not to be called are not offered.
-            Choice::None | Choice::Auto => Self::Auto,
-            Choice::Required => Self::Required,
-            Choice::Named(name) => Self::Named(name),
-        }
-    }
-}
-
-impl From<Wrong> for Error {
-    fn from(wrong: Wrong) -> Self {
-        Self {
-            code: match wrong.kind {
-                Kind::Invalid => ErrorCode::InvalidRequest,
-                Kind::Unsupported => ErrorCode::Unsupported,
-            },
-            message: wrong.message,
-            param: wrong.param,
-            retry_after: None,
-        }
-    }
-}
+into_bindings!(Format);
+into_bindings!(Tool);
+into_bindings!(Choice);
+into_bindings!(Wrong);
