@@ -2,12 +2,13 @@
 
 use std::io::Write;
 use std::net::TcpStream;
+use std::process::Command;
 
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::client::{self, Answer, Incoming, Request};
-use crate::server::{Server, chat, text, until, with};
+use crate::server::{Server, chat, repository, text, until, with};
 
 /// A key with further settings.
 fn key(name: &str, secret: &str, more: &str) -> String {
@@ -203,6 +204,15 @@ fn keys_come_and_go_while_the_server_runs() {
         (ask(&server, &[]).status == 401).then_some(())
     });
     ask(&server, &[("x-api-key", "one")]).ok();
+    // A plugin that comes later is wired with the keys of now.
+    let template = repository("plugins/built/phi3.wasm");
+    server.install("mine", &std::fs::read(template).expect("it is checked in"));
+    until("the plugin is there", || {
+        let plugins = server.stats()["plugins"].clone();
+        let mine = |plugin: &serde_json::Value| plugin["id"] == "mine";
+        plugins.as_array()?.iter().any(mine).then_some(())
+    });
+    assert_eq!(ask(&server, &[]).status, 401);
     assert_eq!(
         server.get("/stats").status,
         200,
@@ -305,7 +315,19 @@ fn a_web_page_may_ask_only_from_a_listed_origin() {
 /// A page whose own name resolves to this machine asks as if it were the server's.
 #[test]
 fn without_keys_only_names_of_this_machine_are_asked() {
-    let server = Server::start_with("[access]\nhosts = [\"visor.example\"]\n");
+    let config = "[access]\nhosts = [\"visor.example\"]\n";
+    only_names_of_this_machine_are_asked(&Server::start_with(config));
+    // However the address it listens at is written.
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    std::fs::write(folder.path().join("visor.toml"), config).expect("written");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_visor"));
+    command.args(["serve", "--listen", "localhost:0", "--config", "visor.toml"]);
+    let server = Server::spawn(command, folder);
+    server.wait_ready();
+    only_names_of_this_machine_are_asked(&server);
+}
+
+fn only_names_of_this_machine_are_asked(server: &Server) {
     let by = |host: &str| {
         let mut stream = TcpStream::connect(server.address).expect("the server accepts");
         let head = format!("GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");

@@ -171,6 +171,31 @@ fn bodies_on_their_way_have_so_much_memory_together() {
     });
 }
 
+/// It looks like a picture, so it is lifted out of the body, past all limits on text, and then it is text after all.
+#[test]
+fn a_text_that_cannot_fit_is_refused_without_being_taken_apart() {
+    const MIB: u64 = 1 << 20;
+    let server = Server::start();
+    let peak = || {
+        server.stats()["memory"]["peak_bytes"]
+            .as_u64()
+            .expect("this system tells")
+            / MIB
+    };
+    server.chat(&chat(&[text("warm")])).ok();
+    let before = peak();
+    let long = format!("data:{}", "x".repeat(24 << 20));
+    let error = server.chat(&chat(&[text(&long)])).error(400);
+    assert!(
+        error["message"]
+            .as_str()
+            .is_some_and(|why| why.contains("too long")),
+        "{error}"
+    );
+    let growth = peak() - before;
+    assert!(growth < 300, "{growth} MiB for 24");
+}
+
 #[test]
 fn a_request_has_so_much_time_and_no_more() {
     let server = Server::start_with("[server]\nrequest_timeout_s = 1\n");

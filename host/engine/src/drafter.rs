@@ -7,6 +7,8 @@ const AGREEING_MIN: usize = 3;
 const AGREEING_MAX: usize = 8;
 /// Tokens of a first draft: a step of three rows takes hardly longer than one of a single row.
 const FIRST: usize = 2;
+/// Tokens of a draft at most.
+const LONGEST: usize = 64;
 /// Most tokens that are generated without a draft, after drafts that were all wrong.
 const PAUSE_MAX: u32 = 64;
 /// Stands for a position of a picture, which no token is.
@@ -76,7 +78,7 @@ impl Drafter {
             self.pause = 1;
         }
         self.length = if accepted == length {
-            2 * self.length
+            (2 * self.length).min(LONGEST)
         } else {
             accepted.max(FIRST)
         };

@@ -25,7 +25,7 @@ use crate::model::{Model, ModelLoader};
 use crate::pace::Pace;
 use crate::prefix_cache::PrefixStore;
 use crate::request::Finish;
-use crate::sequence::{Bench, Progress, Sequence};
+use crate::sequence::{Bench, Progress, Sequence, Taken};
 use crate::shared::{EngineState, Shared};
 use crate::slot::ModelSlot;
 use crate::stats::EngineStats;
@@ -463,12 +463,20 @@ impl<L: ModelLoader> Scheduler<L> {
             let mut bench = self.stores.bench(model);
             let tokens_before = sequence.usage().completion_tokens;
             let drafted = sequence.drafted();
-            let progress = guard::alone(|| sequence.take(logits, &mut bench));
+            let taken = guard::alone(|| sequence.take(logits, &mut bench));
             let tokens = sequence.usage().completion_tokens - tokens_before;
+            let (progress, accepted) = match taken {
+                Ok(Taken { progress, accepted }) => (Ok(progress), accepted),
+                Err(trouble) => (Err(trouble), 0),
+            };
             if let Ok(Progress::Done(..)) = &progress {
                 sequence.share(&mut bench, true);
             }
-            self.shared().stats().add_tokens(tokens, drafted);
+            // What its prompt leaves to others may be all that the first that waits is short of.
+            self.is_full &= tokens_before > 0;
+            self.shared()
+                .stats()
+                .add_tokens(tokens, (drafted, accepted));
             match progress {
                 Ok(Progress::More) => self.put_back(sequence),
                 Ok(Progress::Done(reason, stop)) => self.end(sequence, reason, stop),
@@ -512,7 +520,13 @@ impl<L: ModelLoader> Scheduler<L> {
             // Another may be the first that waits.
             self.is_full = false;
             let prompt_tokens = sequence.request.prompt.ids.len();
-            self.count_out(outcome, |stats| stats.unwait(prompt_tokens));
+            let timings = sequence.was_admitted().then(|| sequence.timings());
+            self.count_out(outcome, |stats| {
+                stats.unwait(prompt_tokens);
+                if let Some(timings) = &timings {
+                    stats.add_timings(timings);
+                }
+            });
         } else {
             self.close(&sequence, outcome);
         }

@@ -48,6 +48,13 @@ pub(crate) enum Progress {
     Done(Finish, Option<String>),
 }
 
+/// What the logits of a step led to.
+pub(crate) struct Taken {
+    pub(crate) progress: Progress,
+    /// Drafts that came.
+    pub(crate) accepted: usize,
+}
+
 /// What sequences are computed with.
 pub(crate) struct Bench<'a, M: Model> {
     pub(crate) model: &'a M,
@@ -403,12 +410,17 @@ impl<M: Model> Sequence<M> {
             return 0;
         };
         let mut draft = self.drafter.draft(most.min(left));
-        if !draft.is_empty() {
-            let taken = model.push_drafts(state, &draft);
-            draft.truncate(taken);
+        if draft.is_empty() {
+            return 0;
         }
+        let taken = model.push_drafts(state, &draft);
+        if taken == 0 {
+            // Here none is, or not now: to look for the next can wait.
+            self.drafter.note(draft.len(), 0);
+        }
+        draft.truncate(taken);
         self.drafts = draft;
-        self.drafts.len()
+        taken
     }
 
     /// Positions of the step under way that are drafts.
@@ -453,7 +465,7 @@ impl<M: Model> Sequence<M> {
         &mut self,
         mut logits: Vec<f32>,
         bench: &mut Bench<'_, M>,
-    ) -> Result<Progress, Trouble> {
+    ) -> Result<Taken, Trouble> {
         let drafted = self.drafts.len();
         let size = logits.len() / (drafted + 1);
         let mut accepted = 0;
@@ -471,16 +483,21 @@ impl<M: Model> Sequence<M> {
             }
             let progress = self.accept(sampled);
             self.drafter.push(token);
-            if matches!(progress, Progress::Done(..)) || self.drafts.get(accepted) != Some(&token) {
-                if drafted > 0 {
-                    self.drafter.note(drafted, accepted);
-                    self.drop_drafts(accepted, bench.model);
-                }
-                return self.go_on(progress, token, bench.model);
+            let was_drafted = self.drafts.get(accepted) == Some(&token);
+            if was_drafted && matches!(progress, Progress::More) {
+                accepted += 1;
+                self.extend_chain(token);
+                logits = rest;
+                continue;
             }
-            accepted += 1;
-            self.extend_chain(token);
-            logits = rest;
+            let kept = accepted;
+            accepted += usize::from(was_drafted);
+            if drafted > 0 {
+                self.drafter.note(drafted, accepted);
+                self.drop_drafts(kept, bench.model);
+            }
+            let progress = self.go_on(progress, token, bench.model)?;
+            return Ok(Taken { progress, accepted });
         }
     }
 
@@ -592,8 +609,7 @@ impl<M: Model> Sequence<M> {
             let (rest, infos) = self.output.finish();
             self.send_delta(rest, infos);
         }
-        // Whoever hears of the end finds its blocks free.
-        self.rewind();
+        self.let_go();
         self.outlet.send(Event::Finished {
             reason,
             matched_stop,
@@ -602,9 +618,16 @@ impl<M: Model> Sequence<M> {
         });
     }
 
+    /// Whoever hears of the end finds its blocks and the memory of its pictures free.
+    fn let_go(&mut self) {
+        self.rewind();
+        self.request.images.clear();
+        self.request.held = None;
+    }
+
     /// The terminal event of a request that cannot be completed.
     pub(crate) fn fail(mut self, error: EngineError) {
-        self.rewind();
+        self.let_go();
         self.outlet.send(Event::Failed(error));
     }
 }

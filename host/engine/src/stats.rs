@@ -101,13 +101,11 @@ impl EngineStats {
         self.step_sizes[size.min(STEP_SIZES.len() - 1)] += 1;
     }
 
-    /// A step led to so many tokens of a sequence that had drafted some of them.
-    pub(crate) fn add_tokens(&mut self, tokens: u32, drafted: usize) {
+    /// A step led to so many tokens of a sequence that had drafted some, of which some came.
+    pub(crate) fn add_tokens(&mut self, tokens: u32, (drafted, accepted): (usize, usize)) {
         self.completion_tokens += u64::from(tokens);
-        if drafted > 0 {
-            self.drafted_tokens += drafted as u64;
-            self.accepted_tokens += u64::from(tokens.saturating_sub(1));
-        }
+        self.drafted_tokens += drafted as u64;
+        self.accepted_tokens += accepted as u64;
     }
 
     /// It waits no more.

@@ -56,6 +56,8 @@ impl KvCache {
     pub(crate) fn clear(&mut self) {
         self.len = 0;
         self.blocks.clear();
+        self.tensors.clear();
+        self.tensor_capacity = 0;
     }
 
     /// Forgets what is behind the first `positions`. It was computed for this sequence alone, and its room stays.
@@ -124,7 +126,7 @@ impl KvCache {
             .max(self.tensor_capacity + self.tensor_capacity / 4)
             .next_multiple_of(4 * BLOCK_POSITIONS);
         let shape = (self.pool.kv_heads(), capacity, self.pool.head_dim());
-        let mut tensors = Vec::with_capacity(self.pool.layers());
+        // Layer by layer: only one is there twice at a time.
         for index in 0..self.pool.layers() {
             let grown = [
                 Tensor::zeros(shape, dtype, device)?,
@@ -135,9 +137,11 @@ impl KvCache {
                     new.slice_set(&old.narrow(1, 0, self.len)?.contiguous()?, 1, 0)?;
                 }
             }
-            tensors.push(grown.into());
+            match self.tensors.get_mut(index) {
+                Some(tensors) => *tensors = grown.into(),
+                None => self.tensors.push(grown.into()),
+            }
         }
-        self.tensors = tensors;
         self.tensor_capacity = capacity;
         Ok(())
     }

@@ -144,6 +144,11 @@ impl Tokenizer {
         u32::try_from(self.encode_text(text).len()).unwrap_or(u32::MAX)
     }
 
+    /// Tokens that texts of so many bytes come to at least, whatever they say: found without reading them.
+    pub fn count_least(&self, bytes: usize) -> u32 {
+        u32::try_from(bytes / self.piece_bytes_max.max(1)).unwrap_or(u32::MAX)
+    }
+
     /// Length in bytes of a prefix of `text` that takes at most `tokens_max` tokens; one more
     /// character would not fit. Ends between characters.
     pub fn fit(&self, text: &str, tokens_max: u32) -> usize {

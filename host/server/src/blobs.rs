@@ -118,11 +118,25 @@ pub fn lift(body: &Bytes, marker: String, limits: &LiftLimits) -> Result<Lifted,
     Ok(lifted)
 }
 
+/// An adapter put a client's strings back more often than a client could mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("it repeats what was lifted from the body over and over")]
+pub struct Repeated;
+
 /// Puts lifted strings back into a text that an adapter passed on: what was not a picture to it was
-/// text, and text reaches the model as the client wrote it.
-pub fn restore(text: &str, marker: &str, blobs: &[LiftedBlob]) -> Option<String> {
+/// text, and text reaches the model as the client wrote it. None where there is nothing to put back.
+/// What is put back is taken off `bytes_left`.
+///
+/// # Errors
+/// There were not as many left.
+pub fn restore(
+    text: &str,
+    marker: &str,
+    blobs: &[LiftedBlob],
+    bytes_left: &mut usize,
+) -> Result<Option<String>, Repeated> {
     if marker.is_empty() || !text.contains(marker) {
-        return None;
+        return Ok(None);
     }
     let mut restored = String::with_capacity(text.len());
     let mut rest = text;
@@ -137,6 +151,7 @@ pub fn restore(text: &str, marker: &str, blobs: &[LiftedBlob]) -> Option<String>
             .and_then(|index: usize| blobs.get(index));
         match blob.and_then(|blob| std::str::from_utf8(&blob.original).ok()) {
             Some(original) => {
+                *bytes_left = bytes_left.checked_sub(original.len()).ok_or(Repeated)?;
                 restored.push_str(original);
                 rest = &number[digits..];
             }
@@ -147,7 +162,7 @@ pub fn restore(text: &str, marker: &str, blobs: &[LiftedBlob]) -> Option<String>
         }
     }
     restored.push_str(rest);
-    Some(restored)
+    Ok(Some(restored))
 }
 
 struct Scan<'a> {

@@ -80,15 +80,6 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Whether the name in a request says who asks: where anybody on this machine may, and nobody else reaches the address.
-    #[must_use]
-    pub fn asks_by_name(&self) -> bool {
-        let address = self.server.listen.parse();
-        let is_local =
-            address.is_ok_and(|address: std::net::SocketAddr| address.ip().is_loopback());
-        is_local && self.access.keys.is_empty()
-    }
-
     /// Reads and checks one TOML text; `file` only names it in errors.
     ///
     /// # Errors

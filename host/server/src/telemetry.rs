@@ -33,6 +33,8 @@ use crate::pipeline::{Incoming, Outcome, RequestRecord, Stage};
 const TRACES_PATH: &str = "/v1/traces";
 /// Largest answer of a collector that is read, in bytes: it has nothing to say but what it left out.
 const ANSWER_BYTES_MAX: usize = 64 << 10;
+/// Most of a path that is told, in bytes.
+const PATH_BYTES_MAX: usize = 256;
 /// How long what is not sent yet may take when the server stops.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 
@@ -86,7 +88,7 @@ impl Telemetry {
         });
         let carrier = HashMap::from(traced);
         let caller = TraceContextPropagator::new().extract_with_context(&Context::new(), &carrier);
-        let name = format!("{} {}", incoming.method, record.prefix);
+        let name = format!("{} {}", method(&incoming.method), record.prefix);
         let span = SpanBuilder::from_name(name)
             .with_kind(SpanKind::Server)
             .with_start_time(begin)
@@ -106,13 +108,24 @@ impl Telemetry {
     }
 }
 
+/// A method that HTTP knows, as the conventions have it: a client may invent others, and as many as it likes.
+fn method(method: &str) -> String {
+    const KNOWN: [&str; 9] = [
+        "CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE",
+    ];
+    let known = KNOWN.contains(&method);
+    if known { method } else { "_OTHER" }.to_owned()
+}
+
 /// Under the names of OpenTelemetry's conventions where there is one.
 fn attributes(incoming: &Incoming, record: &RequestRecord) -> Vec<KeyValue> {
     let count = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+    let path = &incoming.full_path;
+    let path = &path[..path.floor_char_boundary(PATH_BYTES_MAX)];
     let mut attributes = vec![
-        KeyValue::new("http.request.method", incoming.method.clone()),
+        KeyValue::new("http.request.method", method(&incoming.method)),
         KeyValue::new("http.route", record.prefix.clone()),
-        KeyValue::new("url.path", incoming.full_path.clone()),
+        KeyValue::new("url.path", path.to_owned()),
         KeyValue::new("http.response.status_code", i64::from(record.status)),
         KeyValue::new("gen_ai.usage.input_tokens", count(record.tokens.prompt)),
         KeyValue::new(

@@ -14,7 +14,7 @@ use super::{CacheKey, CacheStats, NewEntry};
 const EVENTS_MAX: usize = 4096;
 
 /// Bookkeeping of one entry, so that many small ones do not outgrow the capacity unseen.
-pub(super) const ENTRY_OVERHEAD_BYTES: u64 = 256;
+pub(super) const ENTRY_OVERHEAD_BYTES: u64 = 768;
 
 struct Entry<V> {
     key: CacheKey,

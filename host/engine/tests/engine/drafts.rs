@@ -86,6 +86,20 @@ fn a_run_is_a_few_steps_where_drafts_are_taken() {
 }
 
 #[test]
+fn however_long_a_run_is_it_is_drafted() {
+    for draft_tokens_max in [1, 7] {
+        let script = Script::new(Answer::Tokens(vec![1000; 900]));
+        let engine = start_with(&script, drafting(draft_tokens_max, 1));
+        engine.wait_ready(PATIENCE);
+        assert_eq!(ask(&engine, request(800)).usage().completion_tokens, 800);
+        let stats = engine.stats();
+        let most = 10 + 800 / (1 + draft_tokens_max as u64);
+        assert!(stats.steps < most, "{stats:?}");
+        assert_eq!(stats.drafted_tokens, stats.accepted_tokens, "{stats:?}");
+    }
+}
+
+#[test]
 fn a_step_with_drafts_that_fails_runs_again() {
     for how in [Reply::Fail, Reply::Panic, Reply::Nan] {
         let failed = AtomicU64::new(0);

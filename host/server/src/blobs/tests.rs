@@ -136,7 +136,7 @@ fn restoring_gives_back_the_text_that_only_looked_like_base64() {
     let word = "abcd".repeat(50);
     let lifted = lifted(&json!({"content": word, "more": "A".repeat(100)}).to_string());
     assert_eq!(lifted.blobs.len(), 2);
-    let check = |text: &str| restore(text, "M", &lifted.blobs);
+    let check = |text: &str| restore(text, "M", &lifted.blobs, &mut 1000).expect("so much is left");
     assert_eq!(check("M:0"), Some(word.clone()));
     assert_eq!(
         check("see M:0, M:1!"),
@@ -144,6 +144,21 @@ fn restoring_gives_back_the_text_that_only_looked_like_base64() {
     );
     assert_eq!(check("M:7 M"), Some("M:7 M".to_owned()));
     assert_eq!(check("nothing"), None);
+}
+
+#[test]
+fn what_was_lifted_comes_back_so_often_and_no_more() {
+    let lifted = lifted(&json!({"content": "A".repeat(100)}).to_string());
+    let mut left = 250;
+    for _ in 0..2 {
+        assert!(restore("M:0", "M", &lifted.blobs, &mut left).is_ok());
+    }
+    assert_eq!(left, 50);
+    let over_and_over = "M:0".repeat(1000);
+    assert_eq!(
+        restore(&over_and_over, "M", &lifted.blobs, &mut left),
+        Err(Repeated)
+    );
 }
 
 /// Against a parser: lifting and putting back is the identity on every JSON value.
@@ -174,7 +189,8 @@ fn lifting_random_bodies_and_restoring_them_is_the_identity() {
 fn put_back(value: &mut Value, marker: &str, blobs: &[LiftedBlob]) {
     match value {
         Value::String(text) => {
-            if let Some(original) = restore(text, marker, blobs) {
+            let restored = restore(text, marker, blobs, &mut usize::MAX.clone());
+            if let Some(original) = restored.expect("there is no end of it") {
                 *text = original;
             }
         }

@@ -67,7 +67,8 @@ impl Client {
             .worker_threads(1)
             .enable_all()
             .build()?;
-        let router = crate::http::routes::router(Arc::clone(house), Arc::default(), Arc::default());
+        let router =
+            crate::http::routes::router(Arc::clone(house), Arc::default(), Arc::default(), false);
         Ok(Self {
             router,
             runtime,

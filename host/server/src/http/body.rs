@@ -20,6 +20,8 @@ use crate::pipeline::{CancelOnDrop, Failure, Piece, ReplyBody, ReplyHead};
 const DISCARD_FACTOR: u64 = 4;
 /// Seconds after which a client that met no room for its body may come back.
 const RETRY_AFTER_S: u32 = 1;
+/// Room for a body before the first of it is here, bytes.
+const FIRST_BYTES: usize = 256 << 10;
 
 /// How a body may come.
 #[derive(Debug, Clone, Copy)]
@@ -93,7 +95,9 @@ pub async fn read(mut body: Body, pace: &Pace, arriving: &mut Arriving) -> Resul
             return Err(failure.retry_after(RETRY_AFTER_S));
         }
         if whole.is_empty() {
-            whole.reserve_exact(usize::try_from(announced).unwrap_or(0));
+            // Promised is not sent: a longer one grows as it comes.
+            let expected = usize::try_from(announced).unwrap_or(usize::MAX);
+            whole.reserve_exact(expected.min(FIRST_BYTES));
         }
         whole.extend_from_slice(&piece);
     }

@@ -38,13 +38,17 @@ pub struct Listener {
     pub tls: Option<TlsAcceptor>,
 }
 
+impl Listener {
+    /// Whether only this machine reaches the address.
+    fn is_local(&self) -> bool {
+        let address = self.tcp.local_addr();
+        address.is_ok_and(|address| address.ip().is_loopback())
+    }
+}
+
 /// Serves the admin listener for ever; whoever drops this ends it.
 pub async fn administer(listener: Listener, house: Arc<House>) {
-    let local = listener
-        .tcp
-        .local_addr()
-        .is_ok_and(|address| address.ip().is_loopback());
-    let router = super::admin::router(Arc::clone(&house), local);
+    let router = super::admin::router(Arc::clone(&house), listener.is_local());
     let connections = Connections::new(router, listener.tls, house);
     connections.accept_from(&listener.tcp).await;
 }
@@ -58,8 +62,12 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) {
     let arrivals = Arc::new(Arrivals::default());
-    let router =
-        super::routes::router(Arc::clone(&house), Arc::clone(&gate), Arc::clone(&arrivals));
+    let router = super::routes::router(
+        Arc::clone(&house),
+        Arc::clone(&gate),
+        Arc::clone(&arrivals),
+        listener.is_local(),
+    );
     let Listener { tcp, tls } = listener;
     let connections = Connections::new(router, tls, Arc::clone(&house));
     {

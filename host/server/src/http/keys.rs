@@ -3,6 +3,7 @@
 //! Keys are known by their SHA-256 only. A plain hash is enough for what nobody can guess: keys are
 //! random, not passwords.
 
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -49,6 +50,8 @@ pub struct Key {
 #[derive(Debug)]
 struct Usage {
     in_flight: Arc<Gate>,
+    /// Bytes of its bodies on their way.
+    arriving: Arc<AtomicU64>,
     allowance: Mutex<Allowance>,
 }
 
@@ -137,19 +140,44 @@ impl KeyRing {
 }
 
 impl Key {
+    /// Counts the bytes of its bodies on their way.
+    pub fn arriving(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.usage.arriving)
+    }
+
+    /// Whether there is a place for one more request of this key, before anything of its body is read.
+    ///
+    /// # Errors
+    /// Too many at once.
+    pub fn has_place(&self) -> Result<(), Failure> {
+        if self.usage.in_flight.is_full(self.places()) {
+            return Err(self.busy());
+        }
+        Ok(())
+    }
+
+    fn places(&self) -> usize {
+        match self.requests_in_flight_max {
+            0 => usize::MAX,
+            max => max as usize,
+        }
+    }
+
+    fn busy(&self) -> Failure {
+        let message = format!(
+            "{} requests of this key are in flight already",
+            self.places()
+        );
+        too_many(message, BUSY_RETRY_AFTER_S)
+    }
+
     /// A place for one more request of this key.
     ///
     /// # Errors
     /// Too many at once, or too many in the last minute; when to come back is said.
     pub fn enter(&self) -> Result<Permit, Failure> {
-        let places = match self.requests_in_flight_max {
-            0 => usize::MAX,
-            max => max as usize,
-        };
-        let Some(permit) = self.usage.in_flight.enter(places) else {
-            let message = format!("{places} requests of this key are in flight already");
-            return Err(too_many(message, BUSY_RETRY_AFTER_S));
-        };
+        let entered = self.usage.in_flight.enter(self.places());
+        let permit = entered.ok_or_else(|| self.busy())?;
         self.usage
             .take(self.requests_per_minute, Instant::now())
             .map_err(|wait_s| {
@@ -171,6 +199,7 @@ impl Usage {
         };
         Arc::new(Self {
             in_flight: Arc::default(),
+            arriving: Arc::default(),
             allowance: Mutex::new(full),
         })
     }

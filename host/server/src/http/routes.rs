@@ -35,15 +35,23 @@ struct Http {
     gate: Arc<Gate>,
     arrivals: Arc<Arrivals>,
     refusals: Arc<Gate>,
+    /// Only this machine reaches the address.
+    is_local: bool,
 }
 
-/// Every path the server answers.
-pub fn router(house: Arc<House>, gate: Arc<Gate>, arrivals: Arc<Arrivals>) -> Router {
+/// Every path the server answers. `is_local`: nobody but this machine reaches the address it is bound to.
+pub fn router(
+    house: Arc<House>,
+    gate: Arc<Gate>,
+    arrivals: Arc<Arrivals>,
+    is_local: bool,
+) -> Router {
     let http = Http {
         house,
         gate,
         arrivals,
         refusals: Arc::default(),
+        is_local,
     };
     Router::new()
         .route("/health", get(health))
@@ -61,7 +69,10 @@ async fn pages(State(http): State<Http>, request: Request<Body>, next: Next) -> 
     let origin = cors::origin(request.headers(), &http.house.config().access.cors_origins);
     let answered = cors::preflight(request.method(), request.headers(), &origin);
     let config = http.house.config();
-    let hosts = config.asks_by_name().then_some(&config.access.hosts[..]);
+    // Where anybody on this machine may ask and nobody else can, the name in a request says who asks: this machine, or a page whose
+    // name leads here.
+    let asks_by_name = http.is_local && config.access.keys.is_empty();
+    let hosts = asks_by_name.then_some(&config.access.hosts[..]);
     let refusal = cors::refusal(&origin, request.headers(), hosts);
     let mut response = match (answered, refusal) {
         (Some(response), _) => response,
@@ -209,7 +220,10 @@ async fn serve(
         // Told at once: by the time its body is here, nothing is likely to have changed.
         return refuse(http, pinned, incoming, full(in_flight_max)).await;
     }
-    let mut arriving = http.arrivals.begin();
+    if let Some(Err(failure)) = key.as_deref().map(Key::has_place) {
+        return refuse(http, pinned, incoming, failure).await;
+    }
+    let mut arriving = http.arrivals.begin(key.as_deref().map(Key::arriving));
     let checked = match paths::find(pinned.adapter.routes(), &incoming.method, &incoming.path) {
         paths::Match::Found {
             params,

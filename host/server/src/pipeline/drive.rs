@@ -82,7 +82,9 @@ impl Drive<'_> {
                 );
                 return Err(Failure::invalid(message).at("n").into());
             }
-            self.lifted.restore(&mut generation);
+            let restored = self.lifted.restore(&mut generation);
+            let adapter = work.call.pinned.adapter.id();
+            restored.map_err(|repeated| Failure::nonsense(adapter, &repeated.to_string()))?;
             let running = generate::start(work, generation, self.started)?;
             self.following.push(follow(work, running));
             self.started += 1;

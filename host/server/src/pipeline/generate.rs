@@ -131,13 +131,13 @@ fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
     let wish = plan::check(&generation, &config, &model)?;
     let sources = vision::decode(work, &generation.images, &generation.extensions)?;
     let budget_tokens = prompt_budget(work, &wish);
-    let text_tokens = prompt::text_tokens(work, &generation.input);
+    let tokens_max = plan::prompt_tokens_max(&config, &model);
+    let text_tokens = prompt::text_tokens(work, &generation.input, tokens_max);
     let image_budget = budget_tokens.saturating_sub(text_tokens);
     let planned = vision::plan(work, sources, &generation.extensions, image_budget)?;
     let image_tokens = planned
         .iter()
         .fold(0_u32, |sum, image| sum.saturating_add(image.tokens));
-    let tokens_max = plan::prompt_tokens_max(&config, &model);
     plan::check_least(&generation.input, text_tokens, image_tokens, tokens_max)?;
     work.check()?;
     let names = Names::read(&generation.extensions);

@@ -31,24 +31,32 @@ pub(super) struct Rendered {
 }
 
 /// Tokens of all the text in an input: the least a prompt made of it can take. The parts of a
-/// message are counted as one text, for a template may join them.
-pub(super) fn text_tokens(work: &Work, input: &Input) -> u32 {
+/// message are counted as one text, for a template may join them. More than `tokens_max` are not
+/// counted to the end: megabytes take gigabytes to be taken apart.
+pub(super) fn text_tokens(work: &Work, input: &Input, tokens_max: u32) -> u32 {
     let tokenizer = &work.call.house.model.tokenizer;
+    let bytes = match input {
+        Input::Text(text) => text.len(),
+        Input::Chat(messages) => messages.iter().flat_map(texts).map(str::len).sum(),
+    };
+    let least = tokenizer.count_least(bytes);
+    if least > tokens_max {
+        return least;
+    }
     match input {
         Input::Text(text) => tokenizer.count(text),
         Input::Chat(messages) => {
-            let count = |message: &Message| tokenizer.count(&joined_text(message));
+            let count = |message: &Message| tokenizer.count(&texts(message).collect::<String>());
             messages.iter().map(count).fold(0, u32::saturating_add)
         }
     }
 }
 
-fn joined_text(message: &Message) -> String {
-    let text = message.parts.iter().filter_map(|part| match part {
+fn texts(message: &Message) -> impl Iterator<Item = &str> {
+    message.parts.iter().filter_map(|part| match part {
         Part::Text(text) => Some(text.as_str()),
         Part::Image(_) | Part::ToolCall(_) | Part::ToolResult { .. } => None,
-    });
-    text.collect()
+    })
 }
 
 /// What the template is asked to render.

@@ -8,7 +8,7 @@ use visor_sandbox::{
 
 use super::failure::Failure;
 use super::work::Incoming;
-use crate::blobs::{self, LiftError, LiftLimits, Lifted, LiftedBlob};
+use crate::blobs::{self, LiftError, LiftLimits, Lifted, LiftedBlob, Repeated};
 use crate::config::ServerConfig;
 use crate::http::form;
 use crate::images::data_url;
@@ -20,6 +20,8 @@ const BLOBS_MAX: usize = 256;
 const JSON_VALUES_MAX: usize = 32_768;
 /// Most parts of a form.
 const FORM_PARTS_MAX: usize = 64;
+/// Places of a generation in which what was lifted may come back, on average: a text is in one, or told to the model twice.
+const RESTORED_TIMES_MAX: usize = 2;
 /// Most text beside pictures that an adapter has to parse, in bytes.
 const TEXT_BYTES_MAX: usize = 4 << 20;
 
@@ -133,43 +135,46 @@ fn form_parts(content_type: &str, body: &Bytes) -> Result<Vec<FormPart>, Failure
 
 impl LiftedBlobs {
     /// Puts back, in all text of a generation, the strings that were lifted and are no pictures.
-    pub(super) fn restore(&self, generation: &mut Generation) {
+    ///
+    /// # Errors
+    /// The adapter has each of them in more than [`RESTORED_TIMES_MAX`] places.
+    pub(super) fn restore(&self, generation: &mut Generation) -> Result<(), Repeated> {
+        let lifted: usize = self.blobs.iter().map(|blob| blob.original.len()).sum();
+        let mut bytes_left = lifted.saturating_mul(RESTORED_TIMES_MAX);
+        let mut restore = |text: &mut String| {
+            let restored = blobs::restore(text, &self.marker, &self.blobs, &mut bytes_left)?;
+            if let Some(restored) = restored {
+                *text = restored;
+            }
+            Ok(())
+        };
         match &mut generation.input {
-            Input::Text(text) => self.restore_text(text),
+            Input::Text(text) => restore(text)?,
             Input::Chat(messages) => messages
                 .iter_mut()
-                .for_each(|message| self.restore_message(message)),
+                .flat_map(texts_of)
+                .try_for_each(&mut restore)?,
         }
-        generation
-            .stop
-            .iter_mut()
-            .for_each(|stop| self.restore_text(stop));
+        generation.stop.iter_mut().try_for_each(&mut restore)?;
         match &mut generation.format {
-            OutputFormat::JsonSchema(text) | OutputFormat::Regex(text) => self.restore_text(text),
+            OutputFormat::JsonSchema(text) | OutputFormat::Regex(text) => restore(text)?,
             OutputFormat::Text | OutputFormat::Json => {}
         }
         for tool in &mut generation.tools {
-            self.restore_text(&mut tool.description);
-            self.restore_text(&mut tool.parameters);
+            restore(&mut tool.description)?;
+            restore(&mut tool.parameters)?;
         }
+        Ok(())
     }
+}
 
-    fn restore_message(&self, message: &mut Message) {
-        for part in &mut message.parts {
-            match part {
-                Part::Text(text) => self.restore_text(text),
-                Part::ToolCall(call) => self.restore_text(&mut call.arguments),
-                Part::ToolResult { content, .. } => self.restore_text(content),
-                Part::Image(_) => {}
-            }
-        }
-    }
-
-    fn restore_text(&self, text: &mut String) {
-        if let Some(restored) = blobs::restore(text, &self.marker, &self.blobs) {
-            *text = restored;
-        }
-    }
+fn texts_of(message: &mut Message) -> impl Iterator<Item = &mut String> {
+    message.parts.iter_mut().filter_map(|part| match part {
+        Part::Text(text) => Some(text),
+        Part::ToolCall(call) => Some(&mut call.arguments),
+        Part::ToolResult { content, .. } => Some(content),
+        Part::Image(_) => None,
+    })
 }
 
 #[cfg(test)]
@@ -207,13 +212,13 @@ mod tests {
         let (request, lifted) = build_from("application/json", &body).expect("a fine body");
         assert_eq!(request.blobs.len(), 1);
         assert_eq!(request.raw.bytes, body);
-        let mut text = format!("{}:0", request.marker);
+        let text = format!("{}:0", request.marker);
         assert_eq!(
             request.text.expect("text"),
             format!(r#"{{"text":"{text}"}}"#)
         );
-        lifted.restore_text(&mut text);
-        assert_eq!(text, word);
+        let restored = blobs::restore(&text, &lifted.marker, &lifted.blobs, &mut 4000);
+        assert_eq!(restored, Ok(Some(word)));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use visor_engine::{Answer, Event as EngineEvent, Finish, Timings};
+use visor_engine::{Answer, EngineError, Event as EngineEvent, Finish, Timings};
 use visor_sandbox::{Event, FinishReason, TokenChance, TokenInfo, Usage};
 
 use super::generate::{self, Keep};
@@ -120,9 +120,9 @@ impl Told {
                 reason: Finish::Cancelled,
                 ..
             } => {
-                // Only the client's leaving and the deadline cancel.
+                // Only the client's leaving, the deadline and the engine's end cancel.
                 work.check()?;
-                return Err(Stop::Gone);
+                return Err(generate::refused(work, &EngineError::Stopped).into());
             }
             EngineEvent::Finished {
                 reason,
@@ -334,11 +334,12 @@ fn told_usage(usage: visor_engine::Usage) -> Usage {
 }
 
 /// Keeps a whole answer for whoever asks the same.
-fn keep_answer(work: &Work, keep: Keep, answer: Answer) {
+fn keep_answer(work: &Work, keep: Keep, mut answer: Answer) {
     let tokens = answer
         .usage
         .prompt_tokens
         .saturating_add(answer.usage.completion_tokens);
+    answer.text.shrink_to_fit();
     let bytes = answer.bytes();
     let entry = keep.sharing.entry(bytes, keep.began.elapsed(), tokens);
     work.call

@@ -370,10 +370,8 @@ impl House {
     /// Which plugin or route refused; then nothing has changed.
     pub fn apply(&self, config: Arc<Config>) -> Result<(), String> {
         let running = self.config();
-        if config.plugins.by_id == running.plugins.by_id {
-            let plugins = Arc::clone(&self.wiring().plugins);
-            return self.current.swap(&config, &plugins);
-        }
+        // Through the folder although no plugin may have other settings: the next file that changes there is wired with this
+        // configuration then, and not with an older one.
         let applied = self.folder.apply(self.current.settings(config));
         if applied.is_err() {
             *self
