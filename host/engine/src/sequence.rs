@@ -1,10 +1,12 @@
 //! One request inside the engine, as a state machine: its pictures, then its positions, prompt first. The scheduler decides
 //! what of it runs when.
 
+mod answer;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use visor_model::{ModelError, Tokenizer};
+use visor_model::Tokenizer;
 
 use crate::drafter::Drafter;
 use crate::error::EngineError;
@@ -14,8 +16,10 @@ use crate::job::{Interrupt, Job, Outlet, Watch, count, micros};
 use crate::model::{Model, Part};
 use crate::output::Output;
 use crate::prefix_cache::{Chain, Ground, PrefixStore, Worth};
-use crate::request::{Event, Finish, GenerateRequest, Timings, TokenInfo, Usage};
-use crate::sampler::{Sampled, Sampler, SamplerError};
+use crate::request::{Event, Finish, GenerateRequest, Timings, Usage};
+use crate::sampler::Sampler;
+use answer::Unsent;
+pub(crate) use answer::{Progress, Taken};
 
 /// KV blocks, beside those for what it has, that a sequence needs to go on with.
 pub(crate) const HEADROOM_BLOCKS: usize = 2;
@@ -38,21 +42,6 @@ struct Picture<M: Model> {
     pass: M::Pass,
     /// What it has taken so far.
     time: Duration,
-}
-
-/// What a step led to.
-pub(crate) enum Progress {
-    /// There is more to compute.
-    More,
-    /// The answer is complete; the stop string that was met.
-    Done(Finish, Option<String>),
-}
-
-/// What the logits of a step led to.
-pub(crate) struct Taken {
-    pub(crate) progress: Progress,
-    /// Drafts that came.
-    pub(crate) accepted: usize,
 }
 
 /// What sequences are computed with.
@@ -96,7 +85,8 @@ pub(crate) struct Sequence<M: Model> {
     drafts: Vec<u32>,
     /// Generated so far. What is needed to go on where it was.
     tokens: Vec<u32>,
-    tokens_unsent: u32,
+    /// What its client has not heard yet.
+    unsent: Unsent,
     /// Prompt positions that were there when the first of the others ran; `None` before admission.
     cached_tokens: Option<u32>,
     timings: Timings,
@@ -123,7 +113,7 @@ impl<M: Model> Sequence<M> {
             drafter: Drafter::new(&request.prompt.ids),
             drafts: Vec::new(),
             tokens: Vec::new(),
-            tokens_unsent: 0,
+            unsent: Unsent::default(),
             cached_tokens: None,
             timings: Timings::default(),
             is_suspect: false,
@@ -403,40 +393,6 @@ impl<M: Model> Sequence<M> {
         guarded(|| model.reserve(state, done + positions))
     }
 
-    /// Appends what is likely to come next, `most` tokens or fewer, to be checked by the step that runs the last token; how many.
-    pub(crate) fn draft(&mut self, most: usize, model: &M) -> usize {
-        let left = (self.request.tokens_max as usize).saturating_sub(self.tokens.len() + 1);
-        let Phase::Forward(state) = &mut self.phase else {
-            return 0;
-        };
-        let mut draft = self.drafter.draft(most.min(left));
-        if draft.is_empty() {
-            return 0;
-        }
-        let taken = model.push_drafts(state, &draft);
-        if taken == 0 {
-            // Here none is, or not now: to look for the next can wait.
-            self.drafter.note(draft.len(), 0);
-        }
-        draft.truncate(taken);
-        self.drafts = draft;
-        taken
-    }
-
-    /// Positions of the step under way that are drafts.
-    pub(crate) fn drafted(&self) -> usize {
-        self.drafts.len()
-    }
-
-    /// Takes back the drafts behind the first `kept`.
-    pub(crate) fn drop_drafts(&mut self, kept: usize, model: &M) {
-        let wrong = self.drafts.len() - kept;
-        if let (Phase::Forward(state), true) = (&mut self.phase, wrong > 0) {
-            model.drop_drafts(state, wrong);
-        }
-        self.drafts.clear();
-    }
-
     /// Its part of a step; `None` when nothing of it can run.
     pub(crate) fn part(&mut self, positions_max: usize) -> Option<Part<'_, M::State>> {
         match &mut self.phase {
@@ -457,103 +413,6 @@ impl<M: Model> Sequence<M> {
             &mut self.timings.decode_us
         };
         *stage += micros(time);
-    }
-
-    /// Takes the logits that a step gave it: a token, its text to the client, and whether the answer ends with it. As long as the
-    /// token is the one that was drafted, the next logits are those behind it, and it goes on at once.
-    pub(crate) fn take(
-        &mut self,
-        mut logits: Vec<f32>,
-        bench: &mut Bench<'_, M>,
-    ) -> Result<Taken, Trouble> {
-        let drafted = self.drafts.len();
-        let size = logits.len() / (drafted + 1);
-        let mut accepted = 0;
-        loop {
-            let rest = logits.split_off(size);
-            let sampled = self.sampler.sample(logits);
-            let sampled = sampled.map_err(|error| match error {
-                SamplerError::Constraint(error) => Trouble::Constraint(error),
-                error => Trouble::Broken(Box::new(error)),
-            })?;
-            let token = sampled.token;
-            self.is_suspect = false;
-            if self.tokens.is_empty() {
-                self.share(bench, false);
-            }
-            let progress = self.accept(sampled);
-            self.drafter.push(token);
-            let was_drafted = self.drafts.get(accepted) == Some(&token);
-            if was_drafted && matches!(progress, Progress::More) {
-                accepted += 1;
-                self.extend_chain(token);
-                logits = rest;
-                continue;
-            }
-            let kept = accepted;
-            accepted += usize::from(was_drafted);
-            if drafted > 0 {
-                self.drafter.note(drafted, accepted);
-                self.drop_drafts(kept, bench.model);
-            }
-            let progress = self.go_on(progress, token, bench.model)?;
-            return Ok(Taken { progress, accepted });
-        }
-    }
-
-    /// Appends the token that was taken last, where another follows.
-    fn go_on(&mut self, progress: Progress, token: u32, model: &M) -> Result<Progress, Trouble> {
-        let (Phase::Forward(state), Progress::More) = (&mut self.phase, &progress) else {
-            return Ok(progress);
-        };
-        match guarded(|| model.push(state, token)) {
-            // The model's own end comes before the one that was asked for.
-            Err(Trouble::Refused(ModelError::TooLong { .. })) => {
-                return Ok(Progress::Done(Finish::Length, None));
-            }
-            pushed => pushed?,
-        }
-        self.extend_chain(token);
-        Ok(progress)
-    }
-
-    fn extend_chain(&mut self, token: u32) {
-        if let Some(chain) = &mut self.chain {
-            chain.push(token);
-        }
-    }
-
-    /// Takes a generated token: text to the client, and whether the answer ends with it.
-    fn accept(&mut self, sampled: Sampled) -> Progress {
-        let (token, is_last) = (sampled.token, sampled.is_last);
-        self.tokens.push(token);
-        self.tokens_unsent += 1;
-        if self.request.stop_ids.contains(&token) {
-            return Progress::Done(Finish::Stop, None);
-        }
-        let passed = self.output.push(sampled);
-        self.send_delta(passed.text, passed.infos);
-        if passed.stop.is_some() {
-            return Progress::Done(Finish::Stop, passed.stop);
-        }
-        if is_last {
-            return Progress::Done(Finish::Stop, None);
-        }
-        if count(self.tokens.len()) >= self.request.tokens_max {
-            return Progress::Done(Finish::Length, None);
-        }
-        Progress::More
-    }
-
-    fn send_delta(&mut self, text: String, infos: Vec<TokenInfo>) {
-        if !text.is_empty() {
-            let tokens = std::mem::take(&mut self.tokens_unsent);
-            self.outlet.send(Event::Delta {
-                text,
-                tokens,
-                infos,
-            });
-        }
     }
 
     /// Leaves the KV blocks of what has run to sequences that begin the same: whole ones while it goes on, all of them `at_end`.
@@ -607,8 +466,10 @@ impl<M: Model> Sequence<M> {
     pub(crate) fn finish(mut self, reason: Finish, matched_stop: Option<String>) {
         if matched_stop.is_none() {
             let (rest, infos) = self.output.finish();
-            self.send_delta(rest, infos);
+            self.unsent.text.push_str(&rest);
+            self.unsent.infos.extend(infos);
         }
+        self.send_delta();
         self.let_go();
         self.outlet.send(Event::Finished {
             reason,

@@ -35,6 +35,8 @@ const DECODE_STEPS: usize = 24;
 const BATCHES: [usize; 4] = [1, 2, 4, 8];
 const BATCH_PROMPT_TOKENS: usize = 16;
 const BATCH_STEPS: usize = 12;
+/// Drafts that are checked beside a token.
+const DRAFTS: [usize; 5] = [0, 1, 2, 4, 7];
 /// Runs whose median is told, of what takes seconds.
 const RUNS: usize = 3;
 /// Text tokens before and behind the image of a question, as "What is shown in this image?" has them.
@@ -71,6 +73,8 @@ pub struct BenchReport {
     pub decode: Decode,
     /// Tokens of several sequences at once, behind short prompts.
     pub batches: Vec<Batch>,
+    /// One token with drafts behind it, as short a prompt before it.
+    pub drafts: Vec<Drafts>,
     /// A question about an image of four crops.
     pub first_token: FirstToken,
 }
@@ -137,6 +141,15 @@ pub struct Batch {
     pub tokens_per_s: f64,
 }
 
+/// A step of one sequence that checks drafts.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Drafts {
+    /// How many; fewer than asked for where the model takes none.
+    pub drafts: usize,
+    /// The median step, which gives one token, and one more for each draft that comes.
+    pub step_ms: f64,
+}
+
 /// From crops to the logits of the first token.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct FirstToken {
@@ -186,6 +199,7 @@ pub fn measure(
         prefill,
         decode,
         batches: bench.batches()?,
+        drafts: bench.drafts()?,
         first_token: bench.first_token()?,
     })
 }
@@ -304,6 +318,35 @@ impl Bench<'_> {
             after_tokens: BATCH_PROMPT_TOKENS,
             step_ms: 1e3 * step_s,
             tokens_per_s: sequences as f64 / step_s,
+        })
+    }
+
+    fn drafts(&self) -> Result<Vec<Drafts>, ModelError> {
+        let (mut state, logits) = self.prefill(&self.text_ids(BATCH_PROMPT_TOKENS), &[])?;
+        let token = largest(&logits);
+        let checked = |count| self.checked(&mut state, vec![token; count]);
+        DRAFTS.into_iter().map(checked).collect()
+    }
+
+    /// None of the drafts comes.
+    fn checked(&self, state: &mut SequenceState, drafts: Vec<u32>) -> Result<Drafts, ModelError> {
+        (self.options.say)(&format!("decode, {} drafts", drafts.len()));
+        let mut taken = 0;
+        let step_s = median(BATCH_STEPS, || {
+            self.model.push(state, 0)?;
+            taken = self.model.push_drafts(state, &drafts);
+            let part = StepPart {
+                state,
+                positions_max: usize::MAX,
+                drafts: taken,
+            };
+            self.model.step(&mut [part], self.options.keep_going)?;
+            self.model.drop_drafts(state, taken);
+            Ok(())
+        })?;
+        Ok(Drafts {
+            drafts: taken,
+            step_ms: 1e3 * step_s,
         })
     }
 

@@ -209,6 +209,13 @@ fn print(out: &mut impl Write, told: &Told) -> std::io::Result<()> {
             batch.sequences, batch.step_ms, batch.after_tokens, batch.tokens_per_s
         )?;
     }
+    for drafts in &report.drafts {
+        writeln!(
+            out,
+            "decode       with {} drafts, {:.1} ms a step",
+            drafts.drafts, drafts.step_ms
+        )?;
+    }
     let first = &report.first_token;
     writeln!(
         out,
