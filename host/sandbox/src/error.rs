@@ -174,6 +174,12 @@ pub enum LoadError {
     /// The trial run was refused where it must not be.
     #[error("trial run: refused a plain request: {0}")]
     TrialRefused(String),
+    /// The operating system gave no thread for the trial run.
+    #[error("trial run: no thread for it: {0}")]
+    NoThread(String),
+    /// The trial run panicked: the guest found a mistake of ours.
+    #[error("trial run: it brings the server's own code down: {0}; the log says where")]
+    TrialPanicked(String),
 }
 
 fn list_issues(issues: &[Issue]) -> String {

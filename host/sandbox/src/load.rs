@@ -5,6 +5,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 use sha2::{Digest, Sha256};
@@ -15,10 +16,11 @@ use crate::bindings::cache_strategy::CacheStrategyPluginIndices;
 use crate::bindings::common::CommonIndices;
 use crate::bindings::image_policy::ImagePolicyPluginIndices;
 use crate::bindings::template::TemplatePluginIndices;
+use crate::chat::one_line;
 use crate::error::LoadError;
 use crate::guest::GuestState;
 use crate::options::{PluginSettings, Role};
-use crate::plugin::{Compiled, Core, Exports, Kept, Origin, Plugin};
+use crate::plugin::{Compiled, Core, Exports, Kept, Origin, Plugin, ServedRole, Tried};
 use crate::sandbox::Shared;
 
 pub(crate) mod inspect;
@@ -31,6 +33,8 @@ use inspect::Surface;
 
 /// Compiled files that are remembered; shipped plugins and a few revisions of each.
 const REMEMBERED_MAX: usize = 32;
+/// What is told of a panic; the log has all of it.
+const PANIC_BYTES_MAX: usize = 256;
 
 /// Compiles one file at a time and remembers the last ones by digest.
 #[derive(Default)]
@@ -150,9 +154,26 @@ pub(crate) fn admit(
         })
     };
     let on_trial = core(Arc::new(Kept::new(shared.bucket_limits())));
-    let tried = trial::run(&on_trial, &compiled.roles)?;
+    let tried = try_apart(&on_trial, &compiled.roles)?;
     let core = core(shared.kept(id));
     Ok(Plugin::new(core, compiled, origin, tried))
+}
+
+/// Runs the trial on a thread of its own. WASI blocks on a runtime, which panics on a thread that runs
+/// one already, and whoever loads may be such a thread; and a panic must cost this file only.
+fn try_apart(core: &Arc<Core>, roles: &[ServedRole]) -> Result<Tried, LoadError> {
+    thread::scope(|scope| {
+        let trial = thread::Builder::new()
+            .name("plugin-trial".to_owned())
+            .spawn_scoped(scope, || trial::run(core, roles))
+            .map_err(|error| LoadError::NoThread(error.to_string()))?;
+        trial.join().unwrap_or_else(|panic| {
+            let words = panic.downcast_ref::<&str>().copied();
+            let words = words.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+            let words = words.unwrap_or("a panic without words");
+            Err(LoadError::TrialPanicked(one_line(words, PANIC_BYTES_MAX)))
+        })
+    })
 }
 
 /// Lower-case hexadecimal.

@@ -1,9 +1,11 @@
 //! What cannot be loaded, and what the operator reads about it.
 
 use std::fs;
+use std::sync::Arc;
 
 use visor_sandbox::{
-    FaultKind, LoadError, Origin, PluginSettings, Role, SandboxOptions, check_file,
+    FaultKind, HostServices, LoadError, ModelFacts, Origin, PluginSettings, Role, Sandbox,
+    SandboxOptions, check_file,
 };
 
 use crate::guests::{
@@ -206,6 +208,70 @@ fn wasi_is_there_for_those_who_name_it_and_lets_nobody_wait() {
     let plugin = load(&sandbox, &core_module("guest", WASI, &sleeper)).unwrap();
     let error = plugin.render(conversation("r2")).unwrap_err().to_string();
     assert!(error.contains("plugins may not wait"), "{error}");
+}
+
+const PRINTING: &str = r"
+package test:printing;
+package wasi:io@0.2.3 {
+  interface error { resource error; }
+  interface streams {
+    use error.{error};
+    resource output-stream {
+      blocking-write-and-flush: func(contents: list<u8>) -> result<_, stream-error>;
+    }
+    variant stream-error { last-operation-failed(own<error>), closed }
+  }
+}
+package wasi:cli@0.2.3 {
+  interface stdout {
+    use wasi:io/streams@0.2.3.{output-stream};
+    get-stdout: func() -> output-stream;
+  }
+}
+world guest {
+  include visor:plugin/template-plugin@0.1.0;
+  import wasi:cli/stdout@0.2.3;
+  import wasi:io/error@0.2.3;
+  import wasi:io/streams@0.2.3;
+}";
+
+/// WASI blocks on a runtime of its own, which panics on a thread that runs one.
+#[test]
+fn a_plugin_that_prints_while_it_is_loaded_is_loaded_from_any_thread() {
+    let imports = r#"
+      (import "wasi:cli/stdout@0.2.3" "get-stdout" (func $stdout (result i32)))
+      (import "wasi:io/streams@0.2.3" "[method]output-stream.blocking-write-and-flush"
+        (func $write (param i32 i32 i32 i32)))"#;
+    let head = r##"(func (export "visor:plugin/lifecycle@0.1.0#describe") (result i32)"##;
+    let print = "(call $write (call $stdout) (i32.const 8192) (i32.const 2) (i32.const 1536))";
+    let quiet = template_wat(imports, "");
+    let loud = quiet.replace(head, &format!("{head} {print}"));
+    assert_ne!(quiet, loud);
+    let guest = core_module("guest", PRINTING, &loud);
+    let sandbox = sandbox();
+    let plain = load(&sandbox, &guest).unwrap();
+    let inside = wasmtime_wasi::runtime::in_tokio(async { load(&sandbox, &guest) }).unwrap();
+    assert_eq!(plain.revision(), inside.revision());
+}
+
+/// Services that fail when they are asked for a model.
+struct Broken;
+
+impl HostServices for Broken {
+    fn models(&self) -> Vec<Arc<dyn ModelFacts>> {
+        panic!("no models here")
+    }
+}
+
+#[test]
+fn a_panic_of_the_host_in_a_trial_refuses_the_file_and_ends_nothing() {
+    let sandbox = Sandbox::new(SandboxOptions::default(), Arc::new(Broken)).unwrap();
+    let error = load(&sandbox, &template("", "")).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "trial run: it brings the server's own code down: no models here; the log says where"
+    );
+    assert_eq!(sandbox.instances(), 0);
 }
 
 #[test]

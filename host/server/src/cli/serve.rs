@@ -38,10 +38,11 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
         .enable_all()
         .build()
         .map_err(Failure::start)?;
+    // Bound before the model loads: a taken address is said at once, and probes get an answer.
+    let listeners = runtime.block_on(bind(&config))?;
+    // Not inside the runtime: plugins are run, and what they ask of WASI blocks on a runtime of its own.
+    let house = open_house(config, Some(source))?;
     runtime.block_on(async {
-        // Bound before the model loads: a taken address is said at once, and probes get an answer.
-        let listeners = bind(&config).await?;
-        let house = open_house(config, Some(source))?;
         greet(&house, &listeners)?;
         tell_when_ready(&house);
         let shutdown = stop_signal()?;
