@@ -165,6 +165,20 @@ pub enum LoadError {
     /// The compiler refused it.
     #[error("cannot be compiled: {0}")]
     Compile(String),
+    /// One instance would take what others need.
+    #[error(
+        "one instance of it has {memories} memories and {tables} tables; {memories_max} and {tables_max} are allowed, so that sandbox.instances_max of them fit"
+    )]
+    TooManyParts {
+        /// Memories of one instance.
+        memories: u32,
+        /// Tables of one instance.
+        tables: u32,
+        /// Most memories.
+        memories_max: u32,
+        /// Most tables.
+        tables_max: u32,
+    },
     /// `configure` did not like the configuration.
     #[error("configuration refused: {}", list_issues(.0))]
     Configuration(Vec<Issue>),

@@ -5,11 +5,9 @@ use wasmtime::ResourceLimiter;
 use crate::error::FaultKind;
 use crate::guest::HostFault;
 use crate::options::RoleLimits;
-
-/// Instances, tables and memories inside one store. Interpreters bring some; nobody needs more.
-const INSTANCES_MAX: usize = 64;
-const TABLES_MAX: usize = 16;
-const MEMORIES_MAX: usize = 8;
+use crate::wasm_engine::{
+    CORE_INSTANCES_PER_COMPONENT, MEMORIES_PER_COMPONENT, TABLES_PER_COMPONENT,
+};
 
 /// Counts what all memories and tables of a store take together.
 pub(crate) struct Limiter {
@@ -74,15 +72,15 @@ impl ResourceLimiter for Limiter {
     }
 
     fn instances(&self) -> usize {
-        INSTANCES_MAX
+        CORE_INSTANCES_PER_COMPONENT as usize
     }
 
     fn tables(&self) -> usize {
-        TABLES_MAX
+        TABLES_PER_COMPONENT as usize
     }
 
     fn memories(&self) -> usize {
-        MEMORIES_MAX
+        MEMORIES_PER_COMPONENT as usize
     }
 }
 

@@ -22,6 +22,7 @@ use crate::guest::GuestState;
 use crate::options::{PluginSettings, Role};
 use crate::plugin::{Compiled, Core, Exports, Kept, Origin, Plugin, ServedRole, Tried};
 use crate::sandbox::Shared;
+use crate::wasm_engine::{MEMORIES_PER_COMPONENT, TABLES_PER_COMPONENT};
 
 pub(crate) mod inspect;
 pub(crate) mod metadata;
@@ -104,6 +105,7 @@ impl Compiler {
 fn link(shared: &Shared, component: &[u8], surface: &Surface) -> Result<Exports, LoadError> {
     let compiled = Component::from_binary(&shared.wasm_engine, component)
         .map_err(|error| LoadError::Compile(format!("{error:#}")))?;
+    check_parts(&compiled)?;
     let linker = if surface.needs_wasi {
         &shared.wasi_linker
     } else {
@@ -113,6 +115,24 @@ fn link(shared: &Shared, component: &[u8], surface: &Surface) -> Result<Exports,
         .instantiate_pre(&compiled)
         .and_then(|pre| find_exports(pre, surface));
     exports.map_err(|error| LoadError::Link(format!("{error:#}")))
+}
+
+/// Refuses a component of which not every instance would find room. The pool itself counts core instances.
+fn check_parts(component: &Component) -> Result<(), LoadError> {
+    let needs = component
+        .resources_required()
+        .ok_or_else(|| LoadError::Link("it imports a core module".to_owned()))?;
+    let (memories_max, tables_max) = (MEMORIES_PER_COMPONENT, TABLES_PER_COMPONENT);
+    let (memories, tables) = (needs.num_memories, needs.num_tables);
+    if memories <= memories_max && tables <= tables_max {
+        return Ok(());
+    }
+    Err(LoadError::TooManyParts {
+        memories,
+        tables,
+        memories_max,
+        tables_max,
+    })
 }
 
 fn find_exports(pre: InstancePre<GuestState>, surface: &Surface) -> wasmtime::Result<Exports> {

@@ -12,11 +12,14 @@ use crate::options::{Role, SandboxOptions};
 
 /// One tick of the deadline clock.
 const TICK: Duration = Duration::from_millis(1);
-/// Core instances, tables and memories of one component: toolchains with an interpreter need
-/// more than a Rust guest's three, one and one.
-const CORE_INSTANCES_PER_COMPONENT: u32 = 64;
-const TABLES_PER_COMPONENT: u32 = 16;
-const MEMORIES_PER_COMPONENT: u32 = 8;
+/// Core instances, tables and memories of one component: a Rust guest has three, two and one, what
+/// is composed of two of them twice that. The pool has as many for every instance that may live, so
+/// that no plugin takes what others need; tables and memories reserve address space.
+pub(crate) const CORE_INSTANCES_PER_COMPONENT: u32 = 64;
+pub(crate) const TABLES_PER_COMPONENT: u32 = 4;
+pub(crate) const MEMORIES_PER_COMPONENT: u32 = 2;
+/// Tables and memories of one module, above what a component may have: `load` says it better.
+const PARTS_PER_MODULE: u32 = 64;
 /// Bookkeeping of one component or core instance.
 const INSTANCE_BYTES_MAX: usize = 4 << 20;
 /// Memory and tables kept resident between two uses of a slot. A Rust guest touches less;
@@ -70,18 +73,12 @@ fn pool(options: &SandboxOptions) -> PoolingAllocationConfig {
         .max(8);
     let mut pool = PoolingAllocationConfig::default();
     pool.total_component_instances(instances)
-        .total_core_instances(
-            instances
-                .saturating_mul(4)
-                .max(CORE_INSTANCES_PER_COMPONENT * 2),
-        )
-        .total_memories(instances.max(MEMORIES_PER_COMPONENT))
-        .total_tables(instances.saturating_mul(2).max(TABLES_PER_COMPONENT))
+        .total_core_instances(instances.saturating_mul(CORE_INSTANCES_PER_COMPONENT))
+        .total_memories(instances.saturating_mul(MEMORIES_PER_COMPONENT))
+        .total_tables(instances.saturating_mul(TABLES_PER_COMPONENT))
         .max_core_instances_per_component(CORE_INSTANCES_PER_COMPONENT)
-        .max_tables_per_component(TABLES_PER_COMPONENT)
-        .max_memories_per_component(MEMORIES_PER_COMPONENT)
-        .max_tables_per_module(TABLES_PER_COMPONENT)
-        .max_memories_per_module(MEMORIES_PER_COMPONENT)
+        .max_tables_per_module(PARTS_PER_MODULE)
+        .max_memories_per_module(PARTS_PER_MODULE)
         .max_component_instance_size(INSTANCE_BYTES_MAX)
         .max_core_instance_size(INSTANCE_BYTES_MAX)
         .max_memory_size(memory_bytes)

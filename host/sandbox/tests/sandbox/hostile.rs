@@ -354,3 +354,39 @@ fn when_all_instances_are_busy_the_caller_is_told_to_come_back() {
     }
     assert_eq!(kind(spinning.join().unwrap()).0, FaultKind::Deadline);
 }
+
+/// A template with so many tables more, that spins.
+fn with_tables(more: usize) -> Vec<u8> {
+    let wat = template_wat("", "(loop (br 0))");
+    let table = "(table $table 10 funcref)";
+    let tables = format!("{table}{}", " (table 1 funcref)".repeat(more));
+    assert!(wat.contains(table));
+    core_module("template-plugin", "", &wat.replace(table, &tables))
+}
+
+#[test]
+fn what_a_component_may_have_fits_as_often_as_instances_may_live() {
+    let mut options = SandboxOptions {
+        instances_max: 8,
+        ..SandboxOptions::default()
+    };
+    options.budgets.render_ms = 2000;
+    let sandbox = sandbox_with(options);
+    let refused = load(&sandbox, &with_tables(4)).unwrap_err();
+    assert!(
+        matches!(refused, LoadError::TooManyParts { .. }),
+        "{refused}"
+    );
+    // With its own and the one of the adapter that wraps it, four.
+    let plugin = load(&sandbox, &with_tables(2)).unwrap();
+    let spinning: Vec<_> = (0..8)
+        .map(|_| {
+            let plugin = Arc::clone(&plugin);
+            std::thread::spawn(move || plugin.render(conversation("r")))
+        })
+        .collect();
+    for one in spinning {
+        let (kind, message) = kind(one.join().unwrap());
+        assert_eq!(kind, FaultKind::Deadline, "{message}");
+    }
+}
