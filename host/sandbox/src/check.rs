@@ -1,5 +1,7 @@
 //! `visor plugin check FILE`: the load pipeline, offline.
 
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -70,17 +72,43 @@ pub(crate) fn load_file(
     settings: &PluginSettings,
 ) -> Result<Arc<Plugin>, LoadError> {
     let id = plugin_id(path)?;
-    let read = |error: std::io::Error| LoadError::Read(error.to_string());
-    let size = std::fs::metadata(path).map_err(read)?.len();
-    let bytes_max = sandbox.options().component_bytes_max;
+    let bytes = read_capped(path, sandbox.options().component_bytes_max)?;
+    sandbox.load(&id, &bytes, settings, Origin::File(path.to_owned()))
+}
+
+/// Reads a plain file, whatever it becomes meanwhile: a pipe is not waited for, and one that grows ends.
+fn read_capped(path: &Path, bytes_max: u64) -> Result<Vec<u8>, LoadError> {
+    let read = |error: io::Error| LoadError::Read(error.to_string());
+    let file = open(path).map_err(read)?;
+    let metadata = file.metadata().map_err(read)?;
+    if !metadata.is_file() {
+        return Err(LoadError::Read("it is not a plain file".to_owned()));
+    }
+    let mut bytes = Vec::new();
+    if metadata.len() <= bytes_max {
+        let most = bytes_max.saturating_add(1);
+        file.take(most).read_to_end(&mut bytes).map_err(read)?;
+    }
+    let size = metadata.len().max(bytes.len() as u64);
     if size > bytes_max {
         return Err(LoadError::TooLarge {
             bytes: size,
             bytes_max,
         });
     }
-    let bytes = std::fs::read(path).map_err(read)?;
-    sandbox.load(&id, &bytes, settings, Origin::File(path.to_owned()))
+    Ok(bytes)
+}
+
+#[cfg(unix)]
+fn open(path: &Path) -> io::Result<File> {
+    use rustix::fs::{Mode, OFlags};
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?.into())
+}
+
+#[cfg(not(unix))]
+fn open(path: &Path) -> io::Result<File> {
+    File::open(path)
 }
 
 /// The id of a file: its stem, which is a name for configuration tables and metrics.

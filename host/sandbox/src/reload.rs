@@ -105,7 +105,7 @@ pub enum ReloadError {
 pub(crate) enum Command {
     /// Something happened in the folder.
     Look,
-    /// Look until all is settled, then answer.
+    /// Look until all is settled, or long enough, then answer.
     Scan(SyncSender<()>),
     /// Other settings.
     Apply(SettingsFor, SyncSender<Result<(), ReloadError>>),
@@ -161,7 +161,8 @@ impl PluginFolder {
         answer.recv().unwrap_or(Err(ReloadError::Stopped))
     }
 
-    /// Looks at the folder now and returns when what it found is loaded or refused.
+    /// Looks at the folder now and returns when what it found is loaded or refused. A file that keeps changing is
+    /// not waited for beyond a few seconds.
     pub fn scan(&self) {
         let (reply, answer) = sync_channel(1);
         if self.commands.send(Command::Scan(reply)).is_ok() {
@@ -205,9 +206,7 @@ fn keep(mut keeper: Keeper, inbox: &Receiver<Command>) {
         match command {
             Ok(Command::Look) | Err(RecvTimeoutError::Timeout) => {}
             Ok(Command::Scan(reply)) => {
-                while !keeper.look() {
-                    thread::sleep(SETTLE);
-                }
+                keeper.settle();
                 // Whoever asked may have gone.
                 let _ = reply.send(());
             }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crate::check::{load_file, plugin_id};
 use crate::plugin::{Origin, Plugin};
 use crate::registry::{PluginSet, Registry};
-use crate::reload::look::{Events, SETTLE, Settling, Stamp, list};
+use crate::reload::look::{Events, SETTLE, SETTLE_WAIT_MAX, Settling, Stamp, list};
 use crate::reload::{Command, FileError, FolderOptions, FolderStatus, ReloadError, SettingsFor};
 use crate::sandbox::Sandbox;
 
@@ -79,16 +79,13 @@ impl Keeper {
                 .insert(shipped.id.to_owned(), loaded.map_err(|e| e.to_string()));
         }
         self.follow_folder();
-        let mut changed = self.changes();
-        while !changed.is_settled {
-            std::thread::sleep(SETTLE);
-            let more = self.changes();
-            changed.found.extend(more.found);
-            changed.is_settled = more.is_settled;
-        }
-        for (path, stamp) in changed.found {
-            self.read(&path, stamp);
-        }
+        self.until_settled(|keeper| {
+            let changes = keeper.changes();
+            for (path, stamp) in changes.found {
+                keeper.read(&path, stamp);
+            }
+            changes.is_settled
+        });
         let Err(error) = self.swap(&self.files.clone()) else {
             self.report();
             return Ok(());
@@ -104,6 +101,26 @@ impl Keeper {
         self.files = files;
         self.report();
         Ok(())
+    }
+
+    /// Looks until everything has settled, or for as long as anybody waits for it.
+    pub(crate) fn settle(&mut self) {
+        self.until_settled(Self::look);
+    }
+
+    /// What is restless stays what it was, and is taken by a later look.
+    fn until_settled(&mut self, mut look: impl FnMut(&mut Self) -> bool) {
+        let started = Instant::now();
+        while !look(self) {
+            if started.elapsed() >= SETTLE_WAIT_MAX {
+                for path in self.settling.restless() {
+                    let path = path.display();
+                    tracing::warn!(%path, "plugin file keeps changing; it is read when it has settled");
+                }
+                return;
+            }
+            std::thread::sleep(SETTLE);
+        }
     }
 
     /// Looks once. False when something is changing and wants another look soon.

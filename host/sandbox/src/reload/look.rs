@@ -14,6 +14,9 @@ use crate::reload::Command;
 /// Two looks this far apart must find the same file before it is read: a copy in progress grows.
 pub(crate) const SETTLE: Duration = Duration::from_millis(120);
 
+/// Longest anybody waits for files to settle: one that is written without end holds up nobody else.
+pub(crate) const SETTLE_WAIT_MAX: Duration = Duration::from_secs(3);
+
 /// What tells one state of a file from another without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stamp {
@@ -88,6 +91,11 @@ impl Settling {
                 false
             }
         }
+    }
+
+    /// Files that have not.
+    pub(crate) fn restless(&self) -> impl Iterator<Item = &Path> {
+        self.0.keys().map(PathBuf::as_path)
     }
 
     /// Forgets files that are as they were before.

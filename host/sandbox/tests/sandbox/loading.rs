@@ -310,6 +310,34 @@ fn a_file_is_checked_as_the_server_would_load_it() {
     );
 }
 
+#[cfg(unix)]
+#[test]
+fn what_is_not_a_plain_file_is_refused_and_not_waited_for() {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let made = std::process::Command::new("mkfifo")
+        .arg(at("pipe.wasm"))
+        .status();
+    assert!(made.unwrap().success());
+    symlink("/dev/zero", at("endless.wasm")).unwrap();
+    fs::create_dir(at("folder.wasm")).unwrap();
+    for name in ["pipe.wasm", "endless.wasm", "folder.wasm"] {
+        let (told, refused) = std::sync::mpsc::channel();
+        let path = at(name);
+        std::thread::spawn(move || {
+            let checked = check_file(&sandbox(), &path, &PluginSettings::default());
+            told.send(checked).unwrap();
+        });
+        let refused = refused.recv_timeout(std::time::Duration::from_secs(60));
+        let refused = refused.expect("within a minute").unwrap_err().to_string();
+        assert_eq!(
+            refused, "cannot read the file: it is not a plain file",
+            "{name}"
+        );
+    }
+}
+
 #[test]
 fn deep_nesting_is_refused_and_not_followed() {
     let sandbox = sandbox();

@@ -335,3 +335,38 @@ fn requests_never_see_a_gap_while_plugins_are_swapped() {
         assert!(seen.is_sorted(), "{words:?}");
     });
 }
+
+#[test]
+fn a_file_that_never_settles_holds_up_nobody() {
+    let temporary = tempfile::tempdir().unwrap();
+    let path = temporary.path().to_owned();
+    fs::write(path.join("greet.wasm"), says("yo")).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let restless = std::thread::spawn({
+        let (stop, file) = (Arc::clone(&stop), path.join("restless.wasm"));
+        move || {
+            for count in 0_usize.. {
+                if stop.load(Ordering::SeqCst) {
+                    return;
+                }
+                fs::write(&file, vec![0; count % 1000]).unwrap();
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    });
+    let (told, words) = mpsc::channel();
+    std::thread::spawn(move || {
+        let registry = Arc::new(Registry::new());
+        let options = options(&path, Box::new(|_| Ok(())));
+        let folder = PluginFolder::watch(sandbox(), Arc::clone(&registry), options).unwrap();
+        told.send(word(&registry.current(), "greet")).unwrap();
+        fs::write(path.join("greet.wasm"), says("ho")).unwrap();
+        folder.scan();
+        told.send(word(&registry.current(), "greet")).unwrap();
+    });
+    let minute = Duration::from_secs(60);
+    let said = [(); 2].map(|()| words.recv_timeout(minute).expect("within a minute"));
+    stop.store(true, Ordering::SeqCst);
+    restless.join().unwrap();
+    assert_eq!(said, ["yo", "ho"]);
+}
