@@ -1,8 +1,8 @@
 //! Pictures: encoded bytes in, normalised crops out.
 //!
 //! `container` looks at the file's structure, `decode` turns it into 8-bit RGB, `ops` and `resize`
-//! are what a policy may record, `hd` writes the reference's HD transform with them, `view` runs a
-//! recorded plan. Nothing here knows prompts, tensors or who asked.
+//! are what a policy may record, `hd` writes the reference's HD transform with them, `work` counts
+//! what a recorded plan costs, `view` runs it. Nothing here knows prompts, tensors or who asked.
 
 mod container;
 mod decode;
@@ -11,6 +11,7 @@ mod hd;
 mod ops;
 mod resize;
 mod view;
+mod work;
 
 use sha2::{Digest as _, Sha256};
 
@@ -19,6 +20,7 @@ pub use error::ImageError;
 pub use hd::{hd_image, hd_plan};
 pub use ops::{Filter, Op, run_ops};
 pub use view::{Normalization, PixelValues, ViewPlan, image_tokens, render_view};
+pub use work::{Cost, chain_cost};
 
 /// Side of one crop in pixels: what the vision tower was trained on.
 pub const CROP_SIDE_PX: u32 = 336;

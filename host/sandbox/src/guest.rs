@@ -38,6 +38,8 @@ pub(crate) struct GuestState {
     pub(crate) function: Function,
     pub(crate) request_id: String,
     pub(crate) deadline: Instant,
+    /// Pixels read by the image operations it had run.
+    pub(crate) image_work_px: u64,
     wasi: Option<WasiCtx>,
 }
 
@@ -55,6 +57,7 @@ impl GuestState {
             function: Function::Instantiate,
             request_id,
             deadline: Instant::now(),
+            image_work_px: 0,
             wasi: None,
         }
     }

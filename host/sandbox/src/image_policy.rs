@@ -140,6 +140,11 @@ pub trait ImageSource: Send + Sync {
     fn format(&self) -> String;
     /// Stable content hash, hex.
     fn digest_hex(&self) -> String;
+    /// Pixels that running a chain would read, told without running it.
+    ///
+    /// # Errors
+    /// When the chain cannot be run; the guest sees the message.
+    fn work_px(&self, ops: &[ImageOp]) -> Result<u64, GuestError>;
     /// Runs a chain of operations.
     ///
     /// # Errors

@@ -263,6 +263,8 @@ pub struct SandboxOptions {
     pub image_ops_max: usize,
     /// Pixels of any recorded image.
     pub image_pixels_max: u64,
+    /// Pixels that the operations one instance has run may read, all together.
+    pub image_work_px_max: u64,
     /// Generations one exchange may ask for, all its steps together.
     pub generations_max: u32,
     /// Segments of one prompt.
@@ -289,6 +291,7 @@ impl Default for SandboxOptions {
             tiles_max: 64,
             image_ops_max: 32,
             image_pixels_max: 64 << 20,
+            image_work_px_max: 2_000_000_000,
             generations_max: 16,
             segments_max: 10_000,
             metric_series_max: 200,

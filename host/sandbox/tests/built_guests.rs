@@ -111,6 +111,9 @@ impl ImageSource for Sized {
     fn digest_hex(&self) -> String {
         "00".repeat(32)
     }
+    fn work_px(&self, _ops: &[ImageOp]) -> Result<u64, GuestError> {
+        Ok(0)
+    }
     fn pixels(&self, _ops: &[ImageOp]) -> Result<PixelBuffer, GuestError> {
         Err(GuestError::new(
             ErrorCode::Unsupported,

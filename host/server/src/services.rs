@@ -183,10 +183,12 @@ impl ImageSource for HostImage {
         hex(&self.0.digest)
     }
 
+    fn work_px(&self, ops: &[ImageOp]) -> Result<u64, GuestError> {
+        let cost = image::chain_cost(self.size_px(), &model_ops(ops)).map_err(refused)?;
+        Ok(cost.reads_px)
+    }
+
     fn pixels(&self, ops: &[ImageOp]) -> Result<PixelBuffer, GuestError> {
-        let refused = |error: image::ImageError| {
-            GuestError::new(ErrorCode::InvalidRequest, error.to_string())
-        };
         let rgb = image::run_ops(&self.0, &model_ops(ops)).map_err(refused)?;
         let converted = ops.iter().rev().find_map(|op| match op {
             ImageOp::Convert(layout) => Some(*layout),
@@ -202,6 +204,10 @@ impl ImageSource for HostImage {
             samples,
         })
     }
+}
+
+fn refused(error: image::ImageError) -> GuestError {
+    GuestError::new(ErrorCode::InvalidRequest, error.to_string())
 }
 
 /// RGB samples in another layout: pictures are RGB in here, whatever their file had.
@@ -321,6 +327,19 @@ mod tests {
             ImageOp::Convert(Layout::Rgba),
         ];
         assert_eq!(look(&mirrored), [200, 200, 200, 255, 10, 10, 10, 255]);
+    }
+
+    #[test]
+    fn what_a_chain_takes_is_told_without_running_it() {
+        let wide = ImageOp::Resize {
+            width_px: 8192,
+            height_px: 8192,
+            filter: Filter::Nearest,
+        };
+        let blurs = vec![ImageOp::Blur { sigma_px: 64.0 }; 30];
+        let chain = [vec![wide], blurs].concat();
+        let work_px = gray_2x1().work_px(&chain).expect("it fits");
+        assert!(work_px > 30 * 2 * 384 * 8192 * 8192, "{work_px}");
     }
 
     #[test]

@@ -320,6 +320,7 @@ pub fn sandbox_options(config: &Config) -> SandboxOptions {
         component_bytes_max: sandbox.component_mib_max << 20,
         // The pipeline holds the operator's own, live limits; these only have to be no lower.
         image_pixels_max: config.images.pixels_max.max(defaults.image_pixels_max),
+        image_work_px_max: sandbox.image_work_mpx_max.saturating_mul(1_000_000),
         generations_max: GENERATIONS_PER_REQUEST_MAX,
         ..defaults
     }

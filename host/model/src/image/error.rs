@@ -87,6 +87,18 @@ pub enum ImageError {
         /// The limit.
         pixels_max: u64,
     },
+    /// An operation that would make an image with a side beyond the limit.
+    #[error("{op} would make {width_px}x{height_px} pixels; {side_px_max} a side are allowed")]
+    CanvasTooLong {
+        /// The operation.
+        op: &'static str,
+        /// Width of the result or of its intermediate.
+        width_px: u32,
+        /// Height of the result or of its intermediate.
+        height_px: u32,
+        /// The limit.
+        side_px_max: u32,
+    },
     /// A view that is not an overview and a full grid of crops.
     #[error("view: {0}")]
     BadView(

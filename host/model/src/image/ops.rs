@@ -3,10 +3,14 @@
 use std::borrow::Cow;
 
 use super::resize::{blur, resize};
+use super::work::chain_cost;
 use super::{CANVAS_PIXELS_MAX, ImageError, Layout, RgbBuffer, SourceImage};
 
 /// Longest recorded chain. The reference transform takes seven.
 const OPS_MAX: usize = 64;
+
+/// Longest side an operation may make, in pixels; tables of weights grow with it.
+const SIDE_PX_MAX: u32 = 65_535;
 
 /// Widest blur in pixels; a pass costs six times this per sample.
 const BLUR_SIGMA_MAX: f32 = 64.0;
@@ -113,7 +117,7 @@ impl Op {
     /// Size of the result for an image of `size` (width, height) pixels.
     ///
     /// # Errors
-    /// Arguments that do not fit such an image, and results beyond [`CANVAS_PIXELS_MAX`].
+    /// Arguments that do not fit such an image, and results beyond [`CANVAS_PIXELS_MAX`] or 65535 a side.
     pub fn output_size(&self, size: (u32, u32)) -> Result<(u32, u32), ImageError> {
         let (from_width, from_height) = size;
         match *self {
@@ -174,7 +178,7 @@ impl Op {
     }
 
     /// Whether the operation leaves every image of that size as it is.
-    fn is_identity(&self, size: (u32, u32)) -> bool {
+    pub(super) fn is_identity(&self, size: (u32, u32)) -> bool {
         let one = 1f32.to_bits();
         match *self {
             Self::Resize { width, height, .. }
@@ -236,9 +240,9 @@ impl Op {
 /// Runs a recorded chain on the whole image.
 ///
 /// # Errors
-/// A chain that is too long or does not fit the image; nothing is computed then.
+/// A chain that is too long, does not fit the image or holds too much at once; nothing is computed then.
 pub fn run_ops(source: &SourceImage, ops: &[Op]) -> Result<RgbBuffer, ImageError> {
-    check_chain((source.width_px(), source.height_px()), ops)?;
+    chain_cost((source.width_px(), source.height_px()), ops)?;
     let start = Cow::Borrowed(&source.rgb);
     let end = ops.iter().fold(start, |image, op| op.apply(image));
     Ok(end.into_owned())
@@ -267,6 +271,14 @@ fn check_canvas(op: &'static str, width_px: u32, height_px: u32) -> Result<(), I
             width_px,
             height_px,
             pixels_max: CANVAS_PIXELS_MAX,
+        });
+    }
+    if width_px.max(height_px) > SIDE_PX_MAX {
+        return Err(ImageError::CanvasTooLong {
+            op,
+            width_px,
+            height_px,
+            side_px_max: SIDE_PX_MAX,
         });
     }
     Ok(())

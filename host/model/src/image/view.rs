@@ -6,6 +6,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::ops::check_chain;
 use super::resize::bicubic;
+use super::work::{Cost, view_cost};
 use super::{CROP_SIDE_PX, Filter, ImageError, Layout, Op, RgbBuffer, SourceImage};
 
 /// Most crops of one view, the overview not counted: 350 MiB of samples.
@@ -13,7 +14,7 @@ pub(super) const MAX_CROPS: u32 = 256;
 
 /// f32 samples of one crop, (3, 336, 336).
 const CROP_SAMPLES: usize = 3 * CROP_PIXELS;
-const CROP_PIXELS: usize = CROP_SIDE_PX as usize * CROP_SIDE_PX as usize;
+pub(super) const CROP_PIXELS: usize = CROP_SIDE_PX as usize * CROP_SIDE_PX as usize;
 
 /// Channel-wise `(x - mean) / deviation` on samples in 0 to 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -63,6 +64,15 @@ impl ViewPlan {
     /// Memory of the crops it makes, in bytes.
     pub fn crops_bytes(&self) -> u64 {
         (self.chains().count() * CROP_SAMPLES * size_of::<f32>()) as u64
+    }
+
+    /// What it costs on an image of `size` (width, height) pixels.
+    ///
+    /// # Errors
+    /// A plan that [`render_view`] would refuse.
+    pub fn cost(&self, size: (u32, u32)) -> Result<Cost, ImageError> {
+        self.check(size)?;
+        view_cost(size, self.chains())
     }
 
     /// SHA-256 over the source's digest and everything in the plan: equal keys, equal crops.
@@ -205,9 +215,10 @@ pub fn image_tokens(columns: u32, rows: u32) -> u32 {
 /// rounded, as the reference computes its global view.
 ///
 /// # Errors
-/// A plan that does not fit the picture or does not end in 336x336 crops; nothing is computed then.
+/// A plan that does not fit the picture, does not end in 336x336 crops or holds too much at once; nothing
+/// is computed then.
 pub fn render_view(source: &SourceImage, plan: &ViewPlan) -> Result<PixelValues, ImageError> {
-    plan.check((source.width_px(), source.height_px()))?;
+    plan.cost((source.width_px(), source.height_px()))?;
     let crop_count = plan.chains().count();
     let mut crops = vec![0f32; crop_count * CROP_SAMPLES];
     let table = plan.normalization.table();

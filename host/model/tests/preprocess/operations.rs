@@ -245,10 +245,16 @@ fn arguments_that_do_not_fit_are_refused_with_their_numbers() {
         resize(u32::MAX, u32::MAX, Filter::Nearest),
         &format!("resize would make 4294967295x4294967295 pixels; {limit}"),
     );
-    // The result is small, the pass between is not.
     check(
         resize(60_000_000, 1, Filter::Bilinear),
-        &format!("resize would make 60000000x30 pixels; {limit}"),
+        "resize would make 60000000x1 pixels; 65535 a side are allowed",
+    );
+    // The result is small, the pass between is not.
+    let [tall, wide] = [(10, 60_000), (60_000, 1)];
+    let [tall, wide] = [tall, wide].map(|(w, h)| resize(w, h, Filter::Bilinear));
+    assert_eq!(
+        run_ops(&image, &[tall, wide]).unwrap_err().to_string(),
+        format!("resize would make 60000x60000 pixels; {limit}")
     );
     check(
         pad(10_000, 10_000, 0),

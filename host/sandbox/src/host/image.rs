@@ -266,6 +266,9 @@ mod tests {
         fn digest_hex(&self) -> String {
             "00".to_owned()
         }
+        fn work_px(&self, _: &[ImageOp]) -> Result<u64, GuestError> {
+            Ok(0)
+        }
         fn pixels(&self, _: &[ImageOp]) -> Result<PixelBuffer, GuestError> {
             Err(GuestError::new(ErrorCode::Internal, "not asked for"))
         }

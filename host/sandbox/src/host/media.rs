@@ -89,10 +89,38 @@ impl GuestState {
         Ok(self.table.push(image)?)
     }
 
+    /// Counts what running the image would take. The clock is looked at only afterwards, so this is what
+    /// bounds it.
+    fn count_work(
+        &mut self,
+        handle: &Resource<RecordedImage>,
+    ) -> wasmtime::Result<Option<GuestError>> {
+        let image = self.image(handle)?;
+        let (width, height) = image.size_px();
+        let work_px = match image.source.work_px(&image.ops) {
+            Ok(work_px) => work_px.saturating_add(u64::from(width) * u64::from(height)),
+            Err(refusal) => return Ok(Some(refusal)),
+        };
+        let work_px_max = self.core.shared.options.image_work_px_max;
+        let total = self.image_work_px.saturating_add(work_px);
+        if total > work_px_max {
+            let message = format!(
+                "image operations that read {total} pixels; {work_px_max} are allowed \
+                 (sandbox.image_work_mpx_max)"
+            );
+            return Ok(Some(GuestError::new(ErrorCode::TooLarge, message)));
+        }
+        self.image_work_px = total;
+        Ok(None)
+    }
+
     fn run(
-        &self,
+        &mut self,
         handle: &Resource<RecordedImage>,
     ) -> wasmtime::Result<Result<PixelBuffer, GuestError>> {
+        if let Some(refusal) = self.count_work(handle)? {
+            return Ok(Err(refusal));
+        }
         let image = self.image(handle)?;
         // Native image code must not unwind through a guest.
         let run = catch_unwind(AssertUnwindSafe(|| image.source.pixels(&image.ops)));

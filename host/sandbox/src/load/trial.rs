@@ -191,6 +191,11 @@ impl ImageSource for SamplePicture {
         "0".repeat(64)
     }
 
+    /// Nothing is read; what is written is counted by whoever asks.
+    fn work_px(&self, _: &[ImageOp]) -> Result<u64, GuestError> {
+        Ok(0)
+    }
+
     /// Grey of the right size: what the chain would do to nothing in particular.
     fn pixels(&self, ops: &[ImageOp]) -> Result<PixelBuffer, GuestError> {
         let (mut size, mut layout) = (self.size_px(), Layout::Rgb);

@@ -1,6 +1,7 @@
 //! Guests that a compiler made, where hand-written ones would be long: what `built_guests.rs` does
 //! not show, mostly what happens after the first fault.
 
+use std::cell::Cell;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -148,6 +149,10 @@ fn a_strategy_that_fails_beside_the_requests_is_found_out_too() {
     }
 }
 
+thread_local! {
+    static PICTURES_RUN: Cell<u32> = const { Cell::new(0) };
+}
+
 /// A picture whose host code panics when asked for pixels.
 struct Picture(u32, u32);
 
@@ -167,7 +172,11 @@ impl ImageSource for Picture {
     fn digest_hex(&self) -> String {
         "ab".repeat(32)
     }
+    fn work_px(&self, _: &[ImageOp]) -> Result<u64, GuestError> {
+        Ok(1000)
+    }
     fn pixels(&self, _: &[ImageOp]) -> Result<PixelBuffer, GuestError> {
+        PICTURES_RUN.with(|run| run.set(run.get() + 1));
         panic!("the host's own code fails")
     }
 }
@@ -244,6 +253,37 @@ fn a_panic_of_the_hosts_image_code_stays_with_the_host() {
         other => panic!("{other:?}"),
     }
     assert_eq!(sandbox.instances(), 0);
+}
+
+#[test]
+fn what_a_look_would_take_is_counted_before_it_is_taken() {
+    let options = SandboxOptions {
+        // The trial's look is 100 pixels, and this picture's is 1100.
+        image_work_px_max: 1099,
+        ..SandboxOptions::default()
+    };
+    let module = core_module("image-policy-plugin", "", LOOKING);
+    let load = |options| {
+        let settings = PluginSettings::default();
+        let sandbox = sandbox_with(options);
+        sandbox
+            .load("looking", &module, &settings, Origin::Shipped)
+            .unwrap()
+    };
+    // Running it would panic, which is logged; it is not run.
+    let refused = load(options.clone()).prepare(Arc::new(Picture(64, 64)), context());
+    assert!(refused.is_err());
+    assert_eq!(PICTURES_RUN.with(Cell::get), 0);
+    let enough = SandboxOptions {
+        image_work_px_max: 1100,
+        ..options
+    };
+    assert!(
+        load(enough)
+            .prepare(Arc::new(Picture(64, 64)), context())
+            .is_err()
+    );
+    assert_eq!(PICTURES_RUN.with(Cell::get), 1);
 }
 
 #[test]

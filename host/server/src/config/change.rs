@@ -173,6 +173,7 @@ mod tests {
         new.plugins.poll_s += 1;
         new.sandbox.instances_max += 1;
         new.sandbox.component_mib_max += 1;
+        new.sandbox.image_work_mpx_max += 1;
         new.sandbox.template.call_ms.render += 1;
         assert_eq!(Change::between(&old, &new).live, Vec::<String>::new());
         assert_eq!(keep_restart_keys(&old, &new), old);

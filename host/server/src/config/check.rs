@@ -24,6 +24,9 @@ const DECODED_MIB_MAX: u64 = 2 << 20;
 /// A picture of 17 crops is 22 MiB.
 const CROPS_MIB_MIN: u64 = 32;
 
+/// Reads for each pixel of the largest picture; the shipped image policy takes at most 17.
+const WORK_READS_MIN: u64 = 20;
+
 /// Highest value of `server.generations_per_request_max`.
 pub const GENERATIONS_PER_REQUEST_MAX: u32 = 128;
 
@@ -336,22 +339,24 @@ fn check_formats(formats: &FormatsConfig, found: &mut Found) {
 
 fn check_images(config: &Config, found: &mut Found) {
     let images = &config.images;
-    found.range("images.bytes_max", images.bytes_max, 1024, 1 << 30);
-    found.range("images.pixels_max", images.pixels_max, 4096, 1 << 30);
-    found.range("images.side_px_max", images.side_px_max, 64, 65_535);
-    found.range(
-        "images.aspect_ratio_max",
-        images.aspect_ratio_max,
-        1,
-        65_535,
-    );
-    found.range("images.count_max", images.count_max, 0, 256);
-    found.range(
-        "images.named_bytes_max",
-        images.named_bytes_max,
-        1024,
-        4 << 30,
-    );
+    let aspect_ratio = images.aspect_ratio_max;
+    let rows = [
+        ("bytes_max", images.bytes_max, 1024, 1 << 30),
+        ("pixels_max", images.pixels_max, 4096, 1 << 30),
+        ("side_px_max", images.side_px_max.into(), 64, 65_535),
+        ("aspect_ratio_max", aspect_ratio.into(), 1, 65_535),
+        ("count_max", images.count_max.into(), 0, 256),
+        ("named_bytes_max", images.named_bytes_max, 1024, 4 << 30),
+        (
+            "crops_mib_max",
+            images.crops_mib_max,
+            CROPS_MIB_MIN,
+            DECODED_MIB_MAX,
+        ),
+    ];
+    for (name, value, low, high) in rows {
+        found.range(&format!("images.{name}"), value, low, high);
+    }
     let one_mib = images.pixels_max.saturating_mul(DECODING_BYTES_MAX) >> 20;
     let decoded_mib = images.decoded_mib_max;
     if decoded_mib < one_mib || decoded_mib > DECODED_MIB_MAX {
@@ -361,12 +366,6 @@ fn check_images(config: &Config, found: &mut Found) {
             &format!("{one_mib} to {DECODED_MIB_MAX}"),
         );
     }
-    found.range(
-        "images.crops_mib_max",
-        images.crops_mib_max,
-        CROPS_MIB_MIN,
-        DECODED_MIB_MAX,
-    );
     check_files_root(&images.files_root, found);
     check_fetch(&images.fetch, found);
 }
@@ -441,14 +440,17 @@ fn check_fetch(fetch: &FetchConfig, found: &mut Found) {
 
 fn check_sandbox(config: &Config, found: &mut Found) {
     let sandbox = &config.sandbox;
-    found.range("sandbox.instances_max", sandbox.instances_max, 8, 10_000);
-    found.range(
-        "sandbox.component_mib_max",
-        sandbox.component_mib_max,
-        1,
-        1024,
-    );
-    found.range("sandbox.setup_ms", sandbox.setup_ms, 1, 60_000);
+    let work_mpx_min = config.images.pixels_max.saturating_mul(WORK_READS_MIN) / 1_000_000;
+    let work_mpx = sandbox.image_work_mpx_max;
+    let rows = [
+        ("instances_max", sandbox.instances_max.into(), 8, 10_000),
+        ("component_mib_max", sandbox.component_mib_max, 1, 1024),
+        ("setup_ms", sandbox.setup_ms, 1, 60_000),
+        ("image_work_mpx_max", work_mpx, work_mpx_min, 1_000_000),
+    ];
+    for (name, value, low, high) in rows {
+        found.range(&format!("sandbox.{name}"), value, low, high);
+    }
     for (role, limits) in sandbox.roles() {
         let key = |name: &str| format!("sandbox.{role}.{name}");
         found.range(&key("memory_mib_max"), limits.memory_mib_max, 1, 4096);

@@ -12,6 +12,8 @@ pub struct SandboxConfig {
     pub component_mib_max: u64,
     /// Milliseconds that building and configuring an instance may take. Needs a restart.
     pub setup_ms: u64,
+    /// Millions of pixels that image operations may read for one picture. Needs a restart.
+    pub image_work_mpx_max: u64,
     /// Limits of request adapters. Needs a restart, like the other roles.
     pub adapter: RoleLimits<AdapterCalls>,
     /// Limits of prompt templates.
@@ -28,6 +30,7 @@ impl Default for SandboxConfig {
             instances_max: 256,
             component_mib_max: 32,
             setup_ms: 500,
+            image_work_mpx_max: 2000,
             adapter: RoleLimits::default(),
             template: RoleLimits::default(),
             image_policy: RoleLimits::default(),

@@ -190,6 +190,9 @@ pub(super) fn plan(
             }
         })?;
         let plan = view_plan(&view);
+        let work_mpx_max = work.call.pinned.config.sandbox.image_work_mpx_max;
+        check_work(&source, &plan, work_mpx_max)
+            .map_err(|why| Failure::nonsense(policy.id(), &why))?;
         let tokens = image_tokens(plan.columns, plan.rows);
         tokens_left = tokens_left.saturating_sub(tokens);
         let key = plan.key(&source.digest);
@@ -202,6 +205,20 @@ pub(super) fn plan(
         });
     }
     Ok(planned)
+}
+
+/// Refuses a view that would take the host too long, before any of it is run.
+fn check_work(source: &SourceImage, plan: &ViewPlan, work_mpx_max: u64) -> Result<(), String> {
+    let cost = plan
+        .cost((source.width_px(), source.height_px()))
+        .map_err(|error| error.to_string())?;
+    if cost.reads_px <= work_mpx_max.saturating_mul(1_000_000) {
+        return Ok(());
+    }
+    Err(format!(
+        "a view that reads {} pixels; {work_mpx_max} million are allowed (sandbox.image_work_mpx_max)",
+        cost.reads_px
+    ))
 }
 
 fn view_plan(view: &View) -> ViewPlan {
@@ -297,6 +314,26 @@ mod tests {
         );
         assert_eq!(param(1, &extensions), "messages[0].content[2].image_url");
         assert_eq!(param(0, &extensions), "images[0]");
+    }
+
+    #[test]
+    fn a_view_that_would_take_minutes_is_refused_before_it_is_run() {
+        use visor_model::image::{Filter, ImageLimits, Op, decode, hd_plan};
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/cli/bench.png");
+        let source = decode(&std::fs::read(path).unwrap(), &ImageLimits::default(), true).unwrap();
+        let (width, height) = (source.width_px(), source.height_px());
+        let mut plan = hd_plan(width, height, 16).unwrap();
+        let work_mpx_max = crate::config::Config::default().sandbox.image_work_mpx_max;
+        assert_eq!(check_work(&source, &plan, work_mpx_max), Ok(()));
+        let resize = |side| Op::Resize {
+            width: side,
+            height: side,
+            filter: Filter::Nearest,
+        };
+        let blurs = vec![Op::blur(64.0); 30];
+        plan.overview = Some([vec![resize(8192)], blurs, vec![resize(336)]].concat());
+        let refused = check_work(&source, &plan, work_mpx_max).unwrap_err();
+        assert!(refused.contains("2000 million are allowed"), "{refused}");
     }
 
     /// The shipped policy against the reference's transform, which the goldens hold: equal keys are
