@@ -50,6 +50,8 @@ def picture(rng, library, kind=None, side=336, augment=True, worn=.5):
                 used.add(noun)
     elif kind == "heap":
         heap(rng, canvas, library, least)
+    elif kind == "crowd":
+        crowd(rng, canvas, library, least)
     elif kind == "text":
         n = int(rng.integers(1, 5))
         px = min(np.exp(rng.uniform(np.log(34), np.log(130))), w * 1.1 / n, h * .6)
@@ -84,6 +86,29 @@ def heap(rng, canvas, library, least):
     used = {shape.split()[0] if shape else concept}
     for _ in range(min(others, 6 - len(canvas.things))):
         any_thing(rng, canvas, library, px * rng.uniform(.8, 1.3), used, 0, .3)
+
+
+def crowd(rng, canvas, library, least):
+    """Two or three kinds of things, several of each, six in all at most: to count one kind the others must be left out."""
+    px, same_size, used = max(least * rng.uniform(.13, .28), 40), rng.random() < .6, set()
+    sizes = [int(rng.integers(1, 6)), int(rng.integers(1, 4)), int(rng.integers(0, 3))]
+    for n in sizes:
+        noun, again = None, None
+        for _ in range(n):
+            if len(canvas.things) == 6:
+                return
+            s = px if same_size else px * rng.uniform(.7, 1.4)
+            if noun is None:
+                noun = any_thing(rng, canvas, library, s, used, 0, .35)
+                if noun is None:
+                    break
+                used.add(noun)
+                first = canvas.things[-1]
+                again = first.name if first.kind == "shape" else None
+            elif again:
+                canvas.add_shape(library, again, s, first.colour if rng.random() < .5 else S.COLOUR_NAMES[rng.integers(len(S.COLOUR_NAMES))])
+            else:
+                canvas.add_concept(library, noun, s)
 
 
 def padded(scene, side):

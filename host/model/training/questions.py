@@ -180,7 +180,7 @@ def is_it(rng, t):
                 f"Yes, this is {a}." if yes else f"No, this is {is_}.", "yes-no", ["yes" if yes else "no"], "yes-no", [t])
 
 
-def count(rng, things):
+def count(rng, things, frequent=0.):
     nouns = [noun(t) for t in things if t.kind in ("concept", "shape")]
     if not nouns:
         return None
@@ -191,7 +191,7 @@ def count(rng, things):
     if rng.random() < .1:
         asked = pick(rng, [n for n in S.NOUNS if n not in nouns])
     else:
-        asked = pick(rng, sorted(set(nouns)))
+        asked = pick(rng, nouns if frequent and rng.random() < frequent else sorted(set(nouns)))
     n, many = nouns.count(asked), PLURAL[asked]
     q = pick(rng, [f"How many {many} are there?", f"How many {many} do you see?", f"How many {many} are in the picture?", f"Count the {many}.",
                    f"How many {many} can you see?", f"What is the number of {many}?"])
@@ -304,8 +304,9 @@ def points(rng, t):
     return Turn(q, f"The arrow points {way}.", "position", [way], about=[t])
 
 
-def turns(rng, scene, frame, n):
-    """Up to n different turns about one picture. frame: x, y, w, h of the picture inside its padding."""
+def turns(rng, scene, frame, n, frequent=0.):
+    """Up to n different turns about one picture. frame: x, y, w, h of the picture inside its padding; `frequent`: how often what is
+    counted is a thing of the picture, of which the frequent come up more often, and not one of its names."""
     things = scene.things
     kinds = {noun(t): [o for o in things if noun(o) == noun(t)] for t in things}
     unique = [v[0] for v in kinds.values() if len(v) == 1]
@@ -324,7 +325,7 @@ def turns(rng, scene, frame, n):
         makers += [(2.5, lambda: exists(rng, things))]
     if drawn:
         heaped = len(drawn) > len(kinds)
-        makers += [(8 if heaped else .8, lambda: count(rng, things)), (.25, lambda: not_there(rng, things))]
+        makers += [(8 if heaped else .8, lambda: count(rng, things, frequent)), (.25, lambda: not_there(rng, things))]
     if not texts and drawn and rng.random() < .3:
         makers += [(.6, lambda: Turn(pick(rng, READ), "I see no text.", "read", ["no text"], about=[]))]
     inked = [t for t in unique if t.colour and (t.kind == "shape" or t.kind == "text")]

@@ -9,29 +9,30 @@ import scenes as S
 from cells import MEAN, STD
 
 KINDS = dict(single=.07, several=.22, heap=.42, text=.19, shapes=.04, clothing=.06)       # counting is learnt last: more to count
+FREQUENT = .5                                      # see questions.turns
 
 
 class Pictures(torch.utils.data.IterableDataset):
     """Without end: ("single", n pictures as `single` draws them) or, as often as `detail_share` says, ("detail", two)."""
 
-    def __init__(self, work, seed, n, detail_share):
-        self.work, self.seed, self.n, self.detail_share = work, seed, n, detail_share
+    def __init__(self, work, seed, n, detail_share, kinds=None):
+        self.work, self.seed, self.n, self.detail_share, self.kinds = work, seed, n, detail_share, kinds or KINDS
 
     def __iter__(self):
         rng, library = np.random.default_rng(self.seed), S.Library(self.work)
         while True:
             if rng.random() < self.detail_share:
-                yield "detail", [detail(rng, library, taught_kind(rng)) for _ in range(2)]
+                yield "detail", [detail(rng, library, taught_kind(rng, self.kinds)) for _ in range(2)]
             else:
-                yield "single", [single(rng, library, taught_kind(rng), labelled=True) for _ in range(self.n)]
+                yield "single", [single(rng, library, taught_kind(rng, self.kinds), labelled=True) for _ in range(self.n)]
 
 
 class Source:
     """Pictures drawn by a process of their own, taken as they come or of one kind."""
 
-    def __init__(self, work, seed, n, detail_share):
+    def __init__(self, work, seed, n, detail_share, kinds=None):
         # Labels stay arrays: as tensors, each would hold a file descriptor for as long as the pool holds it.
-        self.loader = iter(torch.utils.data.DataLoader(Pictures(work, seed, n, detail_share), batch_size=None, collate_fn=as_drawn, num_workers=1, prefetch_factor=8))
+        self.loader = iter(torch.utils.data.DataLoader(Pictures(work, seed, n, detail_share, kinds), batch_size=None, collate_fn=as_drawn, num_workers=1, prefetch_factor=8))
         self.kept = {"single": deque(maxlen=8), "detail": deque(maxlen=32)}
 
     def take(self, kind=None):
@@ -48,8 +49,8 @@ def as_drawn(batch):
     return batch
 
 
-def taught_kind(rng):
-    return str(rng.choice(list(KINDS), p=list(KINDS.values())))
+def taught_kind(rng, kinds=KINDS):
+    return str(rng.choice(list(kinds), p=list(kinds.values())))
 
 
 def single(rng, library, kind=None, augment=True, worn=.5, labelled=False):
@@ -84,7 +85,7 @@ def from_255(pixels):
 
 def ask(rng, scene, frame, n, smalls=()):
     """At most n turns about a picture, each of its small things among them, and now and then one that it does not answer."""
-    turns = Q.turns(rng, scene, frame, n)
+    turns = Q.turns(rng, scene, frame, n, FREQUENT)
     about = [Q.small(rng, t, scene.things, frame, len(smalls)) for t in smalls]
     for turn in filter(None, about):
         turn.things = scene.things

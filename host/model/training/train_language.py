@@ -294,6 +294,7 @@ def arguments():
     p.add_argument("--drawn", type=int, default=8, help="pictures drawn at a time")
     p.add_argument("--pool", type=int, default=4000, help="encoded pictures kept to be asked about again, 220 kB each")
     p.add_argument("--mix", default="global=.9,talk=.1")
+    p.add_argument("--kinds", help="shares of the kinds of pictures, as --mix; those of samples.KINDS if not said")
     p.add_argument("--every", type=int, default=1, help="a new batch of pictures every so many steps")
     p.add_argument("--joint", type=int, default=0, metavar="LAYERS", help="so many of the tower's last layers learn too")
     p.add_argument("--settle", type=float, default=0, help="minutes in which only what training alone uses learns (after restore.py)")
@@ -305,7 +306,8 @@ def arguments():
     p.add_argument("--rates", type=float, nargs=2, default=(1., .02), help="share of the learning rates at the beginning and at the end")
     p.add_argument("--evaluate", type=float, default=10, help="minutes between evaluations")
     a = p.parse_args()
-    a.mix = {k: float(v) for k, v in (m.split("=") for m in a.mix.split(","))}
+    shares = lambda text: {k: float(v) for k, v in (m.split("=") for m in text.split(","))}
+    a.mix, a.kinds = shares(a.mix), shares(a.kinds) if a.kinds else None
     single, detail = a.mix.get("single", 0), a.mix.get("detail", 0)
     a.detail_share = min(.5, detail * 1.2)
     if a.joint:
@@ -325,7 +327,7 @@ def main():
     tell = lambda **line: print(json.dumps(line), file=log, flush=True)
     first_step, state = t.state["step"], t.state
     t.rng = np.random.default_rng([a.seed, rank, first_step])
-    source = Source(a.work, [a.seed, first_step, rank], a.drawn, a.detail_share)
+    source = Source(a.work, [a.seed, first_step, rank], a.drawn, a.detail_share, a.kinds)
     rounding = Straight(t.model) if a.int4 else nullcontext()
     for kind, least in (("single", 64), ("detail", 12 if "detail" in a.mix else 0)):
         while len(t.pools[kind]) < least:

@@ -1,6 +1,7 @@
 //! `visor serve`: opens the house, binds the address, and stops in an orderly way.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
@@ -19,6 +20,9 @@ use crate::wiring::House;
 const FILES_BESIDE: u64 = 128;
 /// Threads for sockets; exchanges run on blocking threads, the model on its own.
 const SOCKET_THREADS: usize = 2;
+
+/// How long threads of requests that were given up may take to end.
+const STRAGGLERS: Duration = Duration::from_secs(2);
 
 pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
     let source = config_source(&args.overrides, args.listen.as_deref());
@@ -42,14 +46,17 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
     let listeners = runtime.block_on(bind(&config))?;
     // Not inside the runtime: plugins are run, and what they ask of WASI blocks on a runtime of its own.
     let house = open_house(config, Some(source))?;
-    runtime.block_on(async {
+    let served = runtime.block_on(async {
         greet(&house, &listeners)?;
         tell_when_ready(&house);
         let shutdown = stop_signal()?;
         crate::serve(listeners, Arc::clone(&house), shutdown).await;
         house.stop();
         Ok(EXIT_DONE)
-    })
+    });
+    // A request that was given up may be at something long; the process does not wait for it.
+    runtime.shutdown_timeout(STRAGGLERS);
+    served
 }
 
 /// Every connection is an open file, and many systems start a process with room for 1024 that may ask
