@@ -10,6 +10,7 @@ use visor_engine::{
 };
 use visor_model::DeviceKind;
 
+use crate::heard::*;
 use crate::scripted::*;
 
 fn together(sequences_max: usize) -> EngineOptions {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use visor_engine::{CancelToken, Engine, EngineError, EngineState, EventReceiver, Finish};
 use visor_model::DeviceKind;
 
+use crate::heard::*;
 use crate::scripted::*;
 
 /// Runs a request that is cancelled while the model takes the first call `when` holds for.

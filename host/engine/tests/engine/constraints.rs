@@ -8,6 +8,7 @@ use visor_engine::{
     Constraint, ConstraintError, EngineError, Finish, GenerateRequest, Grammar, Sampling,
 };
 
+use crate::heard::*;
 use crate::scripted::*;
 
 /// Lets every third token come next or so, which ones depends on all before; complete now and then.

@@ -6,6 +6,7 @@ use visor_engine::{EngineOptions, Finish, GenerateRequest};
 
 use visor_model::DeviceKind;
 
+use crate::heard::*;
 use crate::scripted::*;
 
 fn drafting(draft_tokens_max: usize, sequences_max: usize) -> EngineOptions {
@@ -25,7 +26,7 @@ fn repeating(index: u64) -> GenerateRequest {
     request.prompt.ids.push(index as i64);
     request.sampling.temperature = (index % 3) as f64 / 2.0;
     request.sampling.seed = Some(index);
-    request.sampling.logprobs = (index % 2 == 0).then_some(2);
+    request.sampling.logprobs = index.is_multiple_of(2).then_some(2);
     if index == 5 {
         request.stop_strings = vec!["e".into()];
     }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use visor_engine::{EngineState, Event, Finish, Sampling};
 
+use crate::heard::*;
 use crate::scripted::*;
 
 #[test]

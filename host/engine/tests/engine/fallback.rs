@@ -7,6 +7,7 @@ use visor_engine::{Engine, EngineError, EngineState, Finish, Sampling};
 use visor_model::DeviceKind;
 
 use crate::constraints::Mottled;
+use crate::heard::*;
 use crate::scripted::*;
 
 const METAL: DeviceKind = DeviceKind::Metal;

@@ -5,6 +5,7 @@ use std::sync::mpsc::channel;
 
 use visor_engine::{EngineError, Finish, GenerateRequest};
 
+use crate::heard::*;
 use crate::scripted::*;
 
 #[track_caller]

@@ -9,6 +9,7 @@ mod drafts;
 mod events;
 mod fallback;
 mod features;
+mod heard;
 mod limits;
 mod prefix;
 mod random;

@@ -6,6 +6,7 @@ use visor_engine::{
     Access, CacheBytes, Caches, Engine, EngineOptions, GenerateRequest, PrefixBlock, Scope, Tier,
 };
 
+use crate::heard::*;
 use crate::scripted::*;
 
 struct House {

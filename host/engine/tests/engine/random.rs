@@ -11,6 +11,7 @@ use visor_engine::{
 use visor_model::DeviceKind;
 
 use crate::constraints::Mottled;
+use crate::heard::*;
 use crate::scripted::*;
 
 /// xorshift64*, so that a failure can be run again.

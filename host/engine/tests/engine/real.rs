@@ -9,7 +9,8 @@ use visor_engine::{
 use visor_model::image::PixelValues;
 use visor_model::{Activations, Checkpoint, DeviceKind, ImageFeatures, KvBlock, Phi3V, Prompt};
 
-use crate::scripted::{PATIENCE, ask};
+use crate::heard::ask;
+use crate::scripted::PATIENCE;
 
 fn picture() -> Arc<PixelValues> {
     let samples = 2_u64 * 3 * 336 * 336;

@@ -2,6 +2,7 @@
 
 use visor_engine::{Engine, EngineError, Sampling, TokenInfo};
 
+use crate::heard::*;
 use crate::scripted::*;
 
 fn ask_with(engine: &Engine, sampling: Sampling) -> Heard {

@@ -2,6 +2,7 @@
 
 use visor_engine::{Finish, GenerateRequest};
 
+use crate::heard::*;
 use crate::scripted::*;
 
 fn stopping_at(stops: &[&str]) -> GenerateRequest {
