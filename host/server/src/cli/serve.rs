@@ -44,8 +44,11 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
         .map_err(Failure::start)?;
     // Bound before the model loads: a taken address is said at once, and probes get an answer.
     let listeners = runtime.block_on(bind(&config))?;
-    // Not inside the runtime: plugins are run, and what they ask of WASI blocks on a runtime of its own.
-    let house = open_house(config, Some(source))?;
+    // Not driven by the runtime: plugins are run, and what they ask of WASI blocks. What sends spans finds the runtime, though.
+    let house = {
+        let _entered = runtime.enter();
+        open_house(config, Some(source))?
+    };
     let served = runtime.block_on(async {
         greet(&house, &listeners)?;
         tell_when_ready(&house);
