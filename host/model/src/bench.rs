@@ -36,7 +36,7 @@ const BATCHES: [usize; 4] = [1, 2, 4, 8];
 const BATCH_PROMPT_TOKENS: usize = 16;
 const BATCH_STEPS: usize = 12;
 /// Drafts that are checked beside a token.
-const DRAFTS: [usize; 5] = [0, 1, 2, 4, 7];
+const DRAFTS: [usize; 4] = [1, 2, 4, 7];
 /// Runs whose median is told, of what takes seconds.
 const RUNS: usize = 3;
 /// Text tokens before and behind the image of a question, as "What is shown in this image?" has them.
