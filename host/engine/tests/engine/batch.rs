@@ -52,10 +52,7 @@ fn sequences_run_together_and_say_what_each_says_alone() {
     let script = Script::new(Answer::Hashed(600));
     let engine = start_with(&script, together(4));
     engine.wait_ready(PATIENCE);
-    let events: Vec<_> = requests
-        .iter()
-        .map(|request| engine.submit(request.clone()).unwrap())
-        .collect();
+    let events = submit_all(&engine, &requests);
     let have: Vec<String> = events.iter().map(|events| hear(events).text).collect();
     assert_eq!(have, want);
     assert_eq!(script.widest.load(Ordering::Relaxed), 4);
@@ -131,10 +128,7 @@ fn when_blocks_run_out_the_last_one_waits_and_loses_nothing() {
     options.kv_bytes = 1;
     let engine = start_with(&script, options);
     engine.wait_ready(PATIENCE);
-    let events: Vec<_> = requests
-        .iter()
-        .map(|request| engine.submit(request.clone()).unwrap())
-        .collect();
+    let events = submit_all(&engine, &requests);
     for (events, want) in events.iter().zip(&want) {
         let heard = hear(events);
         assert_eq!(&heard.text, want);

@@ -44,10 +44,7 @@ fn drafts_change_the_steps_and_nothing_else() {
         let script = Script::new(Answer::Repeating(7));
         let engine = start_with(&script, drafting(draft_tokens_max, sequences_max));
         engine.wait_ready(PATIENCE);
-        let events: Vec<_> = requests
-            .iter()
-            .map(|request| engine.submit(request.clone()).unwrap())
-            .collect();
+        let events = submit_all(&engine, &requests);
         for (events, want) in events.iter().zip(&want) {
             let have = hear(events);
             assert_eq!(

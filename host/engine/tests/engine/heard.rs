@@ -109,6 +109,12 @@ pub(crate) fn hear(events: &EventReceiver) -> Heard {
     }
 }
 
+/// All at once, in order.
+pub(crate) fn submit_all(engine: &Engine, requests: &[GenerateRequest]) -> Vec<EventReceiver> {
+    let submit = |request: &GenerateRequest| engine.submit(request.clone()).expect("admitted");
+    requests.iter().map(submit).collect()
+}
+
 pub(crate) fn ask(engine: &Engine, request: GenerateRequest) -> Heard {
     hear(&engine.submit(request).expect("admitted"))
 }

@@ -20,7 +20,7 @@ const BLOBS_MAX: usize = 256;
 const JSON_VALUES_MAX: usize = 32_768;
 /// Most parts of a form.
 const FORM_PARTS_MAX: usize = 64;
-/// Places of a generation in which what was lifted may come back, on average: a text is in one, or told to the model twice.
+/// How often all that was lifted may come back in one generation: a text is in one place, or told to the model twice.
 const RESTORED_TIMES_MAX: usize = 2;
 /// Most text beside pictures that an adapter has to parse, in bytes.
 const TEXT_BYTES_MAX: usize = 4 << 20;
@@ -137,7 +137,7 @@ impl LiftedBlobs {
     /// Puts back, in all text of a generation, the strings that were lifted and are no pictures.
     ///
     /// # Errors
-    /// The adapter has each of them in more than [`RESTORED_TIMES_MAX`] places.
+    /// What would come back is more than [`RESTORED_TIMES_MAX`] times what was lifted.
     pub(super) fn restore(&self, generation: &mut Generation) -> Result<(), Repeated> {
         let lifted: usize = self.blobs.iter().map(|blob| blob.original.len()).sum();
         let mut bytes_left = lifted.saturating_mul(RESTORED_TIMES_MAX);
