@@ -139,6 +139,21 @@ fn a_second_interrupt_stops_at_once() {
     assert!(!server.wait_exit().success());
 }
 
+/// A pipe to a pager, a terminal that is held: what nobody reads must not keep threads that others need.
+#[test]
+fn a_log_that_nobody_reads_stops_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_visor"));
+    command.args(["serve", "--listen", "127.0.0.1:0", "--log", "trace"]);
+    let server = Server::spawn_read(command, folder, |line| !line.contains("listening on"));
+    // Each is several lines, and a pipe holds 64 KiB.
+    for _ in 0..500 {
+        assert_eq!(server.get("/nowhere").status, 404);
+    }
+    server.wait_ready();
+    server.chat(&chat(&[text("hello")])).ok();
+}
+
 #[test]
 fn a_changed_configuration_is_applied_live_and_a_broken_one_refused() {
     let server = Server::start();

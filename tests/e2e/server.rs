@@ -99,7 +99,16 @@ impl Server {
     }
 
     /// Runs a command that serves, in a folder.
-    pub fn spawn(mut command: Command, folder: tempfile::TempDir) -> Self {
+    pub fn spawn(command: Command, folder: tempfile::TempDir) -> Self {
+        Self::spawn_read(command, folder, |_| true)
+    }
+
+    /// The same; nobody reads more of its log once `go_on` says no to a line, and nobody closes it.
+    pub fn spawn_read(
+        mut command: Command,
+        folder: tempfile::TempDir,
+        go_on: impl Fn(&str) -> bool + Send + 'static,
+    ) -> Self {
         command
             .current_dir(folder.path())
             .stdin(Stdio::null())
@@ -110,7 +119,7 @@ impl Server {
         let stderr = child.stderr.take().expect("stderr is piped");
         thread::spawn({
             let log = Arc::clone(&log);
-            move || read_log(stderr, &log)
+            move || read_log(stderr, &log, go_on)
         });
         let address = log.wait("listening on", listening);
         Self {
@@ -228,10 +237,16 @@ impl Drop for Server {
     }
 }
 
-fn read_log(stderr: impl Read, log: &Log) {
-    for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+fn read_log(stderr: impl Read, log: &Log, go_on: impl Fn(&str) -> bool) {
+    let mut lines = BufReader::new(stderr).lines();
+    while let Some(Ok(line)) = lines.next() {
+        let more = go_on(&line);
         log.text.lock().unwrap().push_str(&(line + "\n"));
         log.grown.notify_all();
+        if !more {
+            std::mem::forget(lines);
+            return;
+        }
     }
     let _text = log.text.lock().unwrap();
     log.ended.store(true, SeqCst);

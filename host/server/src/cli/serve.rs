@@ -7,7 +7,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
 use super::signals::{Signals, obey};
-use super::start::{config_source, open_house, start_log};
+use super::start::{config_source, open_house, start_log_beside};
 use super::{EXIT_DONE, Failure, ServeArgs, progress};
 use crate::Listeners;
 use crate::config::Config;
@@ -27,7 +27,7 @@ const STRAGGLERS: Duration = Duration::from_secs(2);
 pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
     let source = config_source(&args.overrides, args.listen.as_deref());
     let config = source.read().map_err(Failure::usage)?;
-    start_log(&config)?;
+    let _log = start_log_beside(&config)?;
     #[cfg(unix)]
     raise_open_files(config.server.connections_max);
     let runtime = tokio::runtime::Builder::new_multi_thread()

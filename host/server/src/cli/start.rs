@@ -5,7 +5,9 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
 
 use super::progress::Loading;
 use super::{Failure, Overrides};
@@ -14,6 +16,9 @@ use crate::wiring::{ConfigSource, House, HouseOptions};
 
 /// Read when no file is named.
 const DEFAULT_FILE: &str = "visor.toml";
+
+/// Lines of the log that may wait to be written.
+const LINES_WAITING_MAX: usize = 8192;
 
 /// The configuration in force, and the file it came from, if any.
 pub(super) fn load_config(
@@ -74,11 +79,49 @@ fn adjust(
 
 /// Starts writing the log to standard error.
 pub(super) fn start_log(config: &Config) -> Result<(), Failure> {
+    start_log_to(config, std::io::stderr)
+}
+
+/// The same by a thread of its own, so that nobody waits where nobody reads standard error: what is too much is left out.
+pub(super) fn start_log_beside(config: &Config) -> Result<LogBeside, Failure> {
+    let (writer, written) = NonBlockingBuilder::default()
+        .buffered_lines_limit(LINES_WAITING_MAX)
+        .finish(std::io::stderr());
+    let left_out = writer.error_counter();
+    start_log_to(config, writer)?;
+    Ok(LogBeside {
+        left_out,
+        _written: written,
+    })
+}
+
+/// A log that is written by a thread of its own; dropped, it waits a moment for the lines that are not written yet.
+pub(super) struct LogBeside {
+    left_out: ErrorCounter,
+    _written: WorkerGuard,
+}
+
+impl Drop for LogBeside {
+    fn drop(&mut self) {
+        let lines = self.left_out.dropped_lines();
+        if lines > 0 {
+            tracing::warn!(
+                lines,
+                "lines of this log were left out: standard error was not read in time"
+            );
+        }
+    }
+}
+
+fn start_log_to<W>(config: &Config, writer: W) -> Result<(), Failure>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
     let filter = EnvFilter::try_new(&config.server.log_filter).map_err(Failure::usage)?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
+        .with_writer(writer);
     let started = match config.server.log_format {
         LogFormat::Text => log.try_init(),
         LogFormat::Json => log.json().try_init(),
