@@ -291,3 +291,15 @@ fn crops_of_all_requests_share_one_budget_of_memory() {
     assert!(message.contains("images.crops_mib_max"), "{message}");
     server.chat(&asking(4)).ok();
 }
+
+/// A square picture is made 672 pixels wide: 1.3 MiB, and as much between two passes.
+#[test]
+fn what_making_crops_takes_has_a_budget() {
+    let asking = |side: u32| chat(&[pictures(&[plain(side)], "what is this?")]);
+    let server = Server::start_with("[images]\ncanvases_mib_max = 4\n");
+    server.chat(&asking(700)).ok();
+    let server = Server::start_with("[images]\ncanvases_mib_max = 1\n");
+    let error = server.chat(&asking(700)).error(413);
+    let message = error["message"].as_str().expect("a message");
+    assert!(message.contains("images.canvases_mib_max"), "{message}");
+}

@@ -153,6 +153,9 @@ pub struct ServerConfig {
     pub arriving_bytes_max: u64,
     /// Seconds a client may take nothing of its answer. Needs a restart.
     pub write_timeout_s: u64,
+    /// Least a client takes of its answer in a second on average, in bytes, once it has kept the server waiting for
+    /// `write_timeout_s`. Needs a restart.
+    pub write_bytes_per_s_min: u64,
     /// Seconds of silence in a stream after which a keep-alive is sent; 0 sends none.
     pub keep_alive_s: u64,
     /// Pieces of a stream that may wait for a slow client before its request waits too.
@@ -186,6 +189,7 @@ impl Default for ServerConfig {
             body_bytes_per_s_min: 1024,
             arriving_bytes_max: 512 << 20,
             write_timeout_s: 60,
+            write_bytes_per_s_min: 1024,
             keep_alive_s: 15,
             stream_buffer_pieces: 32,
             log_format: LogFormat::Text,

@@ -107,6 +107,20 @@ pub fn crops_room(bytes: u64, budget: &Budget, loading: &Loading<'_>) -> Result<
     take(bytes, budget, loading, limit)
 }
 
+/// Room for what operations hold while they run.
+///
+/// # Errors
+/// As [`room`].
+pub fn canvases_room(
+    bytes: u64,
+    budget: &Budget,
+    loading: &Loading<'_>,
+) -> Result<Room, LoadError> {
+    let mib_max = loading.config.canvases_mib_max;
+    let limit = (mib_max, "to be cut into crops", "images.canvases_mib_max");
+    take(bytes, budget, loading, limit)
+}
+
 fn take(
     bytes: u64,
     budget: &Budget,

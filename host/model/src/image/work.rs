@@ -94,6 +94,12 @@ fn branches_cost(at: Canvas, branches: Vec<&[Op]>) -> Result<Cost, ImageError> {
 }
 
 impl Cost {
+    /// Most memory held at once beside the source's own, in bytes.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        self.held_px.saturating_mul(PIXEL_BYTES)
+    }
+
     fn read(&mut self, reads_px: u64) {
         self.reads_px = self.reads_px.saturating_add(reads_px);
     }

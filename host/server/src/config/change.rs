@@ -3,7 +3,7 @@
 use super::Config;
 
 /// Keys that are read once, at start. Everything else is applied live.
-const RESTART_KEYS: [&str; 20] = [
+const RESTART_KEYS: [&str; 22] = [
     "server.listen",
     "server.tls_cert_file",
     "server.tls_key_file",
@@ -12,6 +12,7 @@ const RESTART_KEYS: [&str; 20] = [
     "server.queue_tokens_max",
     "server.head_read_timeout_s",
     "server.write_timeout_s",
+    "server.write_bytes_per_s_min",
     "server.log_format",
     "server.log_filter",
     "admin",
@@ -19,6 +20,7 @@ const RESTART_KEYS: [&str; 20] = [
     "model",
     "images.decoded_mib_max",
     "images.crops_mib_max",
+    "images.canvases_mib_max",
     "images.fetch.at_once_max",
     "images.fetch.lookups_max",
     "plugins.folder",
@@ -69,6 +71,7 @@ pub fn keep_restart_keys(running: &Config, new: &Config) -> Config {
     applied.server.queue_tokens_max = server.queue_tokens_max;
     applied.server.head_read_timeout_s = server.head_read_timeout_s;
     applied.server.write_timeout_s = server.write_timeout_s;
+    applied.server.write_bytes_per_s_min = server.write_bytes_per_s_min;
     applied.server.log_format = server.log_format;
     applied.server.log_filter.clone_from(&server.log_filter);
     applied.admin = running.admin.clone();
@@ -76,6 +79,7 @@ pub fn keep_restart_keys(running: &Config, new: &Config) -> Config {
     applied.model = running.model.clone();
     applied.images.decoded_mib_max = running.images.decoded_mib_max;
     applied.images.crops_mib_max = running.images.crops_mib_max;
+    applied.images.canvases_mib_max = running.images.canvases_mib_max;
     applied.images.fetch.at_once_max = running.images.fetch.at_once_max;
     applied.images.fetch.lookups_max = running.images.fetch.lookups_max;
     applied.plugins.folder.clone_from(&running.plugins.folder);
@@ -160,6 +164,7 @@ mod tests {
         new.server.queue_requests_max += 1;
         new.server.head_read_timeout_s += 1;
         new.server.write_timeout_s += 1;
+        new.server.write_bytes_per_s_min += 1;
         new.server.log_format = super::super::LogFormat::Json;
         new.server.log_filter = "debug".to_owned();
         new.admin.listen = "127.0.0.1:1".to_owned();
@@ -167,6 +172,7 @@ mod tests {
         new.model.aliases.push("x".to_owned());
         new.images.decoded_mib_max += 1;
         new.images.crops_mib_max += 1;
+        new.images.canvases_mib_max += 1;
         new.images.fetch.at_once_max += 1;
         new.images.fetch.lookups_max += 1;
         new.plugins.folder = "other".into();

@@ -102,6 +102,12 @@ fn check_pace(server: &ServerConfig, found: &mut Found) {
             1 << 40,
         ),
         ("write_timeout_s", server.write_timeout_s, 1, 3600),
+        (
+            "write_bytes_per_s_min",
+            server.write_bytes_per_s_min,
+            1,
+            1 << 30,
+        ),
     ];
     for (name, value, low, high) in rows {
         found.range(&format!("server.{name}"), value, low, high);
@@ -351,6 +357,12 @@ fn check_images(config: &Config, found: &mut Found) {
             "crops_mib_max",
             images.crops_mib_max,
             CROPS_MIB_MIN,
+            DECODED_MIB_MAX,
+        ),
+        (
+            "canvases_mib_max",
+            images.canvases_mib_max,
+            1,
             DECODED_MIB_MAX,
         ),
     ];

@@ -23,6 +23,8 @@ pub struct ImagesConfig {
     pub decoded_mib_max: u64,
     /// Crops of all requests together, from when they are made until the answers about them end, in MiB. Needs a restart.
     pub crops_mib_max: u64,
+    /// What operations on images hold while they run, of all requests together, in MiB. Needs a restart.
+    pub canvases_mib_max: u64,
     /// Encoded images that one request names instead of sending them, all together, in bytes.
     pub named_bytes_max: u64,
     /// Whether photos are turned as their EXIF tag says.
@@ -43,6 +45,7 @@ impl Default for ImagesConfig {
             count_max: 8,
             decoded_mib_max: 2048,
             crops_mib_max: 1024,
+            canvases_mib_max: 1024,
             named_bytes_max: 32 << 20,
             apply_exif_orientation: true,
             files_root: PathBuf::new(),

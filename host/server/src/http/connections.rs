@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use super::arrivals::Arrivals;
 use super::gate::{Gate, Permit};
-use super::patience::Patient;
+use super::patience::{Patience, Patient};
 use crate::config::ServerConfig;
 use crate::wiring::House;
 
@@ -112,8 +112,8 @@ struct Connections {
     tls: Option<TlsAcceptor>,
     /// How long a client may take until its connection is sealed.
     handshake: Duration,
-    /// How long a client may take nothing of its answer.
-    write: Duration,
+    /// How slowly a client may take its answers.
+    write: Patience,
     http: http1::Builder,
     /// Counts the open connections.
     open: Arc<Gate>,
@@ -131,7 +131,10 @@ impl Connections {
             router,
             tls,
             handshake: Duration::from_secs(server.head_read_timeout_s),
-            write: Duration::from_secs(server.write_timeout_s),
+            write: Patience {
+                silence: Duration::from_secs(server.write_timeout_s),
+                bytes_per_s_min: server.write_bytes_per_s_min,
+            },
             http: builder(server),
             open: Arc::default(),
             full: AtomicBool::new(false),

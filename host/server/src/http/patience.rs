@@ -1,5 +1,5 @@
-//! A stream whose reader may not stand still: a client that takes nothing of its answer would hold its
-//! connection, and the place of its request, for as long as it likes.
+//! A stream whose reader must get on: a client that takes its answer too slowly would hold its connection, and the place of its
+//! request, for as long as it likes.
 
 use std::io;
 use std::pin::Pin;
@@ -9,45 +9,65 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
-/// A stream that gives up when a write has been stuck for so long. Reading has limits of its own.
+/// A stream that gives up when its writes have been stuck for too long: time without a byte runs out, and every byte that is
+/// taken brings some of it back. Reading has limits of its own.
 pub(super) struct Patient<S> {
     stream: S,
-    patience: Duration,
+    patience: Patience,
+    /// What is left of it.
+    left: Duration,
     /// Runs while a write is stuck.
     running_out: Pin<Box<Sleep>>,
-    stuck: bool,
+    /// Since when a write is stuck.
+    stuck: Option<Instant>,
+}
+
+/// What a reader may do.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    /// Longest it may take nothing.
+    pub(super) silence: Duration,
+    /// Least it takes in a second once that is used up, in bytes.
+    pub(super) bytes_per_s_min: u64,
 }
 
 impl<S> Patient<S> {
-    pub(super) fn new(stream: S, patience: Duration) -> Self {
+    pub(super) fn new(stream: S, patience: Patience) -> Self {
         Self {
             stream,
             patience,
-            running_out: Box::pin(tokio::time::sleep(patience)),
-            stuck: false,
+            left: patience.silence,
+            running_out: Box::pin(tokio::time::sleep(patience.silence)),
+            stuck: None,
         }
     }
 
-    /// Passes on what a write came to, or that it has been stuck for too long.
+    /// Passes on what a write came to, or that the reader has been too slow.
     fn judge<T>(
         &mut self,
         context: &mut Context<'_>,
         came: Poll<io::Result<T>>,
+        bytes: impl FnOnce(&T) -> usize,
     ) -> Poll<io::Result<T>> {
-        if came.is_ready() {
-            self.stuck = false;
-            return came;
+        if let Poll::Ready(came) = came {
+            if let Some(since) = self.stuck.take() {
+                self.left = self.left.saturating_sub(since.elapsed());
+            }
+            let taken = came.as_ref().map_or(0, bytes);
+            let earned = taken as f64 / self.patience.bytes_per_s_min as f64;
+            let left = self.left.as_secs_f64() + earned;
+            self.left = self.patience.silence.min(Duration::from_secs_f64(left));
+            return Poll::Ready(came);
         }
-        if !self.stuck {
-            self.stuck = true;
-            self.running_out
-                .as_mut()
-                .reset(Instant::now() + self.patience);
+        if self.stuck.is_none() {
+            let now = Instant::now();
+            self.stuck = Some(now);
+            self.running_out.as_mut().reset(now + self.left);
         }
         ready!(self.running_out.as_mut().poll(context));
         Poll::Ready(Err(io::Error::new(
             io::ErrorKind::TimedOut,
-            "the client takes nothing of its answer",
+            "the client takes too little of its answer",
         )))
     }
 }
@@ -69,17 +89,17 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let came = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.judge(context, came)
+        self.judge(context, came, |taken| *taken)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let came = Pin::new(&mut self.stream).poll_flush(context);
-        self.judge(context, came)
+        self.judge(context, came, |()| 0)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let came = Pin::new(&mut self.stream).poll_shutdown(context);
-        self.judge(context, came)
+        self.judge(context, came, |()| 0)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -92,7 +112,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
         pieces: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let came = Pin::new(&mut self.stream).poll_write_vectored(context, pieces);
-        self.judge(context, came)
+        self.judge(context, came, |taken| *taken)
     }
 }
 
@@ -100,13 +120,16 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
 mod tests {
     use std::future::poll_fn;
     use std::io::Read;
-    use std::thread;
+    use std::thread::{self, JoinHandle};
 
     use tokio::net::TcpListener;
 
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_millis(300);
+    const PATIENCE: Patience = Patience {
+        silence: Duration::from_millis(300),
+        bytes_per_s_min: 16 << 20,
+    };
     /// More than a system keeps for a client that does not read.
     const BYTES: usize = 64 << 20;
 
@@ -127,38 +150,50 @@ mod tests {
         Ok(())
     }
 
+    /// Reads until the end, so much and then nothing for a while; gives what came.
+    fn read(mut client: std::net::TcpStream, piece: usize, pause: Duration) -> JoinHandle<usize> {
+        thread::spawn(move || {
+            let (mut seen, mut piece) = (0, vec![0; piece]);
+            loop {
+                match client.read_exact(&mut piece) {
+                    Ok(()) => seen += piece.len(),
+                    Err(_) => return seen,
+                }
+                thread::sleep(pause);
+            }
+        })
+    }
+
     #[tokio::test]
     async fn a_reader_that_stands_still_is_given_up() {
         let (mut stream, client) = connected().await;
         let began = Instant::now();
         let error = write(&mut stream).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        assert!(began.elapsed() >= PATIENCE);
+        assert!(began.elapsed() >= PATIENCE.silence);
         drop(client);
     }
 
     #[tokio::test]
+    async fn a_reader_that_takes_a_little_now_and_then_is_given_up_too() {
+        let (mut stream, client) = connected().await;
+        // At most 1 MiB in a second.
+        let reading = read(client, 1 << 17, PATIENCE.silence / 2);
+        let error = write(&mut stream).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(stream);
+        _ = reading.join().unwrap();
+    }
+
+    #[tokio::test]
     async fn a_reader_that_is_only_slow_gets_everything() {
-        let (mut stream, mut client) = connected().await;
-        let reading = thread::spawn(move || {
-            let (mut seen, mut pauses) = (0, 0);
-            let mut piece = vec![0; 1 << 20];
-            loop {
-                match client.read(&mut piece).unwrap() {
-                    0 => return seen,
-                    length => seen += length,
-                }
-                // Longer in all than the server's patience, though never at once.
-                if pauses < 8 {
-                    thread::sleep(PATIENCE / 4);
-                    pauses += 1;
-                }
-            }
-        });
+        let (mut stream, client) = connected().await;
+        // Silent for longer in all than the server's patience, though it takes more than it must in a second.
+        let reading = read(client, 4 << 20, PATIENCE.silence / 8);
         let began = Instant::now();
         write(&mut stream).await.unwrap();
-        assert!(began.elapsed() > PATIENCE);
         drop(stream);
-        assert!(reading.join().unwrap() >= BYTES);
+        assert_eq!(reading.join().unwrap(), BYTES);
+        assert!(began.elapsed() > PATIENCE.silence);
     }
 }

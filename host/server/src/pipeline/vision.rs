@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use visor_model::image::{
-    Normalization, PixelValues, SourceImage, ViewPlan, image_tokens, render_view,
+    Cost, Normalization, PixelValues, SourceImage, ViewPlan, image_tokens, render_view,
 };
 use visor_sandbox::{ErrorCode, Extensions, ImageContext, ModelFacts, Source, View};
 
@@ -24,6 +24,8 @@ pub(super) struct Planned {
     /// The memory that takes, until the crops are made.
     _room: Room,
     plan: ViewPlan,
+    /// Memory that making the crops takes beside them, in bytes.
+    canvas_bytes: u64,
     /// Prompt tokens it takes.
     pub tokens: u32,
     /// Equal keys, equal crops.
@@ -191,7 +193,7 @@ pub(super) fn plan(
         })?;
         let plan = view_plan(&view);
         let work_mpx_max = work.call.pinned.config.sandbox.image_work_mpx_max;
-        check_work(&source, &plan, work_mpx_max)
+        let cost = check_work(&source, &plan, work_mpx_max)
             .map_err(|why| Failure::nonsense(policy.id(), &why))?;
         let tokens = image_tokens(plan.columns, plan.rows);
         tokens_left = tokens_left.saturating_sub(tokens);
@@ -200,6 +202,7 @@ pub(super) fn plan(
             source,
             _room: room,
             plan,
+            canvas_bytes: cost.held_bytes(),
             tokens,
             key,
         });
@@ -207,13 +210,13 @@ pub(super) fn plan(
     Ok(planned)
 }
 
-/// Refuses a view that would take the host too long, before any of it is run.
-fn check_work(source: &SourceImage, plan: &ViewPlan, work_mpx_max: u64) -> Result<(), String> {
+/// What a view costs, before any of it is run; one that would take the host too long is refused.
+fn check_work(source: &SourceImage, plan: &ViewPlan, work_mpx_max: u64) -> Result<Cost, String> {
     let cost = plan
         .cost((source.width_px(), source.height_px()))
         .map_err(|error| error.to_string())?;
     if cost.reads_px <= work_mpx_max.saturating_mul(1_000_000) {
-        return Ok(());
+        return Ok(cost);
     }
     Err(format!(
         "a view that reads {} pixels; {work_mpx_max} million are allowed (sandbox.image_work_mpx_max)",
@@ -265,6 +268,9 @@ pub(super) fn render(
             rendered.push(pixels);
             continue;
         }
+        let _canvases = images_stage(work, None, |loading| {
+            images::canvases_room(image.canvas_bytes, &house.canvases, loading)
+        })?;
         let began = Instant::now();
         let pixels = render_view(&image.source, &image.plan).map_err(|error| {
             // The sandbox checked sizes as they were recorded, so this is a view no model takes.
@@ -324,7 +330,7 @@ mod tests {
         let (width, height) = (source.width_px(), source.height_px());
         let mut plan = hd_plan(width, height, 16).unwrap();
         let work_mpx_max = crate::config::Config::default().sandbox.image_work_mpx_max;
-        assert_eq!(check_work(&source, &plan, work_mpx_max), Ok(()));
+        assert!(check_work(&source, &plan, work_mpx_max).is_ok());
         let resize = |side| Op::Resize {
             width: side,
             height: side,

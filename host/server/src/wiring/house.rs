@@ -60,6 +60,8 @@ pub struct House {
     pub decoding: Budget,
     /// Memory for crops, from when they are made until nobody answers about them any more.
     pub crops: Budget,
+    /// Memory for what image operations hold while they run.
+    pub canvases: Budget,
     /// The way to pictures that only have an address.
     pub fetcher: Fetcher,
     /// What is counted.
@@ -167,6 +169,7 @@ impl House {
             responses: caches.responses,
             decoding: Budget::new(config.images.decoded_mib_max << 20),
             crops: Budget::new(config.images.crops_mib_max << 20),
+            canvases: Budget::new(config.images.canvases_mib_max << 20),
             fetcher: Fetcher::system(&config.images.fetch),
             current,
             sandbox,
