@@ -15,10 +15,8 @@ const PAUSE_MAX: u32 = 64;
 /// Stands for a position of a picture, which no token is.
 const SLOT: u32 = u32::MAX;
 
-/// Drafts of one sequence.
+/// How long the drafts of one sequence are, and when the next is due. The text is the sequence's.
 pub(crate) struct Drafter {
-    /// The prompt, and what was generated.
-    tokens: Vec<u32>,
     /// Tokens of the next draft, at most.
     length: usize,
     /// Tokens to generate before the next draft, and what the next draft that is all wrong makes of that.
@@ -26,12 +24,41 @@ pub(crate) struct Drafter {
     pause: u32,
 }
 
+/// A sequence so far.
+#[derive(Clone, Copy)]
+pub(crate) struct Said<'a> {
+    /// As in [`visor_model::Prompt`].
+    pub(crate) prompt: &'a [i64],
+    /// What was generated behind it.
+    pub(crate) tokens: &'a [u32],
+}
+
+impl Said<'_> {
+    fn len(self) -> usize {
+        self.prompt.len() + self.tokens.len()
+    }
+
+    fn at(self, position: usize) -> u32 {
+        match self.prompt.get(position) {
+            Some(id) => u32::try_from(*id).unwrap_or(SLOT),
+            None => self.tokens[position - self.prompt.len()],
+        }
+    }
+
+    /// Tokens before `end` that are the last ones, too, at most [`AGREEING_MAX`].
+    fn agreeing(self, end: usize) -> usize {
+        let is_equal = |back: &usize| {
+            let token = self.at(end - back);
+            token != SLOT && token == self.at(self.len() - back)
+        };
+        let backs = 1..=end.min(AGREEING_MAX);
+        backs.take_while(is_equal).count()
+    }
+}
+
 impl Drafter {
-    /// `prompt` as in [`visor_model::Prompt`].
-    pub(crate) fn new(prompt: &[i64]) -> Self {
-        let token = |id: &i64| u32::try_from(*id).unwrap_or(SLOT);
+    pub(crate) fn new() -> Self {
         Self {
-            tokens: prompt.iter().map(token).collect(),
             length: FIRST,
             waiting: 0,
             pause: 1,
@@ -39,20 +66,18 @@ impl Drafter {
     }
 
     /// One more token was generated.
-    pub(crate) fn push(&mut self, token: u32) {
-        self.tokens.push(token);
+    pub(crate) fn count_token(&mut self) {
         self.waiting = self.waiting.saturating_sub(1);
     }
 
     /// What is likely to come next, `most` tokens or fewer; nothing where nothing is.
-    pub(crate) fn draft(&self, most: usize) -> Vec<u32> {
+    pub(crate) fn draft(&self, said: Said<'_>, most: usize) -> Vec<u32> {
         if most == 0 || self.waiting > 0 {
             return Vec::new();
         }
-        let all = &self.tokens;
         let mut best = (AGREEING_MIN - 1, 0);
-        for end in (1..all.len()).rev() {
-            let agreeing = agreeing(all, end);
+        for end in (1..said.len()).rev() {
+            let agreeing = said.agreeing(end);
             if agreeing > best.0 {
                 best = (agreeing, end);
             }
@@ -65,9 +90,9 @@ impl Drafter {
             return Vec::new();
         }
         // Behind the last token, what comes after it: a period goes on.
-        let after = all[from..].iter().cycle();
-        let tokens = after.take_while(|token| **token != SLOT);
-        tokens.take(self.length.min(most)).copied().collect()
+        let after = (from..said.len()).cycle().map(|position| said.at(position));
+        let tokens = after.take_while(|token| *token != SLOT);
+        tokens.take(self.length.min(most)).collect()
     }
 
     /// So many tokens of a draft of `length` came.
@@ -86,71 +111,93 @@ impl Drafter {
     }
 }
 
-/// Tokens before `end` that are the last ones, too, at most [`AGREEING_MAX`].
-fn agreeing(all: &[u32], end: usize) -> usize {
-    let pairs = all[..end].iter().rev().zip(all.iter().rev());
-    let equal = |(a, b): &(&u32, &u32)| a == b && **a != SLOT;
-    pairs.take(AGREEING_MAX).take_while(equal).count()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn of(tokens: &[i64]) -> Drafter {
-        Drafter::new(tokens)
+    fn prompt(prompt: &[i64]) -> Said<'_> {
+        Said {
+            prompt,
+            tokens: &[],
+        }
+    }
+
+    /// One whose first draft came.
+    fn trusting() -> Drafter {
+        let mut drafter = Drafter::new();
+        drafter.note(1, 1);
+        drafter
     }
 
     #[test]
     fn what_came_after_the_same_tokens_comes_again() {
-        let mut drafter = of(&[9, 1, 2, 3, 4, 5, 6, 8, 1, 2, 3]);
-        assert_eq!(drafter.draft(8), [4]);
-        drafter.note(1, 1);
-        assert_eq!(drafter.draft(8), [4, 5]);
-        assert_eq!(drafter.draft(1), [4]);
-        assert_eq!(drafter.draft(0), [0; 0]);
-        assert_eq!(of(&[1, 2, 4, 1, 2]).draft(8), [0; 0], "two agree by chance");
-        assert_eq!(of(&[]).draft(8), [0; 0]);
+        let said = prompt(&[9, 1, 2, 3, 4, 5, 6, 8, 1, 2, 3]);
+        assert_eq!(Drafter::new().draft(said, 8), [4]);
+        assert_eq!(trusting().draft(said, 8), [4, 5]);
+        assert_eq!(trusting().draft(said, 1), [4]);
+        assert_eq!(trusting().draft(said, 0), [0; 0]);
+        let two = prompt(&[1, 2, 4, 1, 2]);
+        assert_eq!(Drafter::new().draft(two, 8), [0; 0], "by chance");
+        assert_eq!(Drafter::new().draft(prompt(&[]), 8), [0; 0]);
+    }
+
+    #[test]
+    fn an_answer_goes_on_behind_its_prompt() {
+        let quoted = Said {
+            prompt: &[1, 2, 3, 4, 5, 6, -1],
+            tokens: &[2, 3, 4],
+        };
+        assert_eq!(trusting().draft(quoted, 8), [5, 6]);
+        let across = Said {
+            prompt: &[1, 2],
+            tokens: &[3, 4, 1, 2, 3],
+        };
+        assert_eq!(trusting().draft(across, 8), [4, 1]);
+        let own = Said {
+            prompt: &[8],
+            tokens: &[1, 2, 3, 9, 1, 2, 3],
+        };
+        assert_eq!(trusting().draft(own, 8), [9, 1]);
     }
 
     #[test]
     fn the_longest_agreement_counts_and_the_latest_of_equals() {
-        let longest = of(&[7, 1, 2, 3, 40, 1, 2, 3, 50, 7, 1, 2, 3]);
-        assert_eq!(longest.draft(1), [40]);
-        let latest = of(&[1, 2, 3, 40, 1, 2, 3, 50, 1, 2, 3]);
-        assert_eq!(latest.draft(1), [50]);
-        let mut run = of(&[5; 30]);
-        run.note(1, 1);
-        assert_eq!(run.draft(2), [5, 5], "a run goes on");
+        let longest = prompt(&[7, 1, 2, 3, 40, 1, 2, 3, 50, 7, 1, 2, 3]);
+        assert_eq!(Drafter::new().draft(longest, 1), [40]);
+        let latest = prompt(&[1, 2, 3, 40, 1, 2, 3, 50, 1, 2, 3]);
+        assert_eq!(Drafter::new().draft(latest, 1), [50]);
+        let run = prompt(&[5; 30]);
+        assert_eq!(trusting().draft(run, 2), [5, 5], "a run goes on");
     }
 
     #[test]
     fn pictures_are_no_tokens() {
-        let slots = of(&[-1, -1, -1, -1, 7, -1, -1, -1]);
-        assert_eq!(slots.draft(8), [0; 0]);
-        assert_eq!(of(&[1, 2, 3, 4, -1, 1, 2, 3]).draft(8), [4]);
+        let slots = prompt(&[-1, -1, -1, -1, 7, -1, -1, -1]);
+        assert_eq!(Drafter::new().draft(slots, 8), [0; 0]);
+        assert_eq!(trusting().draft(prompt(&[1, 2, 3, 4, -1, 1, 2, 3]), 8), [4]);
     }
 
     #[test]
     fn drafts_grow_while_they_are_right_and_pause_when_they_are_wrong() {
-        let mut drafter = of(&[5; 40]);
+        let run = prompt(&[5; 40]);
+        let mut drafter = Drafter::new();
         for length in [1, 2, 4, 8] {
-            assert_eq!(drafter.draft(8).len(), length);
+            assert_eq!(drafter.draft(run, 8).len(), length);
             drafter.note(length, length);
         }
         drafter.note(8, 3);
-        assert_eq!(drafter.draft(8).len(), 3);
+        assert_eq!(drafter.draft(run, 8).len(), 3);
         for pause in [1, 2, 4, 8] {
             drafter.note(3, 0);
             for _ in 0..pause {
-                assert_eq!(drafter.draft(8), [0; 0]);
-                drafter.push(5);
+                assert_eq!(drafter.draft(run, 8), [0; 0]);
+                drafter.count_token();
             }
-            assert_eq!(drafter.draft(8).len(), 1);
+            assert_eq!(drafter.draft(run, 8).len(), 1);
         }
         drafter.note(2, 1);
         drafter.note(2, 0);
-        drafter.push(5);
-        assert_eq!(drafter.draft(8).len(), 1, "one that was right ends it");
+        drafter.count_token();
+        assert_eq!(drafter.draft(run, 8).len(), 1, "one that was right ends it");
     }
 }

@@ -110,7 +110,7 @@ impl<M: Model> Sequence<M> {
             wanted: vec![false; request.images.len()],
             sampler: Sampler::new(&request),
             output: Output::new(Arc::clone(tokenizer), stop_strings, request.continues),
-            drafter: Drafter::new(&request.prompt.ids),
+            drafter: Drafter::new(),
             drafts: Vec::new(),
             tokens: Vec::new(),
             unsent: Unsent::default(),

@@ -4,6 +4,7 @@
 use visor_model::ModelError;
 
 use super::{Bench, Phase, Sequence};
+use crate::drafter::Said;
 use crate::guard::{Trouble, guarded};
 use crate::job::count;
 use crate::model::Model;
@@ -40,7 +41,11 @@ impl<M: Model> Sequence<M> {
         let Phase::Forward(state) = &mut self.phase else {
             return 0;
         };
-        let mut draft = self.drafter.draft(most.min(left));
+        let said = Said {
+            prompt: &self.request.prompt.ids,
+            tokens: &self.tokens,
+        };
+        let mut draft = self.drafter.draft(said, most.min(left));
         if draft.is_empty() {
             return 0;
         }
@@ -91,7 +96,7 @@ impl<M: Model> Sequence<M> {
                 self.share(bench, false);
             }
             let progress = self.accept(sampled);
-            self.drafter.push(token);
+            self.drafter.count_token();
             let was_drafted = self.drafts.get(accepted) == Some(&token);
             if was_drafted && matches!(progress, Progress::More) {
                 accepted += 1;
