@@ -36,8 +36,11 @@ pub(super) struct Unsent {
 
 impl<M: Model> Sequence<M> {
     /// Appends what is likely to come next, `most` tokens or fewer, to be checked by the step that runs the last token; how many.
+    /// No more than there is room for in the block of that token: what may not come takes no KV block that others may need.
     pub(crate) fn draft(&mut self, most: usize, model: &M) -> usize {
         let left = (self.request.tokens_max as usize).saturating_sub(self.tokens.len() + 1);
+        let size = model.kv().block_positions.max(1);
+        let room = self.len().next_multiple_of(size) - self.len();
         let Phase::Forward(state) = &mut self.phase else {
             return 0;
         };
@@ -45,7 +48,7 @@ impl<M: Model> Sequence<M> {
             prompt: &self.request.prompt.ids,
             tokens: &self.tokens,
         };
-        let mut draft = self.drafter.draft(said, most.min(left));
+        let mut draft = self.drafter.draft(said, most.min(left).min(room));
         if draft.is_empty() {
             return 0;
         }

@@ -78,8 +78,8 @@ fn a_run_is_a_few_steps_where_drafts_are_taken() {
         stats.steps
     };
     assert_eq!(steps(0), 57);
-    // Four by one; two, three, five, and then eight at a time.
-    assert_eq!(steps(7), 4 + 3 + 6);
+    // Four by one, two and two to the end of a block, a block at a time, and the last one.
+    assert_eq!(steps(7), 4 + 2 + 12 + 1);
     assert!(steps(1) < 32);
 }
 
@@ -91,7 +91,7 @@ fn however_long_a_run_is_it_is_drafted() {
         engine.wait_ready(PATIENCE);
         assert_eq!(ask(&engine, request(800)).usage().completion_tokens, 800);
         let stats = engine.stats();
-        let most = 10 + 800 / (1 + draft_tokens_max as u64);
+        let most = 10 + 800 / (1 + draft_tokens_max).min(BLOCK) as u64;
         assert!(stats.steps < most, "{stats:?}");
         assert_eq!(stats.drafted_tokens, stats.accepted_tokens, "{stats:?}");
     }
@@ -144,6 +144,25 @@ fn a_request_that_is_cancelled_in_a_step_with_drafts_ends_there() {
     assert_eq!(heard.reason(), Some(Finish::Cancelled));
     assert!(heard.usage().completion_tokens < 100);
     assert_eq!(script.blocks_used.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_draft_ends_with_the_block_that_it_begins_in() {
+    let script = Script::new(Answer::Repeating(7)).on(|_, call| match call {
+        // The prompt is one piece.
+        Call::Advance { from, positions } if *from > 0 => {
+            let last = from + positions - 1;
+            assert_eq!(from / BLOCK, last / BLOCK, "{call:?}");
+            Reply::Go
+        }
+        _ => Reply::Go,
+    });
+    let engine = start_with(&script, drafting(40, 1));
+    engine.wait_ready(PATIENCE);
+    for index in 0..12 {
+        assert!(ask(&engine, repeating(index)).reason().is_some());
+    }
+    assert!(engine.stats().accepted_tokens > 0);
 }
 
 #[test]
