@@ -13,7 +13,7 @@ const GUESS: usize = 16;
 /// What steps take, from those so far: so much for those that decode, and so much more for each prompt position beside them.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
-    /// Microseconds of a step in which nothing but decoding ran; 0 before the first.
+    /// Microseconds of a step in which nothing but decoding ran, without drafts; 0 before the first.
     base_us: f64,
     /// `None` before the first telling step.
     position_us: Option<f64>,
@@ -41,6 +41,17 @@ impl Pace {
             Some(old) if new < old => 0.7 * old + 0.3 * new,
             _ => new,
         });
+    }
+
+    /// A step took so long, in which so many sequences decoded with so many draft tokens in all. A draft's row is taken for a prompt
+    /// position; whatever it takes, the step without drafts takes no longer, and no less than its share of the rows.
+    pub(crate) fn note_drafts(&mut self, decoding: usize, drafted: usize, time: Duration) {
+        let us = time.as_secs_f64() * 1e6;
+        let least_us = us * decoding as f64 / (decoding + drafted).max(1) as f64;
+        let base_us = self.position_us.map_or(self.base_us, |position_us| {
+            us - drafted as f64 * position_us
+        });
+        self.base_us = base_us.clamp(least_us, us);
     }
 
     /// Prompt positions that add a slice to a step at most.
@@ -85,5 +96,30 @@ mod tests {
         assert_eq!(pace.positions(ms(100)), 100);
         pace.note(7, 1, ms(900));
         assert_eq!(pace.positions(ms(100)), 100, "too few to tell");
+    }
+
+    #[test]
+    fn what_decoding_takes_is_seen_behind_drafts() {
+        let mut pace = Pace::default();
+        pace.note(1, 0, ms(100));
+        pace.note(1, 10, ms(200));
+        // The sequence has grown; 3 drafts at 10 ms are its own.
+        pace.note_drafts(1, 3, ms(430));
+        pace.note(1, 10, ms(500));
+        assert_eq!(pace.positions(ms(100)), 10);
+    }
+
+    #[test]
+    fn a_step_with_drafts_has_bounds_for_one_without() {
+        let check = |base_ms: u64, drafts_ms: u64, want_ms: u64| {
+            let mut pace = Pace::default();
+            pace.note(1, 0, ms(base_ms));
+            pace.note_drafts(1, 3, ms(drafts_ms));
+            pace.note(1, 10, ms(want_ms + 100));
+            assert_eq!(pace.positions(ms(100)), 10, "{base_ms} {drafts_ms}");
+        };
+        check(100, 300, 100);
+        check(100, 800, 200);
+        check(400, 300, 300);
     }
 }

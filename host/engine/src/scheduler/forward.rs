@@ -50,8 +50,9 @@ impl<L: ModelLoader> Scheduler<L> {
         }
         match logits {
             Ok(logits) => {
-                if drafted == 0 {
-                    self.pace.note(decoding, positions - decoding, time);
+                match drafted {
+                    0 => self.pace.note(decoding, positions - decoding, time),
+                    drafted => self.pace.note_drafts(decoding, drafted, time),
                 }
                 self.note_step(taken.len(), positions + drafted);
                 self.stepped(taken, logits, time);
