@@ -253,7 +253,8 @@ pub enum Event {
         prompt_tokens: u32,
         /// Positions that are slots of pictures.
         image_tokens: u32,
-        /// Prompt positions whose KV values were there already.
+        /// Prompt positions whose KV values are there already. Another request may make more of them before the first runs;
+        /// the usage at the end has what it was.
         cached_tokens: u32,
     },
     /// More text: whole characters, never empty.

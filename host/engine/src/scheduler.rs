@@ -215,7 +215,7 @@ impl<L: ModelLoader> Scheduler<L> {
             && self.model.is_some()
             && let Some(mut sequence) = self.waiting.pop_front()
         {
-            let is_first = !sequence.was_admitted();
+            let (is_first, cached) = (!sequence.was_admitted(), sequence.usage().cached_tokens);
             match self.start(&mut sequence) {
                 Err(Trouble::Full) if !self.running.is_empty() => {
                     self.is_full = true;
@@ -223,6 +223,7 @@ impl<L: ModelLoader> Scheduler<L> {
                 }
                 started => {
                     self.count_in(&mut sequence, is_first);
+                    self.count_cached(&sequence, cached);
                     match started {
                         Ok(()) if sequence.request.tokens_max == 0 => {
                             self.end(sequence, Finish::Length, None);
@@ -275,8 +276,14 @@ impl<L: ModelLoader> Scheduler<L> {
         if is_first {
             stats.prompt_tokens += u64::from(usage.prompt_tokens);
             stats.image_tokens += u64::from(usage.image_tokens);
-            stats.cached_tokens += u64::from(usage.cached_tokens);
         }
+    }
+
+    /// What a sequence has adopted was counted as so many tokens `before`.
+    fn count_cached(&self, sequence: &Sequence<L::Model>, before: u32) {
+        let mut stats = self.shared().stats();
+        stats.cached_tokens += u64::from(sequence.usage().cached_tokens);
+        stats.cached_tokens -= u64::from(before);
     }
 
     /// A slice of time for the pictures of the first sequence that needs some.

@@ -89,6 +89,10 @@ pub(crate) struct Sequence<M: Model> {
     unsent: Unsent,
     /// Prompt positions that were there when the first of the others ran; `None` before admission.
     cached_tokens: Option<u32>,
+    /// Positions that it adopted when it was started, or since; those behind them are its own.
+    adopted: usize,
+    /// Whether a step has run any of its positions, before it was started the last time perhaps.
+    has_run: bool,
     timings: Timings,
     /// A step of which it was a part failed: it runs alone until one succeeds, so that it is known whose fault it is.
     pub(crate) is_suspect: bool,
@@ -115,6 +119,8 @@ impl<M: Model> Sequence<M> {
             tokens: Vec::new(),
             unsent: Unsent::default(),
             cached_tokens: None,
+            adopted: 0,
+            has_run: false,
             timings: Timings::default(),
             is_suspect: false,
             order: 0,
@@ -232,15 +238,15 @@ impl<M: Model> Sequence<M> {
         bench
             .prefixes
             .count(&chain, &self.request.cache, found.as_ref());
-        let adopted = self.len() - M::pending(&state);
+        let is_first = !self.was_admitted();
         self.chain = Some(chain);
-        self.want_pictures(adopted, model);
+        self.note_adopted(self.len() - M::pending(&state));
+        self.want_pictures(self.adopted, model);
         self.phase = match self.wanted.iter().position(|wanted| *wanted) {
             Some(first) => Phase::Vision(state, Box::new(Picture::new(first))),
             None => Phase::Forward(state),
         };
-        if !self.was_admitted() {
-            self.cached_tokens = Some(count(adopted));
+        if is_first {
             self.timings.queue_us = micros(self.outlet.submitted.elapsed());
             let usage = self.usage();
             self.outlet.send(Event::Started {
@@ -250,6 +256,14 @@ impl<M: Model> Sequence<M> {
             });
         }
         Ok(())
+    }
+
+    /// It begins behind so many positions.
+    fn note_adopted(&mut self, positions: usize) {
+        self.adopted = positions;
+        if !self.has_run {
+            self.cached_tokens = Some(count(positions));
+        }
     }
 
     fn ground<'a>(&self, bench: &'a Bench<'_, M>) -> Ground<'a> {
@@ -363,13 +377,13 @@ impl<M: Model> Sequence<M> {
         let (Phase::Forward(state), Some(chain)) = (&mut self.phase, &self.chain) else {
             return Ok(());
         };
-        let adopted = len - M::pending(state);
-        if adopted > self.cached_tokens.unwrap_or(0) as usize || !self.tokens.is_empty() {
+        let done = len - M::pending(state);
+        if done > self.adopted || !self.tokens.is_empty() {
             return Ok(());
         }
         let find = bench
             .prefixes
-            .find(chain, &self.request.cache, (adopted.max(1), len - 1));
+            .find(chain, &self.request.cache, (done.max(1), len - 1));
         let Some(found) = find else { return Ok(()) };
         // It gives up at least as many blocks as it takes.
         guarded(|| {
@@ -379,7 +393,7 @@ impl<M: Model> Sequence<M> {
         bench
             .prefixes
             .count(chain, &self.request.cache, Some(&found));
-        self.cached_tokens = Some(count(found.positions));
+        self.note_adopted(found.positions);
         Ok(())
     }
 
@@ -407,6 +421,7 @@ impl<M: Model> Sequence<M> {
 
     /// Adds the time of a step it had a part in.
     pub(crate) fn count_step(&mut self, time: Duration) {
+        self.has_run = true;
         let stage = if self.tokens.is_empty() {
             &mut self.timings.prefill_us
         } else {

@@ -46,7 +46,7 @@ pub struct EngineStats {
     pub prompt_tokens: u64,
     /// Image tokens among them.
     pub image_tokens: u64,
-    /// Prompt positions of admitted requests whose KV values were there already.
+    /// Prompt positions of admitted requests whose KV values were there when the first of the others ran.
     pub cached_tokens: u64,
     /// Generated tokens.
     pub completion_tokens: u64,

@@ -112,11 +112,13 @@ impl<L: ModelLoader> Scheduler<L> {
             // It may be the one to give up its blocks.
             while let Some(mut sequence) = take(&mut self.running, order) {
                 let mut fewer = positions;
+                let cached = sequence.usage().cached_tokens;
                 let reserved = self.with_room(|bench| {
                     sequence.look_again(bench)?;
                     fewer = positions.min(sequence.pending());
                     sequence.reserve(fewer, bench.model)
                 });
+                self.count_cached(&sequence, cached);
                 match reserved {
                     Ok(()) => {
                         self.put_back(sequence);

@@ -1,6 +1,8 @@
 //! What has run is not run again, and is shared only where it may be.
 
+use std::sync::Mutex;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::channel;
 
 use visor_engine::{
     Access, CacheBytes, Caches, Engine, EngineOptions, GenerateRequest, PrefixBlock, Scope, Tier,
@@ -204,6 +206,32 @@ fn a_small_cache_keeps_what_it_can_and_gives_everything_back() {
     }
     house.caches.prefixes.invalidate_all();
     assert_eq!(house.script.blocks_used.load(Ordering::Relaxed), 0);
+}
+
+/// Two of the same prompt are admitted before one has run all of it; the other waits for its first position until then.
+#[test]
+fn what_another_has_run_since_is_cached_too() {
+    let (admit, admitted) = channel::<()>();
+    let admitted = Mutex::new(admitted);
+    let script = Script::new(Answer::Hashed(600)).on(move |_, call| {
+        if matches!(call, Call::Advance { from: 0, .. }) {
+            let _both_are_there = admitted.lock().unwrap().recv();
+        }
+        Reply::Go
+    });
+    let options = EngineOptions {
+        context_tokens_max: 4096,
+        prefill_chunk_tokens: 4,
+        sequences_max: 2,
+        ..options()
+    };
+    let house = house(script, 1 << 20, options);
+    let prompt = saying(&(10..33).collect::<Vec<_>>());
+    let both = [0, 1].map(|_| house.engine.submit(prompt.clone()).unwrap());
+    drop(admit);
+    let [first, second] = both.map(|events| hear(&events).usage().cached_tokens);
+    assert_eq!((first, second), (0, 23));
+    assert_eq!(house.engine.stats().cached_tokens, 23);
 }
 
 /// A prompt for which there is no room waits; what is cached stays, and is not asked for again at every step.
