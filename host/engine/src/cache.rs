@@ -193,14 +193,22 @@ impl<V: Send + Sync + 'static> Cache<V> {
         self.core.with(|state| state.index.replace(key));
     }
 
-    /// Removes the first value in the order of eviction that is `wanted` elsewhere. False when there is none.
+    /// Removes the first value in the order of eviction that is `wanted` elsewhere. Where other threads still drop removed ones,
+    /// it waits for these instead. False when there is neither.
     pub fn evict(&self, wanted: impl Fn(&V) -> bool) -> bool {
-        self.core.with(|state| state.index.evict_one(wanted))
+        let evicted = self.core.with(|state| match state.freeing {
+            0 => Some(state.index.evict_one(wanted)),
+            _ => None,
+        });
+        evicted.unwrap_or_else(|| {
+            drop(self.core.lock_freed());
+            true
+        })
     }
 
-    /// How many values are `wanted`.
+    /// How many values are `wanted`, at a moment when nobody drops removed ones.
     pub fn count(&self, wanted: impl Fn(&V) -> bool) -> usize {
-        self.core.lock().index.count(wanted)
+        self.core.lock_freed().index.count(wanted)
     }
 
     /// Stores a value, in place of an older one of that key, and makes room for it. False when it

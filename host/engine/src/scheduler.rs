@@ -256,9 +256,12 @@ impl<L: ModelLoader> Scheduler<L> {
             return Err(Trouble::Cancelled);
         };
         let mut bench = self.stores.bench(model);
+        let mut is_last = false;
         loop {
             match work(&mut bench) {
-                Err(Trouble::Full) if bench.prefixes.evict() => (),
+                Err(Trouble::Full) if bench.prefixes.evict() => is_last = false,
+                // A cache may have dropped the last of its own in the meantime.
+                Err(Trouble::Full) if !is_last => is_last = true,
                 result => return result,
             }
         }

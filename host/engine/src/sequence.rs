@@ -61,7 +61,9 @@ impl<M: Model> Bench<'_, M> {
         if free() >= blocks {
             return Ok(());
         }
-        if free() + self.prefixes.evictable() < blocks {
+        // In this order: what is removed in between counts twice rather than not at all.
+        let evictable = self.prefixes.evictable();
+        if evictable + free() < blocks {
             return Err(Trouble::Full);
         }
         while free() < blocks && self.prefixes.evict() {}

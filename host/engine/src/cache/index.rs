@@ -308,6 +308,10 @@ impl<V> Index<V> {
         ids.iter().filter_map(facts).collect()
     }
 
+    pub(super) fn has_dropped(&self) -> bool {
+        !self.dropped.is_empty()
+    }
+
     /// Values that were removed, for the caller to drop without the lock.
     pub(super) fn take_dropped(&mut self) -> Vec<Arc<V>> {
         std::mem::take(&mut self.dropped)

@@ -25,6 +25,8 @@ pub(super) struct Core<V> {
     work: Condvar,
     /// The thread has done all there was.
     quiet: Condvar,
+    /// Removed values are gone.
+    freed: Condvar,
 }
 
 pub(super) struct State<V> {
@@ -36,6 +38,8 @@ pub(super) struct State<V> {
     pub(super) hurry: bool,
     pub(super) closed: bool,
     busy: bool,
+    /// Threads that are dropping removed values.
+    pub(super) freeing: usize,
     first_event: Option<Instant>,
     /// The reserve was asked for and not filled; asking again waits for the next insertion.
     pub(super) starved: bool,
@@ -82,11 +86,13 @@ impl<V> Core<V> {
                 hurry: false,
                 closed: false,
                 busy: false,
+                freeing: 0,
                 first_event: None,
                 starved: false,
             }),
             work: Condvar::new(),
             quiet: Condvar::new(),
+            freed: Condvar::new(),
         }
     }
 
@@ -95,25 +101,42 @@ impl<V> Core<V> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// As [`Self::lock`], once all that was removed is gone, whoever drops it: until then its memory is nobody's.
+    pub(super) fn lock_freed(&self) -> MutexGuard<'_, State<V>> {
+        self.freed
+            .wait_while(self.lock(), |state| state.freeing > 0)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Runs `change` under the lock, wakes the thread if that made work, and drops the values
     /// that were removed without the lock.
     pub(super) fn with<T>(&self, change: impl FnOnce(&mut State<V>) -> T) -> T {
         let mut state = self.lock();
         let pending_before = state.index.pending_events();
         let result = change(&mut state);
-        let dropped = state.index.take_dropped();
         let pending = state.index.pending_events();
         let wake = state.closed
             || state.replan
             || (pending > 0 && (pending_before == 0 || state.hurry))
             || pending >= BATCH_EVENTS
             || state.wants_victims();
-        drop(state);
         if wake {
             self.work.notify_one();
         }
-        drop(dropped);
+        self.free(state);
         result
+    }
+
+    /// Gives up the lock and drops what was removed.
+    fn free(&self, mut state: MutexGuard<'_, State<V>>) {
+        if !state.index.has_dropped() {
+            return;
+        }
+        let dropped = state.index.take_dropped();
+        state.freeing += 1;
+        drop(state);
+        let _bell = FreedBell(self);
+        drop(dropped);
     }
 
     /// Tells the thread to look again, such as for an earlier expiry.
@@ -140,7 +163,14 @@ impl<V> Core<V> {
             let mut state = self.lock();
             loop {
                 let now = (self.clock)();
-                match state.due(now) {
+                let due = state.due(now);
+                if state.index.has_dropped() {
+                    // What is due may be another by then.
+                    self.free(state);
+                    state = self.lock();
+                    continue;
+                }
+                match due {
                     Ok(()) => break,
                     Err(until) => state = self.sleep(state, until.map(|until| until - now)),
                 }
@@ -166,15 +196,9 @@ impl<V> Core<V> {
 
     fn sleep<'a>(
         &'a self,
-        mut state: MutexGuard<'a, State<V>>,
+        state: MutexGuard<'a, State<V>>,
         time: Option<Duration>,
     ) -> MutexGuard<'a, State<V>> {
-        let dropped = state.index.take_dropped();
-        if !dropped.is_empty() {
-            drop(state);
-            drop(dropped);
-            return self.lock();
-        }
         if state.is_quiet() {
             self.quiet.notify_all();
         }
@@ -286,5 +310,73 @@ struct QuietBell<'a, V>(&'a Core<V>);
 impl<V> Drop for QuietBell<'_, V> {
     fn drop(&mut self) {
         self.0.lock().busy = false;
+    }
+}
+
+/// Ends the dropping of values however it ends: these may panic going.
+struct FreedBell<'a, V>(&'a Core<V>);
+
+impl<V> Drop for FreedBell<'_, V> {
+    fn drop(&mut self) {
+        self.0.lock().freeing -= 1;
+        self.0.freed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use super::super::{Cache, CacheKey, NewEntry};
+    use super::*;
+
+    /// A value that takes its time to go.
+    struct Slow {
+        goes: Sender<()>,
+        is_watched: Mutex<Receiver<()>>,
+        is_gone: Arc<AtomicBool>,
+    }
+
+    impl Drop for Slow {
+        fn drop(&mut self) {
+            self.goes.send(()).unwrap();
+            self.is_watched.lock().unwrap().recv().unwrap();
+            (0..1000).for_each(|_| std::thread::yield_now());
+            self.is_gone.store(true, Ordering::Release);
+        }
+    }
+
+    #[test]
+    fn who_needs_room_waits_for_what_is_being_dropped() {
+        let evict = |cache: &Cache<Slow>| cache.evict(|_| true);
+        let count = |cache: &Cache<Slow>| cache.count(|_| true) > 0;
+        for ask in [evict as fn(&Cache<Slow>) -> bool, count] {
+            let (goes, hear_goes) = channel();
+            let (watched, is_watched) = channel();
+            let is_gone = Arc::new(AtomicBool::new(false));
+            let value = Slow {
+                goes,
+                is_watched: Mutex::new(is_watched),
+                is_gone: Arc::clone(&is_gone),
+            };
+            let entry = NewEntry {
+                bytes: 1,
+                cost_us: 1,
+                tokens: 1,
+                ttl: None,
+                weight: 100,
+            };
+            let cache = Cache::new(Tier::Prefix, 1 << 20);
+            cache.insert(CacheKey::new("", [1; 32]), Arc::new(value), &entry);
+            std::thread::scope(|scope| {
+                scope.spawn(|| cache.invalidate_all());
+                hear_goes.recv().unwrap();
+                watched.send(()).unwrap();
+                let _either = ask(&cache);
+                assert!(is_gone.load(Ordering::Acquire));
+            });
+            assert!(!ask(&cache), "nothing is left");
+        }
     }
 }
