@@ -19,6 +19,13 @@ use crate::request::{CacheAccess, GenerateRequest};
 
 pub(crate) type Digest = [u8; 32];
 
+/// Memory of one child's key: in a list that has room for four, under a key of its own in a map that may be two thirds empty.
+const CHILD_BYTES: usize =
+    4 * size_of::<CacheKey>() + 3 * (size_of::<CacheKey>() + size_of::<Vec<CacheKey>>());
+/// Children that are remembered for each block that is there, most of which may be gone, and in all where there are few.
+const CHILDREN_MAX: usize = 2;
+const CHILDREN_LEAST: usize = 64;
+
 /// A block with the digest of each position it holds.
 pub struct PrefixBlock<B> {
     block: Arc<B>,
@@ -256,7 +263,7 @@ impl<B: Send + Sync + 'static> PrefixStore<B> {
             let digests = chain.digests[span.clone()].to_vec();
             self.supersede(&parent, &digests);
             let entry = NewEntry {
-                bytes: worth.block_bytes,
+                bytes: worth.block_bytes + own_bytes(span.len()),
                 cost_us: worth.position_us.saturating_mul(span.len() as u64),
                 tokens: span.len() as u32,
                 ttl: access.ttl,
@@ -267,7 +274,7 @@ impl<B: Send + Sync + 'static> PrefixStore<B> {
                 digests,
             });
             if !self.cache.insert(child, block, &entry) {
-                return;
+                break;
             }
             self.children.entry(parent).or_default().push(child);
         }
@@ -295,7 +302,7 @@ impl<B: Send + Sync + 'static> PrefixStore<B> {
     fn prune(&mut self) {
         let entries = self.cache.stats().entries as usize;
         let children: usize = self.children.values().map(Vec::len).sum();
-        if children <= 64 + 2 * entries {
+        if children <= CHILDREN_LEAST + CHILDREN_MAX * entries {
             return;
         }
         self.children.retain(|_, children| {
@@ -316,6 +323,74 @@ impl<B: Send + Sync + 'static> PrefixStore<B> {
     }
 }
 
+/// What a block of so many positions takes here, beside what it takes itself.
+fn own_bytes(positions: usize) -> u64 {
+    (positions * size_of::<Digest>() + CHILDREN_MAX * CHILD_BYTES) as u64
+}
+
 fn key(scope: Scope, digest: Digest) -> CacheKey {
     CacheKey { scope, digest }
+}
+
+#[cfg(test)]
+mod tests {
+    use visor_model::Prompt;
+
+    use super::*;
+    use crate::cache::Tier;
+
+    fn store(capacity_bytes: u64) -> PrefixStore<()> {
+        let cache = Arc::new(Cache::new(Tier::Prefix, capacity_bytes));
+        let mut store = PrefixStore::new(cache, "model");
+        store.reset(64);
+        store
+    }
+
+    /// Keeps a prompt of these ids, in blocks that take nothing.
+    fn keep(store: &mut PrefixStore<()>, ids: std::ops::Range<i64>) {
+        let prompt = Prompt {
+            ids: ids.collect(),
+            image_tokens: 0,
+        };
+        let request = GenerateRequest::new(prompt, 1);
+        let ground = Ground {
+            model_digest: "model",
+            device: DeviceKind::Cpu,
+            is_long: false,
+        };
+        let chain = Chain::new(&ground, &request, &[]);
+        let blocks: Vec<_> = (0..chain.len().div_ceil(64))
+            .map(|_| Arc::new(()))
+            .collect();
+        let worth = Worth {
+            block_bytes: 0,
+            position_us: 1,
+        };
+        store.keep(&chain, &blocks, chain.len(), (&request.cache, &worth));
+    }
+
+    #[test]
+    fn what_finds_a_block_is_counted_with_it() {
+        let [mut short, mut long] = [1 << 20, 1 << 20].map(store);
+        keep(&mut short, 0..129);
+        keep(&mut long, 0..192);
+        let [short, long] = [short, long].map(|store| store.cache.stats());
+        assert_eq!((short.entries, long.entries), (3, 3));
+        assert_eq!(long.used_bytes - short.used_bytes, 63 * 32, "digests");
+        let digests_and_keys = 129 * 32 + 3 * 2 * 64;
+        assert!(short.used_bytes > digests_and_keys, "{short:?}");
+    }
+
+    #[test]
+    fn a_block_that_is_refused_leaves_no_keys_behind() {
+        // Room for the end of a prompt, not for its first block.
+        let mut store = store(3000);
+        for first in 0..300 {
+            keep(&mut store, 1000 * first..1000 * first + 66);
+        }
+        let stats = store.cache.stats();
+        assert_eq!((stats.entries, stats.refused), (1, 300), "{stats:?}");
+        let children: usize = store.children.values().map(Vec::len).sum();
+        assert!(children <= CHILDREN_LEAST + CHILDREN_MAX, "{children}");
+    }
 }
