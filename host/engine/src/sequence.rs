@@ -399,14 +399,16 @@ impl<M: Model> Sequence<M> {
         Ok(())
     }
 
-    /// Makes sure that a step of so many positions has its KV blocks.
+    /// Makes sure that a step of so many positions has its KV blocks; a first one, after a change of the rope regime, those of all
+    /// that it gave up.
     pub(crate) fn reserve(&mut self, positions: usize, model: &M) -> Result<(), Trouble> {
         let len = self.len();
         let Phase::Forward(state) = &mut self.phase else {
             return Ok(());
         };
         let done = len - M::pending(state);
-        guarded(|| model.reserve(state, done + positions))
+        let positions = if done == 0 { len } else { done + positions };
+        guarded(|| model.reserve(state, positions))
     }
 
     /// Its part of a step; `None` when nothing of it can run.

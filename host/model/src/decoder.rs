@@ -43,8 +43,6 @@ pub(crate) struct Run<'a> {
     pub(crate) count: usize,
     /// Those of them, the first ones, that belong to the prompt.
     pub(crate) prompt_rows: usize,
-    /// Positions of the whole sequence, pending ones included.
-    pub(crate) len: usize,
     /// What they are rotated with.
     pub(crate) regime: Regime,
 }
@@ -175,7 +173,7 @@ impl Decoder {
             regime,
             ..
         } = run;
-        cache.reserve_tensors(run.len, &self.device, self.dtype)?;
+        cache.reserve_tensors(cache.len() + *count, &self.device, self.dtype)?;
         let place = (&self.device, self.dtype);
         let (cosines, sines) = self.rope.tables(*regime, cache.len(), *count, place)?;
         let mut hidden = x;

@@ -15,7 +15,9 @@ pub(crate) use pool::BLOCK_POSITIONS;
 pub use pool::{KvBlock, KvPool};
 
 /// Rotated keys and values of every layer, for positions `0..len`, in blocks of a pool: f16 in plain memory where the CPU
-/// computes with activations of eight bits. Elsewhere they are tensors of the compute type, and blocks count them.
+/// computes with activations of eight bits. Elsewhere they are tensors of the compute type, and blocks count them: as many
+/// positions as these stand for. Two things are not counted: while room grows, one layer is there twice; and Metal's allocator
+/// rounds each tensor up to a power of two.
 ///
 /// **Invariant:** blocks that other sequences or a cache hold, too, are full up to where this sequence reads them and never
 /// written; the one that positions are appended to is this sequence's alone.
@@ -112,7 +114,8 @@ impl KvCache {
         }
     }
 
-    /// Room in tensors for `positions` in all, and for a quarter more than there was.
+    /// Room in tensors for `positions` in all, and for all that was reserved. Everything is copied when it grows, a block at a time:
+    /// once for 64 generated tokens, each of which reads it, too.
     pub(crate) fn reserve_tensors(
         &mut self,
         positions: usize,
@@ -122,9 +125,8 @@ impl KvCache {
         if positions <= self.tensor_capacity {
             return Ok(());
         }
-        let capacity = positions
-            .max(self.tensor_capacity + self.tensor_capacity / 4)
-            .next_multiple_of(4 * BLOCK_POSITIONS);
+        let blocks = positions.div_ceil(BLOCK_POSITIONS).max(self.blocks.len());
+        let capacity = blocks * BLOCK_POSITIONS;
         let shape = (self.pool.kv_heads(), capacity, self.pool.head_dim());
         // Layer by layer: only one is there twice at a time.
         for index in 0..self.pool.layers() {

@@ -168,7 +168,6 @@ impl Phi3V {
             runs.push(Run {
                 count,
                 prompt_rows: state.prompt_len.saturating_sub(start).min(count),
-                len: state.slots.len(),
                 regime: self.decoder.rope.regime(state.slots.len()),
                 cache: &mut state.cache,
             });

@@ -1,8 +1,8 @@
 //! Several sequences at once: nobody notices the others, but for the time.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use visor_engine::{
@@ -161,6 +161,24 @@ fn a_prompt_waits_until_there_are_blocks_for_it() {
     }
     assert_eq!(script.widest.load(Ordering::Relaxed), 1);
     assert_eq!(engine.stats().preempted, 0);
+}
+
+#[test]
+fn who_comes_into_the_other_regime_takes_the_blocks_it_gave_up_at_once() {
+    let mut script = Script::new(Answer::Hashed(600));
+    script.short_positions_max = 10;
+    let (used, seen) = (Arc::clone(&script.blocks_used), Arc::default());
+    let told: Arc<Mutex<Vec<usize>>> = Arc::clone(&seen);
+    let script = script.on(move |_, call| {
+        if matches!(call, Call::Advance { from: 0, .. }) {
+            told.lock().unwrap().push(used.load(Ordering::Relaxed));
+        }
+        Reply::Go
+    });
+    let engine = start(&script);
+    assert_eq!(ask(&engine, request(8)).usage().completion_tokens, 8);
+    // Of 5 positions and of 11, two of which run in a step.
+    assert_eq!(*seen.lock().unwrap(), [2, 3]);
 }
 
 #[test]

@@ -329,6 +329,11 @@ impl Model for ScriptedModel {
         self.script.call(self.device, Call::Push(token))?;
         state.ids.push(i64::from(token));
         state.pushed += 1;
+        let len = state.ids.len();
+        if self.is_long(len) != self.is_long(len - 1) {
+            state.done = 0;
+            state.blocks.clear();
+        }
         Ok(())
     }
 
