@@ -9,6 +9,7 @@ use crate::attention::{HalfRows, Head, HeadRows};
 
 /// Queries of a strip and columns of a panel: 6 x 2 registers of sums, 2 of a panel's row, 1 of a query's value.
 const STRIP: usize = 6;
+const LANES: usize = 8;
 const PANEL: usize = 16;
 /// Keys of a tile: with values of 96, both packed tiles are 48 KiB, in the second-level cache.
 const TILE: usize = 64;
@@ -26,14 +27,20 @@ impl Avx2 {
     }
 }
 
+/// Of scores whose softmax is of powers of two.
+fn scale(head: &Head<'_>) -> f32 {
+    head.scale() * std::f32::consts::LOG2_E
+}
+
 /// Every query alone.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn few(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
     let mut mixed = vec![0.0; head.head_dim];
     let mut query = vec![0.0; head.head_dim];
+    let scale = scale(head);
     for row in 0..head.rows {
         for (scaled, value) in query.iter_mut().zip(head.query(row)) {
-            *scaled = value * head.scale();
+            *scaled = value * scale;
         }
         let visible = head.visible(row);
         let mut scores = vec![f32::NEG_INFINITY; visible.next_multiple_of(8)];
@@ -172,18 +179,21 @@ fn largest(scores: &[f32]) -> f32 {
     for eight in scores.as_chunks::<8>().0 {
         most = _mm256_max_ps(most, load_f32(eight));
     }
-    super::store(most)
-        .into_iter()
-        .fold(f32::NEG_INFINITY, f32::max)
+    let most = _mm_max_ps(
+        _mm256_castps256_ps128(most),
+        _mm256_extractf128_ps::<1>(most),
+    );
+    let most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)))
 }
 
-/// Scores become `exp(score - most)`, whose sum is returned. A multiple of eight of them.
+/// Scores become `2^(score - most)`, whose sum is returned. A multiple of eight of them.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 fn weights(scores: &mut [f32], most: f32) -> f32 {
     let mut sum = _mm256_setzero_ps();
     for eight in scores.as_chunks_mut::<8>().0 {
-        let weight = exp(_mm256_sub_ps(load_f32(eight), _mm256_set1_ps(most)));
+        let weight = exp2(_mm256_sub_ps(load_f32(eight), _mm256_set1_ps(most)));
         *eight = super::store(weight);
         sum = _mm256_add_ps(sum, weight);
     }
@@ -195,29 +205,35 @@ fn weights(scores: &mut [f32], most: f32) -> f32 {
     ])
 }
 
-/// `e^x` for x up to 0, within 2e-7 of itself; 0 below -87. By 2^n * e^r with |r| at most ln(2) / 2, and e^r by its series.
+/// `2^x` for x up to 0, within 2e-7 of itself; 0 below -126. By 2^n * 2^r with |r| at most 1/2, and 2^r by the polynomial of
+/// its degree that errs least (Lawson's iterations), 1 at 0.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-pub(super) fn exp(x: __m256) -> __m256 {
-    const SERIES: [f32; 6] = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0];
-    let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(-87.0));
-    let x = _mm256_max_ps(_mm256_set1_ps(-87.0), x); // the second operand when either is NaN
-    let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(_mm256_mul_ps(
-        x,
-        _mm256_set1_ps(std::f32::consts::LOG2_E),
-    ));
-    let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693_359_4), x); // ln 2, its first bits and the rest
-    let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.121_944_4e-4), r);
-    let mut value = _mm256_set1_ps(SERIES[0]);
-    for term in &SERIES[1..] {
+fn exp2(x: __m256) -> __m256 {
+    const LEAST: f32 = -126.0;
+    /// Adding it rounds to a whole number, which is then the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const ONE_BITS: i32 = 0x3F80_0000;
+    #[expect(clippy::approx_constant, reason = "ln 2 itself errs more")]
+    const TERMS: [f32; 5] = [
+        1.326_472_7e-3,
+        9.671_513e-3,
+        5.550_733_6e-2,
+        0.240_222_42,
+        0.693_147,
+    ];
+    let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(LEAST));
+    let x = _mm256_max_ps(_mm256_set1_ps(LEAST), x); // the second operand when either is NaN
+    let rounded = _mm256_add_ps(x, _mm256_set1_ps(ROUND));
+    let r = _mm256_sub_ps(x, _mm256_sub_ps(rounded, _mm256_set1_ps(ROUND)));
+    let mut value = _mm256_set1_ps(TERMS[0]);
+    for term in &TERMS[1..] {
         value = _mm256_fmadd_ps(value, r, _mm256_set1_ps(*term));
     }
     value = _mm256_fmadd_ps(value, r, _mm256_set1_ps(1.0));
-    let power = _mm256_slli_epi32::<23>(_mm256_add_epi32(
-        _mm256_cvtps_epi32(n),
-        _mm256_set1_epi32(127),
-    ));
-    _mm256_andnot_ps(tiny, _mm256_mul_ps(value, _mm256_castsi256_ps(power)))
+    let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(rounded));
+    let power = _mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(ONE_BITS)));
+    _mm256_andnot_ps(tiny, _mm256_mul_ps(value, power))
 }
 
 /// A tile of keys and values, packed into panels; zeros behind the last key and the last column.
@@ -279,7 +295,7 @@ fn widen(rows: &HeadRows<'_>, index: usize, out: &mut [f32]) {
 struct Strip {
     queries: Vec<[f32; STRIP]>, // (head_dim), scaled
     mixed: Vec<[f32; PANEL]>,   // (columns / PANEL, STRIP)
-    most: [f32; STRIP],
+    most: [f32; LANES],         // the first STRIP of them
     sum: [f32; STRIP],
 }
 
@@ -320,15 +336,16 @@ fn many(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
 impl Strip {
     fn new(head: &Head<'_>, first: usize) -> Self {
         let mut queries = vec![[0.0; STRIP]; head.head_dim];
+        let scale = scale(head);
         for offset in 0..STRIP.min(head.rows - first) {
             for (scaled, value) in queries.iter_mut().zip(head.query(first + offset)) {
-                scaled[offset] = value * head.scale();
+                scaled[offset] = value * scale;
             }
         }
         Self {
             queries,
             mixed: vec![[0.0; PANEL]; head.head_dim.div_ceil(PANEL) * STRIP],
-            most: [f32::NEG_INFINITY; STRIP],
+            most: [f32::NEG_INFINITY; LANES],
             sum: [0.0; STRIP],
         }
     }
@@ -336,25 +353,16 @@ impl Strip {
     /// Takes in a tile, of which each query sees the first few keys.
     #[target_feature(enable = "avx2,fma")]
     fn see(&mut self, head_dim: usize, packed: &Packed, visible: [usize; STRIP]) {
+        let seen = visible.into_iter().fold(0, usize::max);
+        let panels = packed.keys.chunks_exact(head_dim);
         let mut scores = [[0f32; TILE]; STRIP];
-        for (panel, keys) in packed.keys.chunks_exact(head_dim).enumerate() {
+        for (panel, keys) in panels.take(seen.div_ceil(PANEL)).enumerate() {
             let sums = scores_of(&self.queries, keys);
             for (scores, sums) in scores.iter_mut().zip(sums) {
                 write_panel(&mut scores[panel * PANEL..], sums);
             }
         }
-        let mut shrink = [1f32; STRIP];
-        for row in 0..STRIP {
-            scores[row][visible[row]..].fill(f32::NEG_INFINITY);
-            let most = largest(&scores[row]).max(self.most[row]);
-            if most == f32::NEG_INFINITY && !scores[row].iter().any(|score| score.is_nan()) {
-                scores[row].fill(0.0); // this query sees none of these keys
-                continue;
-            }
-            shrink[row] = (self.most[row] - most).exp();
-            self.sum[row] = self.sum[row] * shrink[row] + weights(&mut scores[row], most);
-            self.most[row] = most;
-        }
+        let shrink = self.weigh(&mut scores, visible, seen.next_multiple_of(PANEL));
         for (values, mixed) in packed
             .values
             .as_chunks::<TILE>()
@@ -368,11 +376,44 @@ impl Strip {
                 let shrink = _mm256_set1_ps(shrink[row]);
                 sums[row] = [_mm256_mul_ps(low, shrink), _mm256_mul_ps(high, shrink)];
             }
-            let sums = mixed_with(sums, &scores, values);
+            let sums = mixed_with(sums, &scores, &values[..seen]);
             for (mixed, sums) in mixed.iter_mut().zip(sums) {
                 write_panel(mixed, sums);
             }
         }
+    }
+
+    /// Makes weights of the first `width` scores, a multiple of eight, as far as each query sees; gives what becomes of the
+    /// weights so far.
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn weigh(
+        &mut self,
+        scores: &mut [[f32; TILE]; STRIP],
+        visible: [usize; STRIP],
+        width: usize,
+    ) -> [f32; LANES] {
+        let mut most = self.most;
+        for row in 0..STRIP {
+            let scores = &mut scores[row][..width];
+            if visible[row] < width {
+                scores[visible[row]..].fill(f32::NEG_INFINITY);
+            }
+            most[row] = largest(scores).max(most[row]);
+        }
+        let risen = _mm256_sub_ps(load_f32(&self.most), load_f32(&most));
+        let mut shrink = super::store(exp2(risen));
+        for row in 0..STRIP {
+            let scores = &mut scores[row][..width];
+            if most[row] == f32::NEG_INFINITY && !scores.iter().any(|score| score.is_nan()) {
+                scores.fill(0.0); // this query sees none of these keys
+                shrink[row] = 1.0;
+                continue;
+            }
+            self.sum[row] = self.sum[row] * shrink[row] + weights(scores, most[row]);
+            self.most[row] = most[row];
+        }
+        shrink
     }
 }
 
@@ -387,20 +428,20 @@ fn scores_of(queries: &[[f32; STRIP]], keys: &[[f32; PANEL]]) -> [[__m256; 2]; S
     sums
 }
 
-/// `sums` and the weighted sum of a tile's values, sixteen columns of them.
+/// `sums` and the weighted sum of a tile's first values, sixteen columns of them.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 fn mixed_with(
     mut sums: [[__m256; 2]; STRIP],
     weights: &[[f32; TILE]; STRIP],
-    values: &[[f32; PANEL]; TILE],
+    values: &[[f32; PANEL]],
 ) -> [[__m256; 2]; STRIP] {
-    for key in 0..TILE {
+    for (key, values) in values.iter().enumerate().take(TILE) {
         let mut of_key = [0.0; STRIP];
         for (place, weights) in of_key.iter_mut().zip(weights) {
             *place = weights[key];
         }
-        add_products(&mut sums, &of_key, &values[key]);
+        add_products(&mut sums, &of_key, values);
     }
     sums
 }
