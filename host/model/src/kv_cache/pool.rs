@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::f16;
+use half::vec::HalfBitsVecExt as _;
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
@@ -126,7 +127,8 @@ impl KvPool {
             0
         };
         Ok(KvBlock {
-            values: vec![f16::ZERO; values],
+            // Zero bits are a zero; asked for as bits they are the system's own zero pages, touched by who writes them first.
+            values: vec![0_u16; values].reinterpret_into(),
             blocks_used: Arc::clone(&self.blocks_used),
         })
     }
