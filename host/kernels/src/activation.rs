@@ -1,6 +1,8 @@
 //! Activation functions, on slices.
 
 use crate::kernel::Kernel;
+#[cfg(target_arch = "x86_64")]
+use crate::x86_64::Avx512;
 
 impl Kernel {
     /// `gate * sigmoid(gate) * up`, value by value.
@@ -19,7 +21,7 @@ impl Kernel {
                 }
             }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2(avx2) => avx2.swiglu(gate, up, out),
+            Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }) => avx2.swiglu(gate, up, out),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(neon) => neon.swiglu(gate, up, out),
         }
@@ -34,7 +36,7 @@ impl Kernel {
                 }
             }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2(avx2) => avx2.quick_gelu(values),
+            Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }) => avx2.quick_gelu(values),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(neon) => neon.quick_gelu(values),
         }

@@ -4,13 +4,17 @@ use std::ops::Range;
 
 #[cfg(target_arch = "aarch64")]
 use crate::aarch64::Neon;
+#[cfg(target_arch = "x86_64")]
+use crate::activations::TILE_ROWS;
 use crate::activations::{BLOCK, QuantizedRows, Tile};
 use crate::attention::{self, Head};
 use crate::int4::Int4Rows;
+#[cfg(target_arch = "x86_64")]
+use crate::int4::ScaleType;
 use crate::product::PANEL;
 use crate::scalar;
 #[cfg(target_arch = "x86_64")]
-use crate::x86_64::Avx2;
+use crate::x86_64::{Avx2, Avx512};
 
 /// A set of instructions that the kernels are written for, proved to be there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +24,9 @@ pub enum Kernel {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    /// AVX-512 with VNNI, and for what these do not help what AVX2 has.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
     /// NEON with dot products of eight-bit numbers.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
@@ -42,9 +49,42 @@ impl Kernel {
         let mut all = vec![Self::Scalar];
         #[cfg(target_arch = "x86_64")]
         all.extend(Avx2::detect().map(Self::Avx2));
+        #[cfg(target_arch = "x86_64")]
+        all.extend(Avx512::detect().map(Self::Avx512).filter(Self::is_right));
         #[cfg(target_arch = "aarch64")]
         all.extend(Neon::detect().map(Self::Neon));
         all
+    }
+
+    /// Whether a small product is the specification's, to the bit: asked where no machine of ours can tell.
+    #[cfg(target_arch = "x86_64")]
+    fn is_right(&self) -> bool {
+        const ROWS: usize = 3 * PANEL;
+        const COLUMNS: usize = 2 * BLOCK;
+        let codes: Vec<u8> = (0..ROWS * COLUMNS / 2)
+            .map(|index| ((index * 2_654_435_761) >> 8) as u8)
+            .collect();
+        let mut scales = Vec::new();
+        (0..ROWS * COLUMNS / BLOCK)
+            .for_each(|index| ScaleType::F32.put((index as f32 - 20.0) / 7.0, &mut scales));
+        let parts: [&[u8]; 3] = [&codes, &scales, &scales];
+        let Ok(weights) = Int4Rows::new(parts, COLUMNS, BLOCK, ScaleType::F32) else {
+            return false;
+        };
+        // No more than a tile of them: nothing goes to other threads.
+        let x: Vec<f32> = (0..TILE_ROWS * COLUMNS)
+            .map(|index| (index * 37 % 101) as f32 - 50.0)
+            .collect();
+        let product = |kernel: Self| {
+            let x = QuantizedRows::new(kernel, &x, COLUMNS);
+            let mut values = Vec::new();
+            kernel.multiply(&weights, 0..ROWS / PANEL, &x, &mut |panel, row, eight| {
+                values.push((panel, row, eight.map(f32::to_bits)));
+            });
+            values.sort_unstable();
+            values
+        };
+        product(*self) == product(Self::Scalar)
     }
 
     /// As logs and reports call it.
@@ -53,6 +93,8 @@ impl Kernel {
             Self::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => "avx512-vnni",
             #[cfg(target_arch = "aarch64")]
             Self::Neon(_) => "neon",
         }
@@ -82,6 +124,8 @@ impl Kernel {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(avx2) => avx2.multiply(weights, panels, x, out),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(avx512) => avx512.multiply(weights, panels, x, out),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(neon) => neon.multiply(weights, panels, x, out),
         }
@@ -92,7 +136,7 @@ impl Kernel {
         match self {
             Self::Scalar => attention::attend_naive(head, out),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2(avx2) => avx2.attend(head, out),
+            Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }) => avx2.attend(head, out),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(neon) => neon.attend(head, out),
         }
@@ -104,7 +148,7 @@ impl Kernel {
             let (words, scale, sum) = match self {
                 Self::Scalar => scalar::quantize(block),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx2(avx2) => avx2.quantize(block),
+                Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }) => avx2.quantize(block),
                 #[cfg(target_arch = "aarch64")]
                 Self::Neon(neon) => neon.quantize(block),
             };
@@ -112,6 +156,18 @@ impl Kernel {
                 place[row] = word;
             }
             (tile.scales[row], tile.sums[row]) = (scale, sum);
+        }
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_asked_for_a_product_before_it_is_used() {
+        for kernel in Kernel::available() {
+            assert!(kernel.is_right(), "{}", kernel.name());
         }
     }
 }

@@ -25,6 +25,19 @@ impl Avx2 {
     }
 }
 
+/// Proof that this processor has AVX-512 with VNNI (Ice Lake, Zen 4 and later) besides: only `detect` makes one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Avx512 {
+    pub(crate) avx2: Avx2,
+}
+
+impl Avx512 {
+    pub(crate) fn detect() -> Option<Self> {
+        let has = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
+        Avx2::detect().filter(|_| has).map(|avx2| Self { avx2 })
+    }
+}
+
 /// The first sixteen bytes, zeros behind the last.
 #[target_feature(enable = "avx2")]
 #[inline]
