@@ -17,6 +17,7 @@
 
 mod activation;
 mod attention;
+mod i8mm;
 
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
@@ -25,6 +26,8 @@ use std::ops::Range;
 use crate::activations::{BLOCK, LARGEST_MIN, QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::int4::{Int4Rows, ScaleType};
 use crate::product::PANEL;
+
+pub(crate) use i8mm::I8mm;
 
 /// Weight rows of a register.
 const QUAD: usize = 4;
@@ -48,6 +51,12 @@ impl Neon {
         has.then_some(Self(()))
     }
 
+    /// Adds a stretch of blocks with products of bytes in 32 bits, four at a time.
+    const DOTS: Way = Way {
+        arrange: as_unpacked,
+        add_tile,
+    };
+
     pub(crate) fn quantize(self, block: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
         // SAFETY: `self` exists, so `detect` saw the features.
         unsafe { quantize(block) }
@@ -66,7 +75,7 @@ impl Neon {
             unsafe { one_row(weights, panels, x, out) };
         } else {
             // SAFETY: `self` exists, so `detect` saw the features.
-            unsafe { many_rows(weights, panels, x, out) };
+            unsafe { many_rows(weights, panels, x, Self::DOTS, out) };
         }
     }
 }
@@ -287,12 +296,27 @@ impl Unpacked {
     }
 }
 
+/// How a tile of rows meets unpacked weights; unsafe for the features it takes.
+#[derive(Clone, Copy)]
+struct Way {
+    /// Puts unpacked weights into the order that `add_tile` reads.
+    arrange: unsafe fn(&mut Unpacked),
+    /// Adds a stretch of blocks to the values of a tile's rows, at most [`TILE_ROWS`].
+    add_tile: unsafe fn(&Unpacked, &[Tile], &mut [[float32x4_t; QUADS]]),
+}
+
+fn as_unpacked(_: &mut Unpacked) {}
+
 /// Prefill: weights are unpacked once for all rows of activations.
-#[target_feature(enable = "neon,dotprod")]
-fn many_rows(
+///
+/// # Safety
+/// The processor has what the way takes.
+#[target_feature(enable = "neon")]
+unsafe fn many_rows(
     weights: &Int4Rows<'_>,
     panels: Range<usize>,
     x: &QuantizedRows,
+    way: Way,
     out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
 ) {
     let mut quads: [Quad<'_>; QUADS] = std::array::from_fn(|_| Quad::new());
@@ -307,7 +331,13 @@ fn many_rows(
         for start in (0..x.blocks).step_by(BLOCKS_AT_ONCE) {
             let end = (start + BLOCKS_AT_ONCE).min(x.blocks);
             unpacked.fill(&quads, start..end);
-            multiply_tile(&unpacked, x, start..end, &mut values);
+            // SAFETY: the caller has what the way takes.
+            unsafe { (way.arrange)(&mut unpacked) };
+            for (rows, values) in values.chunks_mut(TILE_ROWS).enumerate() {
+                let tiles = &x.tiles[rows * x.blocks + start..][..end - start];
+                // SAFETY: the caller has what the way takes.
+                unsafe { (way.add_tile)(&unpacked, tiles, values) };
+            }
         }
         for (row, values) in values.iter().enumerate() {
             for (panel, pair) in (first..panels.end).zip(values.as_chunks::<2>().0) {
@@ -317,23 +347,15 @@ fn many_rows(
     }
 }
 
-/// Adds a stretch of blocks to the values of all rows.
+/// Adds a stretch of blocks to the values of a tile's rows.
 #[target_feature(enable = "neon,dotprod")]
-fn multiply_tile(
-    weights: &Unpacked,
-    x: &QuantizedRows,
-    blocks: Range<usize>,
-    values: &mut [[float32x4_t; QUADS]],
-) {
-    for (rows, values) in values.chunks_mut(TILE_ROWS).enumerate() {
-        let tiles = &x.tiles[rows * x.blocks + blocks.start..][..blocks.len()];
-        match values.len() {
-            1 => rows_times_quads::<1>(weights, tiles, values),
-            2 => rows_times_quads::<2>(weights, tiles, values),
-            3 => rows_times_quads::<3>(weights, tiles, values),
-            4 => rows_times_quads::<4>(weights, tiles, values),
-            _ => rows_times_quads::<TILE_ROWS>(weights, tiles, values),
-        }
+fn add_tile(weights: &Unpacked, tiles: &[Tile], values: &mut [[float32x4_t; QUADS]]) {
+    match values.len() {
+        1 => rows_times_quads::<1>(weights, tiles, values),
+        2 => rows_times_quads::<2>(weights, tiles, values),
+        3 => rows_times_quads::<3>(weights, tiles, values),
+        4 => rows_times_quads::<4>(weights, tiles, values),
+        _ => rows_times_quads::<TILE_ROWS>(weights, tiles, values),
     }
 }
 
@@ -350,14 +372,26 @@ fn rows_times_quads<const N: usize>(
     for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
         let dots = block_dots::<N>(codes, &tile.words);
         for row in 0..N {
-            for quad in 0..QUADS {
-                let [scale, bias] = lines[quad];
-                let scale = vmulq_n_f32(scale, tile.scales[row]);
-                let bias = vmulq_n_f32(bias, tile.sums[row]);
-                let added = vfmaq_f32(bias, vcvtq_f32_s32(dots[row][quad]), scale);
-                values[row][quad] = vaddq_f32(values[row][quad], added);
-            }
+            let x = [tile.scales[row], tile.sums[row]];
+            add_block(&mut values[row], &dots[row], lines, x);
         }
+    }
+}
+
+/// Adds what a block adds to the values of a row of activations, rounded as the specification does.
+#[target_feature(enable = "neon")]
+#[inline]
+fn add_block(
+    values: &mut [float32x4_t; QUADS],
+    dots: &[int32x4_t; QUADS],
+    lines: &[[float32x4_t; 2]; QUADS],
+    [x_scale, x_sum]: [f32; 2],
+) {
+    for quad in 0..QUADS {
+        let [scale, bias] = lines[quad];
+        let (scale, bias) = (vmulq_n_f32(scale, x_scale), vmulq_n_f32(bias, x_sum));
+        let added = vfmaq_f32(bias, vcvtq_f32_s32(dots[quad]), scale);
+        values[quad] = vaddq_f32(values[quad], added);
     }
 }
 

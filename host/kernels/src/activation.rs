@@ -1,5 +1,7 @@
 //! Activation functions, on slices.
 
+#[cfg(target_arch = "aarch64")]
+use crate::aarch64::I8mm;
 use crate::kernel::Kernel;
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64::Avx512;
@@ -23,7 +25,7 @@ impl Kernel {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }) => avx2.swiglu(gate, up, out),
             #[cfg(target_arch = "aarch64")]
-            Self::Neon(neon) => neon.swiglu(gate, up, out),
+            Self::Neon(neon) | Self::I8mm(I8mm { neon }) => neon.swiglu(gate, up, out),
         }
     }
 
@@ -38,7 +40,7 @@ impl Kernel {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }) => avx2.quick_gelu(values),
             #[cfg(target_arch = "aarch64")]
-            Self::Neon(neon) => neon.quick_gelu(values),
+            Self::Neon(neon) | Self::I8mm(I8mm { neon }) => neon.quick_gelu(values),
         }
     }
 }

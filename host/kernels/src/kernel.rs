@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 #[cfg(target_arch = "aarch64")]
-use crate::aarch64::Neon;
+use crate::aarch64::{I8mm, Neon};
 #[cfg(target_arch = "x86_64")]
 use crate::activations::TILE_ROWS;
 use crate::activations::{BLOCK, QuantizedRows, Tile};
@@ -30,6 +30,9 @@ pub enum Kernel {
     /// NEON with dot products of eight-bit numbers.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
+    /// NEON with matrix products of eight-bit numbers, and for what these do not help what NEON has.
+    #[cfg(target_arch = "aarch64")]
+    I8mm(I8mm),
 }
 
 impl Kernel {
@@ -53,6 +56,8 @@ impl Kernel {
         all.extend(Avx512::detect().map(Self::Avx512).filter(Self::is_right));
         #[cfg(target_arch = "aarch64")]
         all.extend(Neon::detect().map(Self::Neon));
+        #[cfg(target_arch = "aarch64")]
+        all.extend(I8mm::detect().map(Self::I8mm));
         all
     }
 
@@ -97,6 +102,8 @@ impl Kernel {
             Self::Avx512(_) => "avx512-vnni",
             #[cfg(target_arch = "aarch64")]
             Self::Neon(_) => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Self::I8mm(_) => "neon-i8mm",
         }
     }
 
@@ -128,6 +135,8 @@ impl Kernel {
             Self::Avx512(avx512) => avx512.multiply(weights, panels, x, out),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(neon) => neon.multiply(weights, panels, x, out),
+            #[cfg(target_arch = "aarch64")]
+            Self::I8mm(i8mm) => i8mm.multiply(weights, panels, x, out),
         }
     }
 
@@ -138,7 +147,7 @@ impl Kernel {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }) => avx2.attend(head, out),
             #[cfg(target_arch = "aarch64")]
-            Self::Neon(neon) => neon.attend(head, out),
+            Self::Neon(neon) | Self::I8mm(I8mm { neon }) => neon.attend(head, out),
         }
     }
 
@@ -150,7 +159,7 @@ impl Kernel {
                 #[cfg(target_arch = "x86_64")]
                 Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }) => avx2.quantize(block),
                 #[cfg(target_arch = "aarch64")]
-                Self::Neon(neon) => neon.quantize(block),
+                Self::Neon(neon) | Self::I8mm(I8mm { neon }) => neon.quantize(block),
             };
             for (place, word) in tile.words.iter_mut().zip(words) {
                 place[row] = word;
