@@ -67,7 +67,7 @@ impl Avx2 {
 }
 
 /// Adds a stretch of blocks to the values of a tile's rows, at most [`TILE_ROWS`]. Unsafe for the features it takes. Called
-/// through a pointer it is a function of its own; inlined into the loops around it, it was a tenth slower.
+/// through a pointer it is a function of its own; inlined into the loops around it, it was slower by a twentieth.
 type AddTile = unsafe fn(&Unpacked, &[Tile], &mut [[__m256; TILE_PANELS]]);
 
 /// A panel's rows in their file, and scales and biases of all its blocks.
