@@ -244,8 +244,10 @@ fn who_has_to_run_alone_takes_turns_with_the_others() {
     let (failed, wait) = (Mutex::new(failed), Mutex::new(wait));
     let first = AtomicBool::new(true);
     let script = Script::new(Answer::Hashed(600)).on(move |_, call| match call {
-        // The long prompt's second chunk, beside the first token of the short one.
-        Call::Advance { from: 24, .. } if first.swap(false, Ordering::Relaxed) => {
+        // The long prompt's second chunk, beside a token of the short one; where it begins is told by when the two came.
+        Call::Advance { from, positions }
+            if *from > 0 && *positions > 1 && first.swap(false, Ordering::Relaxed) =>
+        {
             failed.lock().unwrap().send(()).unwrap();
             wait.lock().unwrap().recv().unwrap();
             Reply::Fail
