@@ -145,13 +145,15 @@ fn a_log_that_nobody_reads_stops_nobody() {
     let folder = tempfile::tempdir().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_visor"));
     command.args(["serve", "--listen", "127.0.0.1:0", "--log", "trace"]);
-    let server = Server::spawn_read(command, folder, |line| !line.contains("listening on"));
+    let mut server = Server::spawn_read(command, folder, |line| !line.contains("listening on"));
     // Each is several lines, and a pipe holds 64 KiB.
     for _ in 0..500 {
         assert_eq!(server.get("/nowhere").status, 404);
     }
     server.wait_ready();
     server.chat(&chat(&[text("hello")])).ok();
+    server.signal("TERM");
+    assert_eq!(server.wait_exit().code(), Some(0));
 }
 
 #[test]

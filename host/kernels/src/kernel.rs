@@ -76,12 +76,11 @@ impl Kernel {
         let Ok(weights) = Int4Rows::new(parts, COLUMNS, BLOCK, ScaleType::F32) else {
             return false;
         };
-        // No more than a tile of them: nothing goes to other threads.
-        let x: Vec<f32> = (0..TILE_ROWS * COLUMNS)
+        let x: Vec<f32> = (0..2 * TILE_ROWS * COLUMNS)
             .map(|index| (index * 37 % 101) as f32 - 50.0)
             .collect();
-        let product = |kernel: Self| {
-            let x = QuantizedRows::new(kernel, &x, COLUMNS);
+        let product = |kernel: Self, rows: usize| {
+            let x = QuantizedRows::new(kernel, &x[..rows * COLUMNS], COLUMNS);
             let mut values = Vec::new();
             kernel.multiply(&weights, 0..ROWS / PANEL, &x, &mut |panel, row, eight| {
                 values.push((panel, row, eight.map(f32::to_bits)));
@@ -89,7 +88,8 @@ impl Kernel {
             values.sort_unstable();
             values
         };
-        product(*self) == product(Self::Scalar)
+        // Few rows, and tiles of every height.
+        (1..=2 * TILE_ROWS).all(|rows| product(*self, rows) == product(Self::Scalar, rows))
     }
 
     /// As logs and reports call it.

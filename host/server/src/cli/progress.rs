@@ -5,14 +5,30 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tracing_appender::non_blocking::NonBlocking;
 use visor_model::{LoadProgress, LoadStage};
 
 /// Between two log lines when there is no terminal to draw on.
 const LOG_INTERVAL: Duration = Duration::from_secs(5);
 
+/// Who writes lines while a log is written beside.
+static BESIDE: Mutex<Option<NonBlocking>> = Mutex::new(None);
+
 /// One line on standard error. Nobody to read it is no reason to stop.
 pub(super) fn line(text: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
+    let text = format!("{text}\n");
+    let beside = BESIDE.lock().ok().and_then(|writer| writer.clone());
+    let _ = match beside {
+        Some(mut writer) => writer.write_all(text.as_bytes()),
+        None => std::io::stderr().lock().write_all(text.as_bytes()),
+    };
+}
+
+/// From now on lines go where the log goes; with none, to standard error.
+pub(super) fn write_beside(writer: Option<NonBlocking>) {
+    if let Ok(mut beside) = BESIDE.lock() {
+        *beside = writer;
+    }
 }
 
 /// How a model's bytes on their way are shown: a bar on a terminal, else a line now and then.

@@ -28,8 +28,8 @@ pub(super) fn stop_signal() -> Result<CancellationToken, Failure> {
 /// Says what stops and does `first` at the first signal; the second ends the process.
 pub(super) async fn obey(mut signals: Signals, stopping: &str, first: impl FnOnce()) {
     signals.next().await;
-    progress::line(&format!("{stopping}; once more stops at once"));
     first();
+    progress::line(&format!("{stopping}; once more stops at once"));
     signals.next().await;
     std::process::exit(i32::from(EXIT_STOPPED));
 }

@@ -1,5 +1,6 @@
 //! What every command that needs the server's rooms does first: configuration, log, house.
 
+use std::backtrace::Backtrace;
 use std::env;
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -9,7 +10,7 @@ use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGua
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
-use super::progress::Loading;
+use super::progress::{self, Loading};
 use super::{Failure, Overrides};
 use crate::config::{Config, ConfigError, LogFormat, check};
 use crate::wiring::{ConfigSource, House, HouseOptions};
@@ -82,13 +83,19 @@ pub(super) fn start_log(config: &Config) -> Result<(), Failure> {
     start_log_to(config, std::io::stderr)
 }
 
-/// The same by a thread of its own, so that nobody waits where nobody reads standard error: what is too much is left out.
+/// The same by a thread of its own, which takes over lines for a person and panics, too, so that nobody waits where nobody reads
+/// standard error: what is too much is left out.
 pub(super) fn start_log_beside(config: &Config) -> Result<LogBeside, Failure> {
     let (writer, written) = NonBlockingBuilder::default()
         .buffered_lines_limit(LINES_WAITING_MAX)
         .finish(std::io::stderr());
     let left_out = writer.error_counter();
-    start_log_to(config, writer)?;
+    start_log_to(config, writer.clone())?;
+    progress::write_beside(Some(writer));
+    std::panic::set_hook(Box::new(|panic| {
+        let trace = Backtrace::capture();
+        tracing::error!(%trace, "{panic}");
+    }));
     Ok(LogBeside {
         left_out,
         _written: written,
@@ -103,6 +110,7 @@ pub(super) struct LogBeside {
 
 impl Drop for LogBeside {
     fn drop(&mut self) {
+        progress::write_beside(None);
         let lines = self.left_out.dropped_lines();
         if lines > 0 {
             tracing::warn!(
