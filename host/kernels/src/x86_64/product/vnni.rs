@@ -16,7 +16,8 @@ use crate::x86_64::Avx512;
 const CHAINS: usize = 2;
 
 impl Avx512 {
-    /// As that of AVX2, which does what memory limits: up to [`FEW_ROWS`] rows.
+    /// As that of AVX2, which keeps up to [`FEW_ROWS`] rows, where memory limits. All more go by the tile, the few for which AVX2
+    /// leaves weights packed as well: which is faster here was not measured.
     pub(crate) fn multiply(
         self,
         weights: &Int4Rows<'_>,
