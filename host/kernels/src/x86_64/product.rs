@@ -115,18 +115,24 @@ impl<'a> Panel<'a> {
         }
     }
 
+    /// A block of a row.
+    #[inline]
+    fn codes(&self, row: usize, block: usize) -> &[u8; BLOCK / 2] {
+        // Not a look at the row's length: with that this was a twentieth of the product of eight activations.
+        assert!(block < self.blocks, "inside the rows");
+        // SAFETY: `find` saw that every row has that many blocks, and the place is inside one of them.
+        let place = unsafe { self.rows[row][0].as_ptr().add(block * (BLOCK / 2)) };
+        // SAFETY: as many bytes are there for as long as the row is borrowed.
+        unsafe { &*place.cast() }
+    }
+
     /// One block of all rows: of the eight words of a row, one in each register.
     #[target_feature(enable = "avx2")]
     #[inline]
     fn words(&self, block: usize) -> [__m256i; PANEL] {
-        // Once for all rows: with a look at each of them this was a twentieth of the product of eight activations.
-        assert!(block < self.blocks, "inside the rows");
         let codes = |row: usize, half: usize| -> &[u8; BLOCK / 4] {
-            let at = block * (BLOCK / 2) + half * (BLOCK / 4);
-            // SAFETY: `find` saw that every row has that many blocks, and the place is inside one of them.
-            let place = unsafe { self.rows[row][0].as_ptr().add(at) };
-            // SAFETY: as many bytes are there for as long as the row is borrowed.
-            unsafe { &*place.cast() }
+            let halves = self.codes(row, block).as_chunks().0;
+            &halves[half]
         };
         let mut words = [_mm256_setzero_si256(); PANEL];
         for half in 0..2 {
@@ -286,17 +292,35 @@ fn accumulate(value: __m256, dot: __m256i, [scale, bias]: [__m256; 2], x: [f32; 
     _mm256_add_ps(value, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, bias))
 }
 
+/// A block of a pair of panels, unpacked: (steps, panels). A step is a cache line, for AVX-512 reads it at once.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Codes([[__m256i; TILE_PANELS]; WORDS]);
+
+/// Takes up the first panels of a range; the last one again where there are fewer.
+#[target_feature(enable = "avx2,f16c")]
+fn find_pair<'a>(
+    pair: &mut [Panel<'a>; TILE_PANELS],
+    weights: &Int4Rows<'a>,
+    panels: Range<usize>,
+) {
+    for (offset, panel) in pair.iter_mut().enumerate() {
+        panel.find(weights, (panels.start + offset).min(panels.end - 1));
+        panel.read_lines(weights);
+    }
+}
+
 /// A stretch of blocks of a few panels, unpacked.
 struct Unpacked {
-    codes: Vec<[[__m256i; TILE_PANELS]; WORDS]>, // (blocks)
-    lines: Vec<[[__m256; 2]; TILE_PANELS]>,      // (blocks)
+    codes: Vec<Codes>,                      // (blocks)
+    lines: Vec<[[__m256; 2]; TILE_PANELS]>, // (blocks)
 }
 
 impl Unpacked {
     #[target_feature(enable = "avx2")]
     fn new() -> Self {
         Self {
-            codes: vec![[[_mm256_setzero_si256(); TILE_PANELS]; WORDS]; BLOCKS_AT_ONCE],
+            codes: vec![Codes([[_mm256_setzero_si256(); TILE_PANELS]; WORDS]); BLOCKS_AT_ONCE],
             lines: vec![[[_mm256_setzero_ps(); 2]; TILE_PANELS]; BLOCKS_AT_ONCE],
         }
     }
@@ -305,7 +329,7 @@ impl Unpacked {
     fn fill(&mut self, panels: &[Panel<'_>; TILE_PANELS], blocks: Range<usize>) {
         for (index, block) in blocks.enumerate() {
             for (offset, panel) in panels.iter().enumerate() {
-                panel.unpack(block, &mut self.codes[index], offset);
+                panel.unpack(block, &mut self.codes[index].0, offset);
                 self.lines[index][offset] = panel.lines[block];
             }
             prefetch_after(&panels[0], block, TILE_PANELS);
@@ -404,10 +428,7 @@ impl<'a> Chunk<'a> {
         let firsts = panels.clone().step_by(TILE_PANELS);
         let pairs = firsts.len();
         for (pair, first) in self.pairs.iter_mut().zip(firsts) {
-            for (offset, panel) in pair.iter_mut().enumerate() {
-                panel.find(weights, (first + offset).min(panels.end - 1));
-                panel.read_lines(weights);
-            }
+            find_pair(pair, weights, first..panels.end);
         }
         pairs
     }
@@ -467,7 +488,7 @@ fn rows_times_panels<const N: usize>(
     // Eight, but unknown to the compiler: it would unroll the loop over steps and then hold every weight at once.
     let steps = std::hint::black_box(WORDS / 2);
     for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
-        let (low, high) = codes.split_at(steps);
+        let (low, high) = codes.0.split_at(steps);
         let (low_words, high_words) = tile.words.split_at(steps);
         let low = pair_sums::<N>(low, low_words);
         let high = pair_sums::<N>(high, high_words);
