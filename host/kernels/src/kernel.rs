@@ -145,7 +145,9 @@ impl Kernel {
         match self {
             Self::Scalar => attention::attend_naive(head, out),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }) => avx2.attend(head, out),
+            Self::Avx2(avx2) => avx2.attend(head, out),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(avx512) => avx512.attend(head, out),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(neon) | Self::I8mm(I8mm { neon }) => neon.attend(head, out),
         }

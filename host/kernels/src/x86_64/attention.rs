@@ -1,5 +1,7 @@
 //! Attention of one head with AVX2 and FMA. [`crate::attention`] specifies it.
 
+mod wide;
+
 use std::arch::x86_64::*;
 
 use half::f16;
@@ -21,8 +23,12 @@ impl Avx2 {
             // SAFETY: `self` exists, so `detect` saw the features.
             unsafe { few(head, out) };
         } else {
-            // SAFETY: `self` exists, so `detect` saw the features.
-            unsafe { many(head, out) };
+            let see = |strip: &mut Strip, packed: &Packed, visible| {
+                // SAFETY: `self` exists, so `detect` saw the features.
+                unsafe { strip.see(head.head_dim, packed, visible) };
+            };
+            // SAFETY: as above.
+            unsafe { many(head, see, out) };
         }
     }
 }
@@ -205,23 +211,29 @@ fn weights(scores: &mut [f32], most: f32) -> f32 {
     ])
 }
 
-/// `2^x` for x up to 0, within 2e-7 of itself; 0 below -126. By 2^n * 2^r with |r| at most 1/2, and 2^r by the polynomial of
-/// its degree that errs least (Lawson's iterations), 1 at 0.
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn exp2(x: __m256) -> __m256 {
-    const LEAST: f32 = -126.0;
+/// Numbers that [`exp2`] takes, in registers of any width.
+mod exp2_parts {
+    /// Below it nothing is left.
+    pub(super) const LEAST: f32 = -126.0;
     /// Adding it rounds to a whole number, which is then the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    const ONE_BITS: i32 = 0x3F80_0000;
+    pub(super) const ROUND: f32 = 12_582_912.0;
+    pub(super) const ONE_BITS: i32 = 0x3F80_0000;
     #[expect(clippy::approx_constant, reason = "ln 2 itself errs more")]
-    const TERMS: [f32; 5] = [
+    pub(super) const TERMS: [f32; 5] = [
         1.326_472_7e-3,
         9.671_513e-3,
         5.550_733_6e-2,
         0.240_222_42,
         0.693_147,
     ];
+}
+
+/// `2^x` for x up to 0, within 2e-7 of itself; 0 below -126. By 2^n * 2^r with |r| at most 1/2, and 2^r by the polynomial of
+/// its degree that errs least (Lawson's iterations), 1 at 0.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn exp2(x: __m256) -> __m256 {
+    use exp2_parts::{LEAST, ONE_BITS, ROUND, TERMS};
     let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(LEAST));
     let x = _mm256_max_ps(_mm256_set1_ps(LEAST), x); // the second operand when either is NaN
     let rounded = _mm256_add_ps(x, _mm256_set1_ps(ROUND));
@@ -236,17 +248,26 @@ fn exp2(x: __m256) -> __m256 {
     _mm256_andnot_ps(tiny, _mm256_mul_ps(value, power))
 }
 
+/// A panel's row, in a cache line of its own: loads that straddle two are twice as slow.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line([f32; PANEL]);
+
+/// Scores of a strip with a tile.
+#[repr(align(64))]
+struct Scores([[f32; TILE]; STRIP]);
+
 /// A tile of keys and values, packed into panels; zeros behind the last key and the last column.
 struct Packed {
-    keys: Vec<[f32; PANEL]>,   // (TILE / PANEL, head_dim), sixteen keys
-    values: Vec<[f32; PANEL]>, // (columns / PANEL, TILE), sixteen columns
+    keys: Vec<Line>,   // (TILE / PANEL, head_dim), sixteen keys
+    values: Vec<Line>, // (columns / PANEL, TILE), sixteen columns
 }
 
 impl Packed {
     fn new(head_dim: usize) -> Self {
         Self {
-            keys: vec![[0.0; PANEL]; TILE / PANEL * head_dim],
-            values: vec![[0.0; PANEL]; head_dim.div_ceil(PANEL) * TILE],
+            keys: vec![Line([0.0; PANEL]); TILE / PANEL * head_dim],
+            values: vec![Line([0.0; PANEL]); head_dim.div_ceil(PANEL) * TILE],
         }
     }
 
@@ -260,13 +281,13 @@ impl Packed {
             }
             let panel = &mut self.keys[key / PANEL * head.head_dim..][..head.head_dim];
             for (place, value) in panel.iter_mut().zip(row.iter()) {
-                place[key % PANEL] = *value;
+                place.0[key % PANEL] = *value;
             }
             if key < count {
                 widen(&head.values, first + key, row);
             }
             for (panel, values) in row.chunks(PANEL).enumerate() {
-                self.values[panel * TILE + key][..values.len()].copy_from_slice(values);
+                self.values[panel * TILE + key].0[..values.len()].copy_from_slice(values);
             }
         }
     }
@@ -294,13 +315,18 @@ fn widen(rows: &HeadRows<'_>, index: usize, out: &mut [f32]) {
 /// Six queries and what they have gathered.
 struct Strip {
     queries: Vec<[f32; STRIP]>, // (head_dim), scaled
-    mixed: Vec<[f32; PANEL]>,   // (columns / PANEL, STRIP)
+    mixed: Vec<Line>,           // (columns / PANEL, STRIP)
     most: [f32; LANES],         // the first STRIP of them
     sum: [f32; STRIP],
 }
 
+/// `see`: takes a tile into a strip, of which each of its queries sees the first few keys.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn many(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
+fn many(
+    head: &Head<'_>,
+    see: impl Fn(&mut Strip, &Packed, [usize; STRIP]),
+    out: &mut dyn FnMut(usize, &[f32]),
+) {
     let mut strips: Vec<Strip> = (0..head.rows)
         .step_by(STRIP)
         .map(|first| Strip::new(head, first))
@@ -317,14 +343,17 @@ fn many(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
                         .saturating_sub(first)
                         .min(TILE)
                 });
-                strip.see(head.head_dim, &packed, visible);
+                see(strip, &packed, visible);
             }
         }
     }
     for (index, strip) in strips.iter().enumerate() {
         for offset in 0..STRIP.min(head.rows - index * STRIP) {
             for (panel, values) in row.chunks_mut(PANEL).enumerate() {
-                for (out, value) in values.iter_mut().zip(&strip.mixed[panel * STRIP + offset]) {
+                for (out, value) in values
+                    .iter_mut()
+                    .zip(&strip.mixed[panel * STRIP + offset].0)
+                {
                     *out = value / strip.sum[offset];
                 }
             }
@@ -344,7 +373,7 @@ impl Strip {
         }
         Self {
             queries,
-            mixed: vec![[0.0; PANEL]; head.head_dim.div_ceil(PANEL) * STRIP],
+            mixed: vec![Line([0.0; PANEL]); head.head_dim.div_ceil(PANEL) * STRIP],
             most: [f32::NEG_INFINITY; LANES],
             sum: [0.0; STRIP],
         }
@@ -355,14 +384,19 @@ impl Strip {
     fn see(&mut self, head_dim: usize, packed: &Packed, visible: [usize; STRIP]) {
         let seen = visible.into_iter().fold(0, usize::max);
         let panels = packed.keys.chunks_exact(head_dim);
-        let mut scores = [[0f32; TILE]; STRIP];
+        let mut scores = Scores([[0f32; TILE]; STRIP]);
         for (panel, keys) in panels.take(seen.div_ceil(PANEL)).enumerate() {
             let sums = scores_of(&self.queries, keys);
-            for (scores, sums) in scores.iter_mut().zip(sums) {
+            for (scores, sums) in scores.0.iter_mut().zip(sums) {
                 write_panel(&mut scores[panel * PANEL..], sums);
             }
         }
-        let shrink = self.weigh(&mut scores, visible, seen.next_multiple_of(PANEL));
+        let softmax = (
+            |scores: &[f32]| largest(scores),
+            |scores: &mut [f32], most| weights(scores, most),
+        );
+        let width = seen.next_multiple_of(PANEL);
+        let shrink = self.weigh(&mut scores.0, visible, width, softmax);
         for (values, mixed) in packed
             .values
             .as_chunks::<TILE>()
@@ -372,19 +406,19 @@ impl Strip {
         {
             let mut sums = [[_mm256_setzero_ps(); 2]; STRIP];
             for row in 0..STRIP {
-                let [low, high] = read_panel(&mixed[row]);
+                let [low, high] = read_panel(&mixed[row].0);
                 let shrink = _mm256_set1_ps(shrink[row]);
                 sums[row] = [_mm256_mul_ps(low, shrink), _mm256_mul_ps(high, shrink)];
             }
-            let sums = mixed_with(sums, &scores, &values[..seen]);
+            let sums = mixed_with(sums, &scores.0, &values[..seen]);
             for (mixed, sums) in mixed.iter_mut().zip(sums) {
-                write_panel(mixed, sums);
+                write_panel(&mut mixed.0, sums);
             }
         }
     }
 
-    /// Makes weights of the first `width` scores, a multiple of eight, as far as each query sees; gives what becomes of the
-    /// weights so far.
+    /// Makes weights of the first `width` scores, whole panels, as far as each query sees; gives what becomes of the weights so
+    /// far. By the largest of some scores, and by what makes weights of them and sums them.
     #[target_feature(enable = "avx2,fma")]
     #[inline]
     fn weigh(
@@ -392,6 +426,7 @@ impl Strip {
         scores: &mut [[f32; TILE]; STRIP],
         visible: [usize; STRIP],
         width: usize,
+        (largest, weights): (impl Fn(&[f32]) -> f32, impl Fn(&mut [f32], f32) -> f32),
     ) -> [f32; LANES] {
         let mut most = self.most;
         for row in 0..STRIP {
@@ -420,7 +455,7 @@ impl Strip {
 /// Scores of six queries with sixteen keys.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-fn scores_of(queries: &[[f32; STRIP]], keys: &[[f32; PANEL]]) -> [[__m256; 2]; STRIP] {
+fn scores_of(queries: &[[f32; STRIP]], keys: &[Line]) -> [[__m256; 2]; STRIP] {
     let mut sums = [[_mm256_setzero_ps(); 2]; STRIP];
     for (queries, keys) in queries.iter().zip(keys) {
         add_products(&mut sums, queries, keys);
@@ -434,7 +469,7 @@ fn scores_of(queries: &[[f32; STRIP]], keys: &[[f32; PANEL]]) -> [[__m256; 2]; S
 fn mixed_with(
     mut sums: [[__m256; 2]; STRIP],
     weights: &[[f32; TILE]; STRIP],
-    values: &[[f32; PANEL]],
+    values: &[Line],
 ) -> [[__m256; 2]; STRIP] {
     for (key, values) in values.iter().enumerate().take(TILE) {
         let mut of_key = [0.0; STRIP];
@@ -448,8 +483,8 @@ fn mixed_with(
 
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-fn add_products(sums: &mut [[__m256; 2]; STRIP], column: &[f32; STRIP], row: &[f32; PANEL]) {
-    let [low, high] = read_panel(row);
+fn add_products(sums: &mut [[__m256; 2]; STRIP], column: &[f32; STRIP], row: &Line) {
+    let [low, high] = read_panel(&row.0);
     for (sums, value) in sums.iter_mut().zip(column) {
         let value = _mm256_set1_ps(*value);
         sums[0] = _mm256_fmadd_ps(value, low, sums[0]);
