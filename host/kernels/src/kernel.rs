@@ -24,7 +24,7 @@ pub enum Kernel {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
-    /// AVX-512 with VNNI, and for what these do not help what AVX2 has.
+    /// AVX-512 with VNNI, and for what neither helps what AVX2 has.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
     /// NEON with dot products of eight-bit numbers.
@@ -61,7 +61,7 @@ impl Kernel {
         all
     }
 
-    /// Whether a small product is the specification's, to the bit: asked where no machine of ours can tell.
+    /// Whether a small product is the specification's, to the bit: asked where not every machine that tests it can tell.
     #[cfg(target_arch = "x86_64")]
     fn is_right(&self) -> bool {
         const ROWS: usize = 3 * PANEL;
