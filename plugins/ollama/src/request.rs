@@ -271,10 +271,11 @@ fn logprobs(body: &Field) -> Result<Option<u8>, Wrong> {
     Ok(wanted.then_some(count.unwrap_or(0)))
 }
 
-/// A negative number leaves it to the server.
+/// What is not above zero leaves it to the server, as in Ollama, which stops at a number above zero only.
 fn max_tokens(field: &Field) -> Result<Option<u32>, Wrong> {
-    match field.value() {
-        Some(Value::Number(number)) if number.as_i64().is_some_and(|n| n < 0) => Ok(None),
+    let boundless = |n: f64| n <= 0.0 && n.fract() == 0.0;
+    match field.value().and_then(Value::as_f64) {
+        Some(number) if boundless(number) => Ok(None),
         _ => field.optional_count(1),
     }
 }

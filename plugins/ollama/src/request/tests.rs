@@ -76,7 +76,7 @@ fn options_are_read() {
     assert_eq!((s.seed, s.logprobs), (Some(7), Some(2)));
     assert_eq!((wanted.max_tokens, wanted.stream), (Some(9), false));
     assert_eq!(wanted.stop, ["a"]);
-    for endless in [-1, -2] {
+    for endless in [json!(-1), json!(-2), json!(-1.0), json!(0), json!(i64::MIN)] {
         let body = json!({ "model": "m", "options": { "num_predict": endless } });
         assert_eq!(chat(&body).unwrap().max_tokens, None);
     }
@@ -165,7 +165,7 @@ fn what_is_wrong_is_named() {
             "options.temperature",
         ),
         (
-            with("options", json!({ "num_predict": 0 })),
+            with("options", json!({ "num_predict": -0.5 })),
             invalid,
             "options.num_predict",
         ),
