@@ -1,7 +1,7 @@
 """Where the decoder should look. One attention head is taught to rest, at every noun and colour of a question, on the cells
 of such things; two heads of the next layer, while answering, on the cells that the next word is about, the second on what
 that is compared with; all on the separator before the global view where there is no such thing. Where things are counted,
-that layer's third head and one of the next spread evenly over the things in the global view and that separator, whose share
+that layer's third head and one of the next spread evenly over the things, in crops or the global view, and that separator, whose share
 then tells the number; before that the last tokens of the question count a third of the picture each, for small numbers are
 told apart more easily. And among the image tokens themselves, one head of every token of a crop on the first of its row, one
 layer before it that one's on what precedes it, a separator or another crop: so they learn which crop they lie in.
@@ -89,14 +89,14 @@ class Layout:
         self.length, self.grids, self.marked = length, grids, {}
         self.separators = [g.first - 1 for g in {g.picture: g for g in grids}.values()]
 
-    def mark(self, boxes, whole=False):
-        """(length,) bool: the image tokens that show one of the boxes, in the last grid only if `whole`; the separators
-        before the global views where there are none."""
-        key = whole, *boxes
+    def mark(self, boxes):
+        """(length,) bool: the image tokens that show one of the boxes, in crops and global views; the separators before the
+        global views where there are none."""
+        key = tuple(boxes)
         if key not in self.marked:
             out = torch.zeros(self.length, dtype=torch.bool)
             out[self.separators] = not boxes
-            for g in self.grids[-1:] if whole else self.grids:
+            for g in self.grids:
                 grid = out[g.first:g.first + g.rows * (g.columns + 1)].view(g.rows, g.columns + 1)
                 for top, bottom, left, right in filter(None, map(g.cells, boxes)):
                     grid[top:bottom, left:right] = True
@@ -196,9 +196,9 @@ class Facts(torch.nn.Module):
 
 
 class Things(torch.nn.Module):
-    """Asks the image tokens of the global view, where the heads that count look from, for a density: the exponential of one
-    linear map, as an attention score is, that sums to one over the cells of every thing and to nothing elsewhere. A head whose
-    score is this density shares itself evenly among things of any size."""
+    """Asks the image tokens, where the heads that count look from, for a density: the exponential of one linear map, as an
+    attention score is, that sums to one over the cells of every thing, in crops and the global view together, and to nothing
+    elsewhere. A head whose score is this density shares itself evenly among things of any size."""
     LEAST = 20  # px of the global view: what is smaller is not asked for
 
     def __init__(self, hidden):
@@ -215,12 +215,13 @@ class Things(torch.nn.Module):
         asked = [i for i, things in enumerate(pictures) if things and all(t.kind != "clothing" and large(t) for t in things)]
         if not asked:
             return inputs[0].new_zeros(()), right
-        cells, most = slice(g.first, g.first + g.rows * (g.columns + 1)), max(len(pictures[i]) for i in asked)
+        cells = torch.cat([torch.arange(g.first, g.first + g.rows * (g.columns + 1)) for g in layout.grids])
+        most = max(len(pictures[i]) for i in asked)
         nowhere = torch.zeros(layout.length, dtype=torch.bool)
-        wanted = torch.stack([torch.stack([layout.mark([t.box], True) for t in pictures[i]] + [nowhere] * (most - len(pictures[i]))) for i in asked])
+        wanted = torch.stack([torch.stack([layout.mark([t.box]) for t in pictures[i]] + [nowhere] * (most - len(pictures[i]))) for i in asked])
         wanted, number = wanted[..., cells].float(), torch.tensor([float(len(pictures[i])) for i in asked])
         for out, (depth, _) in zip(self.out, COUNTS):
-            x = inputs[depth][asked, cells]
+            x = inputs[depth][asked][:, cells]
             density = out(F.rms_norm(x, x.shape[-1:])).clamp(max=2.).exp()
             each, there = (wanted @ density).squeeze(-1), wanted.any(-1)
             total = total + F.smooth_l1_loss(each[there], torch.ones(()).expand_as(each[there]), beta=.2)
@@ -305,10 +306,10 @@ def away(seen, boxes, layout):
 
 
 def uneven(seen, boxes, layout):
-    """The divergence of the shares of each thing in the global view and of the separator from even ones; 0 where they are."""
+    """The divergence of the shares of each thing, wherever it shows, and of the separator from even ones; 0 where they are."""
     most = max(map(len, boxes))
     separator, none = layout.mark([]), torch.zeros(layout.length, dtype=torch.bool)
-    wanted = torch.stack([torch.stack([separator] + [layout.mark([b], True) for b in things] + [none] * (most - len(things))) for things in boxes])
+    wanted = torch.stack([torch.stack([separator] + [layout.mark([b]) for b in things] + [none] * (most - len(things))) for things in boxes])
     number = torch.tensor([1. + len(things) for things in boxes])
     share = seen[:, None].masked_fill(~wanted, float("-inf")).logsumexp(-1).masked_fill(~wanted.any(-1), 0)
     return -(share.sum(-1) / number + number.log()).mean()

@@ -64,7 +64,7 @@ def single(rng, library, kind=None, augment=True, worn=.5, labelled=False):
 
 def detail(rng, library, kind=None):
     """Crops and global view, 0..255 (1 + rows * columns, 3, 336, 336) f16; the scene; its frame, grid and small things."""
-    if rng.random() < .5:
+    if rng.random() < .42:
         scene, frame, rows, columns, smalls = P.detailed(rng, library)
     else:                                          # any picture as `num_crops` 4 enlarges it
         scene, frame = P.picture(rng, library, kind)
