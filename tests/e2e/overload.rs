@@ -1,9 +1,11 @@
 //! Too many at once, and clients that leave.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::thread;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
@@ -61,6 +63,40 @@ fn over_the_limit_is_503_at_once_and_says_when_to_come_back() {
     drop(busy);
     until("there is room again", || {
         (server.chat(&chat(&[text("and now")])).status == 200).then_some(())
+    });
+}
+
+#[test]
+fn what_is_told_of_the_server_is_made_so_often_whoever_asks() {
+    let server = Arc::new(Server::start_with("[server]\nstats_per_s_max = 1\n"));
+    let began = Instant::now();
+    for path in ["/stats", "/metrics", "/openapi.json"] {
+        let asking = (0..8).map(|_| {
+            let server = Arc::clone(&server);
+            thread::spawn(move || -> Vec<String> {
+                let asks = (0..25).map(|_| server.get(path));
+                asks.map(|answer| {
+                    assert_eq!(answer.status, 200);
+                    answer.text().to_owned()
+                })
+                .collect()
+            })
+        });
+        let asking: Vec<_> = asking.collect();
+        let told = asking
+            .into_iter()
+            .flat_map(|client| client.join().expect("no panic"));
+        // Each tells how long the server runs, so no two that were made are equal.
+        let made = told.collect::<BTreeSet<_>>().len() as u64;
+        let made_max = match path {
+            "/openapi.json" => 1,
+            _ => 2 + began.elapsed().as_secs(),
+        };
+        assert!(made <= made_max, "{path}: {made} of {made_max}");
+    }
+    let before = server.get("/stats").text().to_owned();
+    until("it is made again", || {
+        (server.get("/stats").text() != before).then_some(())
     });
 }
 

@@ -160,6 +160,8 @@ pub struct ServerConfig {
     pub keep_alive_s: u64,
     /// Pieces of a stream that may wait for a slow client before its request waits too.
     pub stream_buffer_pieces: usize,
+    /// Times in a second that `/stats` is made anew, and `/metrics` in each of its two formats.
+    pub stats_per_s_max: u32,
     /// How log lines are written. Needs a restart.
     pub log_format: LogFormat,
     /// Which log lines are written: `error|warn|info|debug|trace`, or directives such as
@@ -192,6 +194,7 @@ impl Default for ServerConfig {
             write_bytes_per_s_min: 1024,
             keep_alive_s: 15,
             stream_buffer_pieces: 32,
+            stats_per_s_max: 100,
             log_format: LogFormat::Text,
             log_filter: "info".to_owned(),
         }

@@ -2,6 +2,7 @@
 //! what an exchange does is `pipeline`'s.
 
 pub mod admin;
+mod allowance;
 pub mod arrivals;
 pub mod body;
 pub mod connections;
@@ -11,6 +12,7 @@ pub mod form;
 pub mod gate;
 pub mod keys;
 mod openapi;
+mod page;
 pub mod paths;
 mod patience;
 pub mod routes;

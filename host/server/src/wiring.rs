@@ -11,8 +11,9 @@ mod report;
 pub mod shipped;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use bytes::Bytes;
 use visor_engine::CacheStrategy;
 use visor_model::{
     Checkpoint, CheckpointFacts, ModelError, Quantization, QuantizeOptions, QuantizedCache,
@@ -47,6 +48,8 @@ pub struct Wiring {
     pub keys: Arc<KeyRing>,
     /// The strategy that steers the caches: that of the first route in the configuration.
     pub steering: Option<Arc<SandboxStrategy>>,
+    /// What `/openapi.json` answers; made for the first that asks, for it changes with the wiring only.
+    pub described: OnceLock<Bytes>,
 }
 
 /// A prefix and the plugins that serve the paths below it.
@@ -150,6 +153,7 @@ pub fn wire(
             previous.map(|wiring| &*wiring.keys),
         )),
         steering,
+        described: OnceLock::new(),
     })
 }
 

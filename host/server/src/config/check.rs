@@ -155,6 +155,7 @@ fn check_server(config: &Config, found: &mut Found) {
             1,
             65_536,
         ),
+        ("stats_per_s_max", server.stats_per_s_max.into(), 1, 10_000),
     ];
     for (name, value, low, high) in rows {
         found.range(&format!("server.{name}"), value, low, high);

@@ -5,13 +5,14 @@
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use visor_sandbox::ErrorCode;
 
+use super::allowance::Allowance;
 use super::gate::{Gate, Permit};
 use crate::config::AccessConfig;
 use crate::pipeline::Failure;
@@ -24,6 +25,7 @@ pub const SECRET_HEADERS: [&str; 4] = [
     "cookie",
     "proxy-authorization",
 ];
+const MINUTE: Duration = Duration::from_secs(60);
 /// Seconds after which a client with too many requests at once may come back.
 const BUSY_RETRY_AFTER_S: u32 = 1;
 
@@ -47,19 +49,12 @@ pub struct Key {
 }
 
 /// What a key is doing; it outlives changes of the configuration.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Usage {
     in_flight: Arc<Gate>,
     /// Bytes of its bodies on their way.
     arriving: Arc<AtomicU64>,
     allowance: Mutex<Allowance>,
-}
-
-/// A bucket that holds one minute's requests and fills steadily.
-#[derive(Debug, Clone, Copy)]
-struct Allowance {
-    requests: f64,
-    filled: Instant,
 }
 
 impl KeyRing {
@@ -69,7 +64,7 @@ impl KeyRing {
         let usage = |name: &str| {
             let known = previous.into_iter().flat_map(|ring| &ring.keys);
             let known = known.into_iter().find(|key| key.name == name);
-            known.map_or_else(Usage::new, |key| Arc::clone(&key.usage))
+            known.map_or_else(Arc::default, |key| Arc::clone(&key.usage))
         };
         // The configuration was checked: every digest is one.
         let keys = access.keys.iter().filter_map(|key| {
@@ -192,45 +187,17 @@ impl Key {
 }
 
 impl Usage {
-    fn new() -> Arc<Self> {
-        let full = Allowance {
-            requests: f64::INFINITY,
-            filled: Instant::now(),
-        };
-        Arc::new(Self {
-            in_flight: Arc::default(),
-            arriving: Arc::default(),
-            allowance: Mutex::new(full),
-        })
-    }
-
     /// Takes one request out of the minute's; on an error, the seconds until there is one.
     fn take(&self, per_minute: u32, now: Instant) -> Result<(), u32> {
         if per_minute == 0 {
             return Ok(());
         }
-        let (most, per_second) = (f64::from(per_minute), f64::from(per_minute) / 60.0);
-        let mut allowance = self
-            .allowance
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let passed = now.saturating_duration_since(allowance.filled);
-        let requests = (allowance.requests + passed.as_secs_f64() * per_second).min(most);
-        let enough = requests >= 1.0;
-        *allowance = Allowance {
-            requests: if enough { requests - 1.0 } else { requests },
-            filled: allowance.filled.max(now),
-        };
-        if enough {
-            return Ok(());
-        }
-        // At most 60 s, for one request a minute.
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "between 1 and 60"
-        )]
-        Err(((1.0 - requests) / per_second).ceil().clamp(1.0, 60.0) as u32)
+        let allowance = self.allowance.lock();
+        let mut allowance = allowance.unwrap_or_else(PoisonError::into_inner);
+        allowance.take(per_minute, MINUTE, now).map_err(|wait| {
+            // A minute at most, for one request a minute.
+            u32::try_from(wait.as_millis().div_ceil(1000)).unwrap_or(60)
+        })
     }
 }
 
@@ -353,25 +320,16 @@ mod tests {
     }
 
     #[test]
-    fn a_minutes_requests_come_back_steadily() {
-        let (usage, start) = (Usage::new(), Instant::now());
-        let at = |seconds| usage.take(6, start + Duration::from_secs(seconds));
+    fn who_asked_too_often_is_told_in_whole_seconds_when_to_come_back() {
+        let (usage, start) = (Usage::default(), Instant::now());
+        let at = |millis| usage.take(6, start + Duration::from_millis(millis));
         for _ in 0..6 {
             assert_eq!(at(0), Ok(()));
         }
         assert_eq!(at(0), Err(10), "one every ten seconds");
-        assert_eq!(at(4), Err(6));
-        assert_eq!(at(10), Ok(()));
-        assert_eq!(at(10), Err(10));
-        assert_eq!(
-            at(5),
-            Err(10),
-            "a clock that seems to go back gives nothing"
-        );
-        for _ in 0..6 {
-            assert_eq!(at(3600), Ok(()));
-        }
-        assert_eq!(at(3600), Err(10), "an hour fills no more than a minute");
+        assert_eq!(at(4500), Err(6));
+        assert_eq!(at(10_000), Ok(()));
+        assert_eq!(usage.take(0, start), Ok(()), "no limit");
     }
 
     #[test]

@@ -17,8 +17,10 @@ use super::arrivals::Arrivals;
 use super::body::{self, Held, Pace};
 use super::gate::{Gate, Permit};
 use super::keys::{Key, SECRET_HEADERS};
+use super::page::Page;
 use super::{cors, error, openapi, paths, trace};
 use crate::config::ServerConfig;
+use crate::metrics::{OPENMETRICS, PROMETHEUS};
 use crate::pipeline::{self, Call, CancelOnDrop, Failure, Incoming, Reply, ReplyReceiver};
 use crate::wiring::{House, Pinned};
 
@@ -26,6 +28,7 @@ use crate::wiring::{House, Pinned};
 const REFUSALS_MAX: usize = 8;
 /// Longest request id taken over from a client, in bytes.
 const REQUEST_ID_BYTES_MAX: usize = 128;
+const JSON: &str = "application/json";
 /// Seconds after which a client that met a full server may come back.
 const RETRY_AFTER_S: u32 = 1;
 
@@ -35,6 +38,9 @@ struct Http {
     gate: Arc<Gate>,
     arrivals: Arc<Arrivals>,
     refusals: Arc<Gate>,
+    stats: Arc<Page>,
+    /// In the Prometheus format, and as OpenMetrics.
+    metrics: Arc<[Page; 2]>,
     /// Only this machine reaches the address.
     is_local: bool,
 }
@@ -51,6 +57,8 @@ pub fn router(
         gate,
         arrivals,
         refusals: Arc::default(),
+        stats: Arc::default(),
+        metrics: Arc::default(),
         is_local,
     };
     Router::new()
@@ -109,11 +117,12 @@ async fn stats(State(http): State<Http>, headers: HeaderMap) -> Response<Body> {
     if let Err(failure) = may_look(&http, &headers) {
         return whole(error::fallback_response(&failure));
     }
-    json(StatusCode::OK, &http.house.stats_json())
+    let per_s_max = http.house.config().server.stats_per_s_max;
+    let make = || http.house.stats_json().to_string();
+    page(http.stats.get(per_s_max, make), JSON)
 }
 
 async fn metrics(State(http): State<Http>, headers: HeaderMap) -> Response<Body> {
-    const OPENMETRICS: &str = "application/openmetrics-text";
     if let Err(failure) = may_look(&http, &headers) {
         return whole(error::fallback_response(&failure));
     }
@@ -121,30 +130,24 @@ async fn metrics(State(http): State<Http>, headers: HeaderMap) -> Response<Body>
         .get(header::ACCEPT)
         .and_then(|value| value.to_str().ok())
         .unwrap_or("");
-    let openmetrics = accept.contains(OPENMETRICS);
-    let content_type = if openmetrics {
-        HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8")
-    } else {
-        HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8")
-    };
-    let mut response = Response::new(Body::from(http.house.metrics_text(openmetrics)));
-    response
-        .headers_mut()
-        .insert(header::CONTENT_TYPE, content_type);
-    response
+    let openmetrics = accept.contains("application/openmetrics-text");
+    let content_type = if openmetrics { OPENMETRICS } else { PROMETHEUS };
+    let per_s_max = http.house.config().server.stats_per_s_max;
+    let make = || http.house.metrics_text(openmetrics);
+    let format = &http.metrics[usize::from(openmetrics)];
+    page(format.get(per_s_max, make), content_type)
 }
 
 /// What is mounted, for clients that read it. It names plugins, so strangers do not get it once there is
 /// a key.
 async fn described(State(http): State<Http>, headers: HeaderMap) -> Response<Body> {
     let wiring = http.house.wiring();
-    match wiring.keys.find(&headers) {
-        Ok(_) => json(
-            StatusCode::OK,
-            &openapi::document(&wiring, &http.house.model),
-        ),
-        Err(failure) => whole(error::fallback_response(&failure)),
+    if let Err(failure) = wiring.keys.find(&headers) {
+        return whole(error::fallback_response(&failure));
     }
+    let make = || openapi::document(&wiring, &http.house.model).to_string();
+    let document = wiring.described.get_or_init(|| make().into());
+    page(document.clone(), JSON)
 }
 
 /// Whether a caller may see what is counted.
@@ -157,12 +160,17 @@ fn may_look(http: &Http, headers: &HeaderMap) -> Result<(), Failure> {
 }
 
 pub(super) fn json(status: StatusCode, value: &serde_json::Value) -> Response<Body> {
-    let mut response = Response::new(Body::from(value.to_string()));
+    let mut response = page(value.to_string().into(), JSON);
     *response.status_mut() = status;
-    response.headers_mut().insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("application/json"),
-    );
+    response
+}
+
+fn page(text: Bytes, content_type: &'static str) -> Response<Body> {
+    let mut response = Response::new(Body::from(text));
+    let content_type = HeaderValue::from_static(content_type);
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, content_type);
     response
 }
 
