@@ -181,6 +181,10 @@ fn values_that_contradict_each_other_are_refused() {
         (issue.key.as_str(), issue.allowed.as_str()),
         ("generation.max_tokens", "1 to 5")
     );
+    let issue = mistake("[images]\ncanvases_mib_max = 64\n");
+    assert_eq!(issue.key, "images.canvases_mib_max");
+    assert!(issue.message.contains("images.pixels_max"), "{issue:?}");
+    parse("[images]\ncanvases_mib_max = 64\npixels_max = 8000000\n").unwrap();
     let issue = mistake("[plugins.hd.limits]\nmemory_mib_max = 65\n");
     assert_eq!(issue.key, "plugins.hd.limits.memory_mib_max");
     assert_eq!(issue.allowed, "1 to 64");

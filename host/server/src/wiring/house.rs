@@ -21,6 +21,7 @@ use super::{
     settings_for, shipped, wire,
 };
 use crate::config::change::{Change, keep_restart_keys};
+use crate::config::check::check;
 use crate::config::{CacheConfig, Config, ConfigError};
 use crate::formats::Formats;
 use crate::images::budget::Budget;
@@ -357,7 +358,8 @@ impl House {
                 let applied = if change.live.is_empty() {
                     Ok(())
                 } else {
-                    self.apply(Arc::new(keep_restart_keys(&running, &new)))
+                    fitting(keep_restart_keys(&running, &new))
+                        .and_then(|config| self.apply(Arc::new(config)))
                 };
                 applied.map(|()| change)
             }
@@ -384,6 +386,18 @@ impl House {
                 .unwrap_or_else(PoisonError::into_inner) = running;
         }
         applied.map_err(|error| error.to_string())
+    }
+}
+
+/// What makes sense in a file need not do so together with values that stay until the next start.
+fn fitting(applied: Config) -> Result<Config, String> {
+    let issues = check(&applied);
+    let told = issues
+        .iter()
+        .map(|issue| format!("{}: {}", issue.key, issue.message));
+    match told.reduce(|all, one| format!("{all}; {one}")) {
+        None => Ok(applied),
+        Some(told) => Err(format!("until the next start, {told}")),
     }
 }
 

@@ -7,6 +7,11 @@ use crate::config::{FetchConfig, ImagesConfig};
 
 /// Most bytes a pixel takes while it is decoded: four channels of 16 bits, and what they become.
 const DECODING_BYTES_MAX: u64 = 14;
+/// Most bytes a pixel takes while the shipped image policy has a picture cut: a tall one is turned and then turned over, with three
+/// channels of 8 bits each time.
+const CUTTING_BYTES_MAX: u64 = 6;
+/// What a grid of its most crops takes then, whatever the picture: scaled up, between two passes, and padded, in MiB.
+const GRID_MIB_MAX: u64 = 16;
 /// Most memory for decoded pictures, in MiB: a count of KiB that fits 31 bits.
 const DECODED_MIB_MAX: u64 = 2 << 20;
 /// A picture of 17 crops is 22 MiB.
@@ -28,27 +33,39 @@ pub(super) fn check(images: &ImagesConfig, found: &mut Found) {
             CROPS_MIB_MIN,
             DECODED_MIB_MAX,
         ),
-        (
-            "canvases_mib_max",
-            images.canvases_mib_max,
-            1,
-            DECODED_MIB_MAX,
-        ),
     ];
     for (name, value, low, high) in rows {
         found.range(&format!("images.{name}"), value, low, high);
     }
-    let one_mib = images.pixels_max.saturating_mul(DECODING_BYTES_MAX) >> 20;
-    let decoded_mib = images.decoded_mib_max;
-    if decoded_mib < one_mib || decoded_mib > DECODED_MIB_MAX {
-        found.add(
-            "images.decoded_mib_max",
-            format!("{decoded_mib} MiB have no room for one picture of images.pixels_max, or are more than can be counted"),
-            &format!("{one_mib} to {DECODED_MIB_MAX}"),
-        );
-    }
+    check_room(images, found);
     check_files_root(&images.files_root, found);
     check_fetch(&images.fetch, found);
+}
+
+/// One picture of the most pixels finds room at every stage: it would be refused whoever sends it, and late.
+fn check_room(images: &ImagesConfig, found: &mut Found) {
+    let one_mib = |pixel_bytes: u64| images.pixels_max.saturating_mul(pixel_bytes) >> 20;
+    let rows = [
+        (
+            "decoded_mib_max",
+            images.decoded_mib_max,
+            one_mib(DECODING_BYTES_MAX),
+        ),
+        (
+            "canvases_mib_max",
+            images.canvases_mib_max,
+            one_mib(CUTTING_BYTES_MAX) + GRID_MIB_MAX,
+        ),
+    ];
+    for (name, mib, one_mib) in rows {
+        if mib < one_mib || mib > DECODED_MIB_MAX {
+            found.add(
+                format!("images.{name}"),
+                format!("{mib} MiB have no room for one picture of images.pixels_max, or are more than can be counted"),
+                &format!("{one_mib} to {DECODED_MIB_MAX}"),
+            );
+        }
+    }
 }
 
 fn check_files_root(root: &Path, found: &mut Found) {
@@ -116,5 +133,50 @@ fn check_fetch(fetch: &FetchConfig, found: &mut Found) {
             "empty, or port 0",
             "the ports that may be connected to, such as [443, 80]",
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use visor_model::image::hd_plan;
+
+    use super::*;
+
+    /// Pictures of about so many pixels, wide and tall.
+    fn sizes(pixels: u64) -> impl Iterator<Item = (u32, u32)> {
+        let ratios = (0..40).map(|step| 100_f64.powf(f64::from(step) / 39.0));
+        ratios.flat_map(move |ratio| {
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_precision_loss,
+                clippy::cast_sign_loss,
+                reason = "sides of a picture"
+            )]
+            let short = ((pixels as f64 / ratio).sqrt() as u32).max(1);
+            let long = u32::try_from(pixels / u64::from(short)).unwrap();
+            [(long, short), (short, long)]
+        })
+    }
+
+    #[test]
+    fn what_is_allowed_has_room_for_whatever_the_shipped_policy_cuts() {
+        let mut nearest = u64::MAX;
+        for pixels in [4096, 100_000, 1 << 20, 4 << 20, 40_000_000, 1 << 26] {
+            let room = (((pixels * CUTTING_BYTES_MAX) >> 20) + GRID_MIB_MAX) << 20;
+            for (width, height) in sizes(pixels) {
+                for crops in 1..=16 {
+                    let Ok(plan) = hd_plan(width, height, crops) else {
+                        continue;
+                    };
+                    let taken = plan.cost((width, height)).unwrap().held_bytes();
+                    assert!(
+                        taken <= room,
+                        "{width}x{height}, {crops}: {taken} of {room}"
+                    );
+                    nearest = nearest.min(room - taken);
+                }
+            }
+        }
+        assert!(nearest < GRID_MIB_MAX << 20, "{nearest}: less would do");
     }
 }
