@@ -447,7 +447,7 @@ fn check_plugin_limits(config: &Config, id: &str, limits: &PluginLimits, found: 
 }
 
 /// Paths the server answers itself; an adapter there would never be asked.
-const NATIVE_PATHS: [&str; 4] = ["/health", "/ready", "/stats", "/metrics"];
+const NATIVE_PATHS: [&str; 5] = ["/health", "/ready", "/stats", "/metrics", "/openapi.json"];
 
 fn check_routes(routes: &[RouteConfig], found: &mut Found) {
     if routes.is_empty() {

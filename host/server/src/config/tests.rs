@@ -191,6 +191,14 @@ fn values_that_contradict_each_other_are_refused() {
 }
 
 #[test]
+fn no_route_hides_behind_a_page_of_the_server() {
+    for page in ["/health", "/ready", "/stats", "/metrics", "/openapi.json"] {
+        let issue = mistake(&format!("[[routes]]\nprefix = \"{page}\"\n"));
+        assert_eq!(issue.key, "routes.0.prefix", "{page}");
+    }
+}
+
+#[test]
 fn numbers_that_are_no_numbers_are_refused() {
     assert_eq!(
         mistake("[generation]\ntop_p = nan\n").key,
