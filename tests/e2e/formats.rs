@@ -252,3 +252,35 @@ fn other_dialects_have_formats_too() {
     .error(400);
     assert_eq!(error["param"], "text.format");
 }
+
+#[test]
+fn a_schema_that_comes_again_is_compiled_once() {
+    let server = Server::start();
+    let ask = |question: &str| {
+        let format = json!({"response_format": schema_format(&json!({"type": "boolean"}))});
+        let answer = server.chat(&with(chat(&[text(question)]), format)).ok();
+        let said = content(&answer);
+        assert!(["true", "false"].contains(&said.as_str()), "{said}");
+    };
+    for question in ["Is it red?", "Is it blue?", "Is it green?"] {
+        ask(question);
+    }
+    let formats = &server.stats()["formats"];
+    assert_eq!(
+        (&formats["compiled"], &formats["reused"]),
+        (&json!(1), &json!(2)),
+        "{formats}"
+    );
+}
+
+#[test]
+fn a_schema_that_takes_too_long_to_compile_is_refused() {
+    let server = Server::start_with("[formats]\ncompile_ms_max = 1\n");
+    let member = |n: u32| (format!("property_{n}"), json!({"type": "string"}));
+    let wide: serde_json::Map<String, Value> = (0..700).map(member).collect();
+    let wide = schema_format(&json!({"type": "object", "properties": wide}));
+    let error = server.chat(&asked(wide, json!({}))).error(400);
+    let message = error["message"].as_str().expect("a message");
+    assert!(message.contains("more than 1 ms to compile"), "{message}");
+    assert_eq!(error["param"], "response_format", "{error}");
+}

@@ -1,29 +1,33 @@
 //! What an answer may look like: JSON, JSON that fits a schema, text that matches a regular expression, calls of tools. A wish
 //! becomes a grammar that the engine follows.
 //!
-//! The only room that knows llguidance, whose types end here. A schema is a stranger's program: it is compiled on its own
-//! request's thread, with so much work and no more, and every step of following it has a limit, too, for that is the engine's
-//! thread. Nothing is ever fetched: a `$ref` to anywhere but the schema itself is an error.
+//! The only room that knows llguidance, whose types end here. A schema is a stranger's program: it is compiled with so much work
+//! and time and no more, and every step of following it has a limit, too, for that is the engine's thread. Nothing is ever fetched:
+//! a `$ref` to anywhere but the schema itself is an error.
 //!
-//! `calls`: tools as a grammar; `vocabulary`: the model's tokens as bytes; `follow`: one answer.
+//! `calls`: tools as a grammar; `vocabulary`: the model's tokens as bytes; `compile`: a grammar, in time; `kept`: those of before;
+//! `follow`: one answer.
 
 mod calls;
+mod compile;
 mod follow;
+mod kept;
 mod vocabulary;
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
-use llguidance::api::{GrammarInit, ParserLimits, TopLevelGrammar};
-use llguidance::toktrie::InferenceCapabilities;
-use llguidance::{Logger, TokenParser};
+use llguidance::api::TopLevelGrammar;
 use serde_json::{Map, Value, json};
 use visor_engine::Grammar;
 use visor_model::Tokenizer;
-use visor_sandbox::{OutputFormat, ToolChoice};
+use visor_sandbox::OutputFormat;
 
 use crate::calls::Calls;
 use crate::config::FormatsConfig;
-use follow::Compiled;
+use compile::Places;
+use kept::Kept;
+pub use kept::KeptStats;
 use vocabulary::Vocabulary;
 
 /// Blanks between two tokens of JSON, in bytes: enough to indent by, too few to get lost in.
@@ -36,7 +40,7 @@ const MULTIPLE_MAX: u64 = 1000;
 /// Longest explanation a client is given, in bytes; some repeat the schema.
 const MESSAGE_BYTES_MAX: usize = 400;
 
-/// Why there is no grammar; all of them are the client's to change.
+/// Why there is no grammar; all of them but [`Self::Busy`] are the client's to change.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FormatError {
     /// Over the operator's limit.
@@ -47,6 +51,15 @@ pub enum FormatError {
         /// What is allowed.
         bytes_max: u64,
     },
+    /// Over the operator's limit on time. It is the client's like the limits on work, which come first on a machine that is not busy.
+    #[error("the format took more than {compile_ms_max} ms to compile")]
+    Slow {
+        /// What is allowed.
+        compile_ms_max: u64,
+    },
+    /// As many are compiled at once as may be.
+    #[error("too many formats are being compiled already")]
+    Busy,
     /// Not understood, too much work, or nothing fits it.
     #[error("the format cannot be used: {0}")]
     Unusable(String),
@@ -68,14 +81,16 @@ impl FormatError {
     fn of_tool(self, index: usize) -> Self {
         let why = match self {
             Self::Unusable(why) | Self::Tool { why, .. } => why,
-            Self::TooLarge { .. } | Self::Beginning => self.to_string(),
+            Self::TooLarge { .. } | Self::Slow { .. } | Self::Busy | Self::Beginning => {
+                self.to_string()
+            }
         };
         Self::Tool { index, why }
     }
 }
 
 /// Where an answer begins and ends.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Bounds {
     /// Text the answer begins with, which the model does not say.
     pub prefill: Option<String>,
@@ -83,6 +98,31 @@ pub struct Bounds {
     pub continues: bool,
     /// Tokens that end it.
     pub stop_ids: Vec<u32>,
+}
+
+/// All that a grammar depends on, beside the model.
+#[derive(Debug, PartialEq, Eq)]
+struct Wish {
+    format: OutputFormat,
+    calls: Option<Calls>,
+    bounds: Bounds,
+    limits: FormatsConfig,
+}
+
+impl Wish {
+    /// Memory it takes, in bytes, but for what is the same size in all of them.
+    fn bytes(&self) -> u64 {
+        let format = match &self.format {
+            OutputFormat::Text | OutputFormat::Json => 0,
+            OutputFormat::JsonSchema(text) | OutputFormat::Regex(text) => text.len(),
+        };
+        let tools = self.calls.iter().flat_map(|calls| &calls.tools);
+        let tools = tools.map(|tool| {
+            size_of_val(tool) + tool.name.len() + tool.description.len() + tool.parameters.len()
+        });
+        let prefill = self.bounds.prefill.as_ref().map_or(0, String::len);
+        (size_of_val(self) + format + tools.sum::<usize>() + prefill) as u64
+    }
 }
 
 /// Compiles formats for one model.
@@ -93,6 +133,9 @@ pub struct Formats {
     stop_ids: Vec<u32>,
     /// Made for the first that asks: most servers are never asked.
     vocabulary: OnceLock<Result<Arc<Vocabulary>, String>>,
+    places: Arc<Places>,
+    kept: Kept,
+    compiled: AtomicU64,
 }
 
 impl Formats {
@@ -102,10 +145,14 @@ impl Formats {
             tokenizer,
             stop_ids,
             vocabulary: OnceLock::new(),
+            places: Arc::default(),
+            kept: Kept::default(),
+            compiled: AtomicU64::new(0),
         }
     }
 
-    /// The grammar of a format and of tools; none for free text without any. Burns CPU: not for the engine's thread.
+    /// The grammar of a format and of tools, compiled or kept from before; none for free text without any. Blocks for as long as
+    /// compiling may take: not for the engine's thread.
     ///
     /// # Errors
     /// What is wrong with the format, or with a tool.
@@ -127,38 +174,29 @@ impl Formats {
                 bytes_max: limits.bytes_max,
             });
         }
-        let Some(calls) = calls else {
-            return Ok(Some(self.build(grammar(format)?, bounds, limits)?));
+        let wish = Wish {
+            format: format.clone(),
+            calls: calls.cloned(),
+            bounds,
+            limits: limits.clone(),
         };
-        let built = self.build(calls::grammar(calls, format)?, bounds, limits);
-        let built = built.map_err(|error| self.blame(error, calls, limits));
-        Ok(Some(built?))
+        if let Some(grammar) = self.kept.find(&wish) {
+            return Ok(Some(Arc::new(grammar)));
+        }
+        let wish = Arc::new(wish);
+        self.compiled.fetch_add(1, Relaxed);
+        let grammar = compile::compile(&self.places, self.vocabulary()?, Arc::clone(&wish))?;
+        Ok(Some(Arc::new(self.kept.keep(wish, grammar))))
     }
 
-    fn build(
-        &self,
-        grammar: TopLevelGrammar,
-        bounds: Bounds,
-        limits: &FormatsConfig,
-    ) -> Result<Arc<dyn Grammar>, FormatError> {
-        let vocabulary = self.vocabulary()?;
-        let parser = parser(&vocabulary, grammar, limits)?;
-        Ok(Arc::new(Compiled::new(parser, vocabulary, bounds)?))
+    /// How many were compiled since the start, whatever came of it.
+    pub fn compiled(&self) -> u64 {
+        self.compiled.load(Relaxed)
     }
 
-    /// Which tool it is that makes a grammar of several fail: the first that also fails alone.
-    fn blame(&self, error: FormatError, calls: &Calls, limits: &FormatsConfig) -> FormatError {
-        let alone = |name: &str| Calls {
-            choice: ToolChoice::Named(name.to_owned()),
-            count_max: 1,
-            ..calls.clone()
-        };
-        let failing = calls.offered().find_map(|(index, tool)| {
-            let grammar = calls::grammar(&alone(&tool.name), &OutputFormat::Text);
-            let built = grammar.and_then(|g| self.build(g, Bounds::default(), limits));
-            Some(built.err()?.of_tool(index))
-        });
-        failing.unwrap_or(error)
+    /// Figures of those that are kept.
+    pub fn kept(&self) -> KeptStats {
+        self.kept.stats()
     }
 
     fn vocabulary(&self) -> Result<Arc<Vocabulary>, FormatError> {
@@ -266,29 +304,6 @@ fn whole(pattern: &str) -> &str {
     } else {
         pattern
     }
-}
-
-fn parser(
-    vocabulary: &Vocabulary,
-    grammar: TopLevelGrammar,
-    config: &FormatsConfig,
-) -> Result<TokenParser, FormatError> {
-    let limits = ParserLimits {
-        initial_lexer_fuel: config.compile_work_max,
-        max_grammar_size: config.symbols_max,
-        step_lexer_fuel: config.step_work_max,
-        step_max_items: config.step_items_max,
-        max_lexer_states: config.states_max,
-        verbose_errors: false,
-        ..ParserLimits::default()
-    };
-    let made = vocabulary.factory.create_parser_from_init_ext(
-        GrammarInit::Serialized(grammar),
-        Logger::new(0, 0),
-        InferenceCapabilities::default(),
-        limits,
-    );
-    made.map_err(|error| FormatError::Unusable(explained(&error.to_string())))
 }
 
 /// What the library says of a format, cut to what a client should have to read.

@@ -319,6 +319,9 @@ fn check_formats(formats: &FormatsConfig, found: &mut Found) {
             10_000,
             1_000_000_000,
         ),
+        ("compile_ms_max", formats.compile_ms_max, 1, 60_000),
+        ("compiles_max", formats.compiles_max as u64, 1, 1024),
+        ("kept_mib", formats.kept_mib, 0, 1 << 20),
         ("symbols_max", formats.symbols_max as u64, 1000, 10_000_000),
         ("step_work_max", formats.step_work_max, 1000, 100_000_000),
         (

@@ -10,6 +10,12 @@ pub struct FormatsConfig {
     pub bytes_max: u64,
     /// Most work to compile one, in units.
     pub compile_work_max: u64,
+    /// Milliseconds that compiling one may take, and waiting for a place to.
+    pub compile_ms_max: u64,
+    /// Those compiled at once.
+    pub compiles_max: usize,
+    /// Memory for those compiled last, which are not compiled again, in MiB; 0 keeps none.
+    pub kept_mib: u64,
     /// Most symbols of a compiled one.
     pub symbols_max: usize,
     /// Most work to find what may come next, in units; the engine waits for it.
@@ -31,6 +37,9 @@ impl Default for FormatsConfig {
         Self {
             bytes_max: 32 << 10,
             compile_work_max: 1_000_000,
+            compile_ms_max: 5000,
+            compiles_max: 4,
+            kept_mib: 32,
             symbols_max: 100_000,
             step_work_max: 30_000,
             step_items_max: 10_000,

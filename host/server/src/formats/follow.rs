@@ -1,5 +1,6 @@
 //! One answer, held to its grammar token by token.
 
+use std::fmt::Write;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use llguidance::TokenParser;
@@ -8,6 +9,11 @@ use visor_engine::{Constraint, ConstraintError, Grammar};
 
 use super::vocabulary::Vocabulary;
 use super::{Bounds, FormatError, explained};
+
+/// Expressions are held by the grammar and by the lexer made of it.
+const LEXER_COPIES: u64 = 2;
+/// Bytes of memory for each character of a grammar's rules: the library tells no size, but prints all there is. Measured.
+const RULE_BYTES: u64 = 18;
 
 /// A grammar at its beginning. Every answer starts from a copy; what the copies find out of the grammar they share.
 pub(super) struct Compiled {
@@ -52,6 +58,41 @@ impl Compiled {
         Ok(Self {
             first: Mutex::new(first),
         })
+    }
+
+    /// The same at its beginning, sharing nothing that is found out while it is followed.
+    pub(super) fn copy(&self) -> Self {
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let parser = first.parser.deep_clone();
+        let copy = Follower {
+            parser,
+            vocabulary: Arc::clone(&first.vocabulary),
+            stop_ids: Arc::clone(&first.stop_ids),
+            ..*first
+        };
+        Self {
+            first: Mutex::new(copy),
+        }
+    }
+
+    /// Memory it takes, in bytes, rather too many than too few.
+    pub(super) fn bytes(&self) -> u64 {
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let parser = &first.parser.parser;
+        // Writing into a count cannot fail.
+        let mut printed = Length(0);
+        _ = write!(printed, "{:?}", parser.grammar());
+        LEXER_COPIES * parser.lexer_stats().num_bytes as u64 + RULE_BYTES * printed.0
+    }
+}
+
+/// Counts what is written.
+struct Length(u64);
+
+impl Write for Length {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        self.0 += text.len() as u64;
+        Ok(())
     }
 }
 

@@ -7,11 +7,11 @@ use visor_engine::{ConstraintError, Grammar};
 
 use super::*;
 use crate::calls::{Reader, Said};
-use visor_sandbox::{CallSyntax, ToolSpec};
+use visor_sandbox::{CallSyntax, ToolChoice, ToolSpec};
 
 const VOCAB: usize = 32064;
 
-fn formats() -> &'static Formats {
+pub(super) fn formats() -> &'static Formats {
     static FORMATS: OnceLock<Formats> = OnceLock::new();
     FORMATS.get_or_init(|| {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../model/phi3/tokenizer.json");
@@ -58,16 +58,16 @@ impl Random {
 }
 
 /// A walk at random: its tokens, and whether the answer came to an end of its own.
-struct Walk {
-    tokens: Vec<u32>,
+pub(super) struct Walk {
+    pub(super) tokens: Vec<u32>,
     ended: bool,
-    failed: Option<ConstraintError>,
+    pub(super) failed: Option<ConstraintError>,
     slowest: Duration,
     /// In `mask` and `accept` together.
     time: Duration,
 }
 
-fn walk(grammar: &Arc<dyn Grammar>, seed: usize, tokens_max: usize) -> Walk {
+pub(super) fn walk(grammar: &Arc<dyn Grammar>, seed: usize, tokens_max: usize) -> Walk {
     let mut random = Random(0x9E37_79B9 + seed as u64 * 77);
     let mut following = grammar.follow();
     let mut walk = Walk {

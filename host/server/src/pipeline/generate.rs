@@ -237,9 +237,11 @@ fn grammar(
     let limits = &work.call.pinned.config.formats;
     let formats = &work.call.house.formats;
     let compiled = formats.compile(&counted.format, counted.calls.as_deref(), bounds, limits);
-    Ok(compiled.map_err(|error| {
-        let param = counted.names.of(&error);
-        Failure::invalid(error.to_string()).at(param)
+    Ok(compiled.map_err(|error| match error {
+        FormatError::Busy => {
+            Failure::new(ErrorCode::Overloaded, error.to_string()).retry_after(RETRY_AFTER_S)
+        }
+        _ => Failure::invalid(error.to_string()).at(counted.names.of(&error)),
     })?)
 }
 

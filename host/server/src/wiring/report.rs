@@ -31,6 +31,7 @@ impl House {
             "model": self.model_json(),
             "engine": self.engine_json(),
             "caches": self.caches_json(),
+            "formats": self.formats_json(),
             "memory": { "resident_bytes": memory.resident_bytes, "peak_bytes": memory.peak_bytes },
             "wiring": { "revision": wiring.revision, "routes": stats::routes_json(&wiring) },
             "plugins": self.plugins_json(),
@@ -163,6 +164,16 @@ impl House {
             "rejected": engine.rejected,
             "device_fallbacks": engine.device_fallbacks,
             "model_panics": engine.model_panics,
+        })
+    }
+
+    fn formats_json(&self) -> Value {
+        let kept = self.formats.kept();
+        json!({
+            "compiled": self.formats.compiled(),
+            "reused": kept.reused,
+            "kept": kept.entries,
+            "kept_bytes": kept.bytes,
         })
     }
 

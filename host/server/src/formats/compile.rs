@@ -1,0 +1,201 @@
+//! From a wish to a grammar at its beginning: work that a stranger asks for, on a thread of its own, with so much time.
+//!
+//! The library compiles a grammar in one go that nothing interrupts; what ends it is its own limits on work and size. So a request
+//! whose compile takes too long is answered, and the thread is left to come to its end: it holds its place among those that may
+//! compile at once until then, and that is all it can take from others.
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use llguidance::api::{GrammarInit, ParserLimits, TopLevelGrammar};
+use llguidance::toktrie::InferenceCapabilities;
+use llguidance::{Logger, TokenParser};
+use visor_sandbox::{OutputFormat, ToolChoice};
+
+use super::follow::Compiled;
+use super::vocabulary::Vocabulary;
+use super::{Bounds, FormatError, Wish, calls, explained, grammar};
+use crate::calls::Calls;
+use crate::config::FormatsConfig;
+
+/// Where grammars are compiled: so many at once.
+#[derive(Debug, Default)]
+pub(super) struct Places {
+    taken: Mutex<usize>,
+    left: Condvar,
+}
+
+/// One place, given back when dropped.
+struct Place(Arc<Places>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        *self.0.lock() -= 1;
+        self.0.left.notify_one();
+    }
+}
+
+impl Places {
+    fn lock(&self) -> std::sync::MutexGuard<'_, usize> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place among so many, waited for so long.
+    fn enter(self: &Arc<Self>, places_max: usize, patience: Duration) -> Option<Place> {
+        let full = |taken: &mut usize| *taken >= places_max;
+        let waited = self.left.wait_timeout_while(self.lock(), patience, full);
+        let (mut taken, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if full(&mut taken) {
+            return None;
+        }
+        *taken += 1;
+        Some(Place(Arc::clone(self)))
+    }
+
+    /// Runs a job on a thread of its own, once there is a place for it; both may take so long. The job is told when nobody waits for
+    /// it any more.
+    fn run<T: Send + 'static>(
+        self: &Arc<Self>,
+        (places_max, patience): (usize, Duration),
+        job: impl FnOnce(&AtomicBool) -> Result<T, FormatError> + Send + 'static,
+    ) -> Result<T, FormatError> {
+        let place = self.enter(places_max, patience).ok_or(FormatError::Busy)?;
+        let (tell, told) = mpsc::sync_channel(1);
+        let abandoned = Arc::new(AtomicBool::new(false));
+        let thread = std::thread::Builder::new().name("format".to_owned());
+        let spawned = thread.spawn({
+            let abandoned = Arc::clone(&abandoned);
+            move || {
+                let _place = place;
+                // Nobody is there to be told of what came too late.
+                _ = tell.send(job(&abandoned));
+            }
+        });
+        spawned.map_err(|_| FormatError::Busy)?;
+        told.recv_timeout(patience).unwrap_or_else(|ended| {
+            abandoned.store(true, Relaxed);
+            Err(match ended {
+                RecvTimeoutError::Timeout => FormatError::Slow {
+                    compile_ms_max: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX),
+                },
+                RecvTimeoutError::Disconnected => FormatError::Unusable(explained("panic")),
+            })
+        })
+    }
+}
+
+/// Compiles what is wished, within the time of the operator's limits.
+///
+/// # Errors
+/// As [`super::Formats::compile`].
+pub(super) fn compile(
+    places: &Arc<Places>,
+    vocabulary: Arc<Vocabulary>,
+    wish: Arc<Wish>,
+) -> Result<Compiled, FormatError> {
+    let limits = &wish.limits;
+    let patience = Duration::from_millis(limits.compile_ms_max);
+    places.run((limits.compiles_max, patience), move |abandoned| {
+        let Wish {
+            format,
+            calls,
+            bounds,
+            limits,
+        } = &*wish;
+        let Some(calls) = calls else {
+            return build(&vocabulary, grammar(format)?, bounds.clone(), limits);
+        };
+        let built = calls::grammar(calls, format)
+            .and_then(|grammar| build(&vocabulary, grammar, bounds.clone(), limits));
+        built.map_err(|error| blame(&vocabulary, (error, calls), limits, abandoned))
+    })
+}
+
+fn build(
+    vocabulary: &Arc<Vocabulary>,
+    grammar: TopLevelGrammar,
+    bounds: Bounds,
+    limits: &FormatsConfig,
+) -> Result<Compiled, FormatError> {
+    let parser = parser(vocabulary, grammar, limits)?;
+    Compiled::new(parser, Arc::clone(vocabulary), bounds)
+}
+
+/// Which tool it is that makes a grammar of several fail: the first that also fails alone.
+fn blame(
+    vocabulary: &Arc<Vocabulary>,
+    (error, calls): (FormatError, &Calls),
+    limits: &FormatsConfig,
+    abandoned: &AtomicBool,
+) -> FormatError {
+    let alone = |name: &str| Calls {
+        choice: ToolChoice::Named(name.to_owned()),
+        count_max: 1,
+        ..calls.clone()
+    };
+    let mut offered = calls.offered().take_while(|_| !abandoned.load(Relaxed));
+    let failing = offered.find_map(|(index, tool)| {
+        let grammar = calls::grammar(&alone(&tool.name), &OutputFormat::Text);
+        let built = grammar.and_then(|g| build(vocabulary, g, Bounds::default(), limits));
+        Some(built.err()?.of_tool(index))
+    });
+    failing.unwrap_or(error)
+}
+
+fn parser(
+    vocabulary: &Vocabulary,
+    grammar: TopLevelGrammar,
+    config: &FormatsConfig,
+) -> Result<TokenParser, FormatError> {
+    let limits = ParserLimits {
+        initial_lexer_fuel: config.compile_work_max,
+        max_grammar_size: config.symbols_max,
+        step_lexer_fuel: config.step_work_max,
+        step_max_items: config.step_items_max,
+        max_lexer_states: config.states_max,
+        verbose_errors: false,
+        ..ParserLimits::default()
+    };
+    let made = vocabulary.factory.create_parser_from_init_ext(
+        GrammarInit::Serialized(grammar),
+        Logger::new(0, 0),
+        InferenceCapabilities::default(),
+        limits,
+    );
+    made.map_err(|error| FormatError::Unusable(explained(&error.to_string())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_job_that_takes_too_long_is_left_alone_and_keeps_its_place_until_it_ends() {
+        let places = Arc::new(Places::default());
+        let (go, wait) = mpsc::channel::<()>();
+        let soon = Duration::from_millis(20);
+        let slow = places.run((1, soon), move |abandoned| {
+            _ = wait.recv();
+            assert!(abandoned.load(Relaxed), "nobody waits");
+            Ok(())
+        });
+        assert_eq!(slow, Err(FormatError::Slow { compile_ms_max: 20 }));
+        let refused = places.run((1, soon), |_| Ok(()));
+        assert_eq!(refused, Err(FormatError::Busy));
+        assert_eq!(places.run((2, LONG), |_| Ok(2)), Ok(2), "another place");
+        go.send(()).unwrap();
+        assert_eq!(places.run((1, LONG), |_| Ok(1)), Ok(1), "it has ended");
+    }
+
+    #[test]
+    fn a_job_that_panics_gives_its_place_back() {
+        let places = Arc::new(Places::default());
+        let failed = places.run((1, LONG), |_| -> Result<(), _> { panic!("on purpose") });
+        assert!(matches!(failed, Err(FormatError::Unusable(_))));
+        assert_eq!(places.run((1, LONG), |_| Ok(1)), Ok(1));
+    }
+}
