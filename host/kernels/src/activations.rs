@@ -113,6 +113,13 @@ impl QuantizedRows {
         eight
     }
 
+    /// Tiles of the first rows and of the last: all there are of at most two tiles of rows, twice the same of one.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn first_and_last_tiles(&self) -> [&[Tile]; 2] {
+        let last = self.tiles.len() - self.blocks;
+        [&self.tiles[..self.blocks], &self.tiles[last..]]
+    }
+
     /// Rows held.
     pub fn rows(&self) -> usize {
         self.rows

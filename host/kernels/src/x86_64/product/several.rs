@@ -20,10 +20,7 @@ pub(super) fn several_rows<const N: usize>(
 ) {
     let mut panel = Panel::new();
     let first = panels.start;
-    let tiles = [
-        &x.tiles[..x.blocks],
-        &x.tiles[x.tiles.len() - x.blocks..], // the same for up to TILE_ROWS
-    ];
+    let tiles = x.first_and_last_tiles();
     for index in panels {
         panel.find(weights, index);
         panel.read_lines(weights);

@@ -60,10 +60,7 @@ fn several_rows<const N: usize>(
     x: &QuantizedRows,
     out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
 ) {
-    let tiles = [
-        &x.tiles[..x.blocks],
-        &x.tiles[x.tiles.len() - x.blocks..], // the same for up to TILE_ROWS
-    ];
+    let tiles = x.first_and_last_tiles();
     let mut pair = [Panel::new(), Panel::new()];
     for first in panels.clone().step_by(TILE_PANELS) {
         find_pair(&mut pair, weights, first..panels.end);
