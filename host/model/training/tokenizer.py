@@ -29,7 +29,7 @@ def lines(rng, n):
         scene = S.Scene(None, things, None, Q.pick(rng, S.COLOUR_NAMES))
         turns = Q.turns(rng, scene, (0, 0, 336, 336), 4) + [Q.talk(rng), Q.talk_beside(rng)]
         if len(things) == 2 and things[0].kind == "concept":
-            turns += Q.compare(rng, *things)
+            turns.append(Q.compare(rng, *things))
         for t in turns:
             yield t.question
             yield t.answer
