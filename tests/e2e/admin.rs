@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::client::{self, Answer, Request};
-use crate::server::{Server, chat, fixture, text, until};
+use crate::server::{Server, chat, data_url, fixture, pictures, text, until};
 
 const ON: &str = "[admin]\nlisten = \"127.0.0.1:0\"\n";
 
@@ -77,13 +77,20 @@ fn a_server_steps_aside_and_back_and_serves_on() {
 #[test]
 fn caches_are_emptied() {
     let (server, admin) = administered(ON);
-    server.chat(&chat(&[text("remember me")])).ok();
-    let entries = || server.stats()["caches"]["responses"]["entries"].as_u64();
-    until("the answer is kept", || {
-        (entries() == Some(1)).then_some(())
+    let photo = data_url("image/jpeg", &fixture("tests/photos/cat.jpg"));
+    server
+        .chat(&chat(&[pictures(&[photo], "What is this?")]))
+        .ok();
+    let entries = || {
+        let caches = &server.stats()["caches"];
+        ["pixels", "features", "responses", "prefixes"]
+            .map(|cache| caches[cache]["entries"].as_u64().expect("a number"))
+    };
+    until("everything is kept", || {
+        entries().iter().all(|&count| count > 0).then_some(())
     });
     send(admin, "POST", "/caches/reset", &[]).ok();
-    assert_eq!(entries(), Some(0));
+    assert_eq!(entries(), [0; 4]);
 }
 
 #[test]

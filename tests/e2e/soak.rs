@@ -147,9 +147,11 @@ fn memory_stays_where_it_is() {
     );
     let stats = server.stats();
     assert_eq!(stats["engine"]["failed"], 0, "{}", stats["engine"]);
-    let blocks = stats["engine"]["kv_blocks"].as_u64();
-    let entries = stats["caches"]["prefixes"]["entries"].as_u64();
-    assert!(blocks <= entries, "{blocks:?} blocks, {entries:?} cached");
+    let blocks = stats["engine"]["kv_blocks"].as_u64().expect("a number");
+    let entries = stats["caches"]["prefixes"]["entries"]
+        .as_u64()
+        .expect("a number");
+    assert!(blocks <= entries, "{blocks} blocks, {entries} cached");
 }
 
 /// What a tokenizer would keep of texts is more than the texts.

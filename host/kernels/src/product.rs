@@ -90,7 +90,7 @@ struct Columns {
     width: usize,
 }
 
-// SAFETY: `write` is told to be called by one thread for one column, and nothing reads before all are done.
+// SAFETY: `write_panel` and `write_part` are told to be called by one thread for one column, and nothing reads before all are done.
 unsafe impl Sync for Columns {}
 
 impl Columns {

@@ -2,7 +2,7 @@
 # train.sh WORK_DIR: from an empty virtual environment to the checkpoint, in one command. WORK_DIR receives everything: the
 # downloads, the checkpoints, the figures (*.log) and at last export/int4, what the binary carries.
 # Every stage resumes: run it again after an interruption. Two cores and 12 GB of memory; about eighteen hours of training.
-# To go on from the shipped weights instead: restore.py, then the last two stages.
+# To go on from the shipped weights instead: restore.py to averaged.pt, then the stages finer and together.
 #   PYTHON=python3  the virtual environment's interpreter, with requirements.txt installed (made in WORK_DIR/venv if unset)
 #   PROCESSES=2     one per core
 #   SPEED=1         divides every stage's minutes: 20 tries the whole chain out

@@ -57,7 +57,7 @@ Exit codes:
   3  it could not start: address in use, checkpoint unreadable
   130  stopped by Ctrl-C before it was done; a server by the second
 
-The HTTP side: POST /v1/chat/completions, GET /v1/models, /health, /ready, /stats, /metrics.";
+The HTTP side: POST /v1/chat/completions, GET /v1/models, /health, /ready, /stats, /metrics, and what /openapi.json lists.";
 
 /// Answers questions about pictures: a local server for Phi-3.5-vision.
 ///
@@ -179,13 +179,13 @@ struct VerifyArgs {
 
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
-    /// Explain every mistake in a file with its line and key.
+    /// Explain every mistake in a file with its line and key, and what the plugins have to say to it.
     Check {
         /// The file to check
         file: PathBuf,
     },
     /// Print the configuration in force: file, environment and defaults together.
-    Show(Overrides),
+    Show(ServeArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -338,7 +338,9 @@ pub fn run(args: Args) -> ExitCode {
         Some(Command::Ask(args)) => ask::run(&args),
         Some(Command::Verify(args)) => verify::run(&args),
         Some(Command::Config(ConfigCommand::Check { file })) => config::check(&file),
-        Some(Command::Config(ConfigCommand::Show(overrides))) => config::show(&overrides),
+        Some(Command::Config(ConfigCommand::Show(args))) => {
+            config::show(&args.overrides, args.listen.as_deref())
+        }
         Some(Command::Plugin(PluginCommand::List { json, overrides })) => {
             plugin::list(json, &overrides)
         }

@@ -9,7 +9,7 @@ use super::resize::bicubic;
 use super::work::{Cost, view_cost};
 use super::{CROP_SIDE_PX, Filter, ImageError, Layout, Op, RgbBuffer, SourceImage};
 
-/// Most crops of one view, the overview not counted: 350 MiB of samples.
+/// Most crops of one view, the overview not counted: 331 MiB of samples.
 pub(super) const MAX_CROPS: u32 = 256;
 
 /// f32 samples of one crop, (3, 336, 336).

@@ -77,7 +77,7 @@ pub struct Route {
 /// A whole response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
-    /// 100 to 599.
+    /// 200 to 599.
     pub status: u16,
     /// Legal names and values, none that belongs to the host (`content-length` and the like).
     pub headers: Vec<(String, String)>,
@@ -88,7 +88,7 @@ pub struct Response {
 /// Head of a response whose body follows in pieces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Head {
-    /// 100 to 599.
+    /// 200 to 599.
     pub status: u16,
     /// Legal names and values, none that belongs to the host.
     pub headers: Vec<(String, String)>,

@@ -2,14 +2,20 @@
 
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::start::load_config;
-use super::{EXIT_DONE, Failure, Overrides};
+use super::{EXIT_DONE, Failure, Overrides, plugin};
 use crate::config::Config;
 
-/// Explains every mistake; exit code 2 when there is one.
+/// Explains every mistake; exit code 2 when there is one. What the plugins have to say is heard too: those of the folder that
+/// the file names, and what it tells each.
 pub(super) fn check(file: &Path) -> Result<u8, Failure> {
-    let config = Config::load(file).map_err(Failure::usage)?;
+    let config = Arc::new(Config::load(file).map_err(Failure::usage)?);
+    let loaded = plugin::load(&config).map_err(|failure| Failure::usage(failure.error))?;
+    if let Some(problem) = loaded.problems().into_iter().next() {
+        return Err(Failure::usage(anyhow::anyhow!(problem)));
+    }
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}: good", file.display())?;
     for route in &config.routes {
@@ -31,10 +37,11 @@ pub(super) fn check(file: &Path) -> Result<u8, Failure> {
 }
 
 /// Prints what a server started here and now would use; the documented file when nothing differs.
-pub(super) fn show(overrides: &Overrides) -> Result<u8, Failure> {
-    let (config, file) = load_config(overrides, None)?;
+pub(super) fn show(overrides: &Overrides, listen: Option<&str>) -> Result<u8, Failure> {
+    let (config, file) = load_config(overrides, listen)?;
     let mut out = std::io::stdout().lock();
-    if file.is_none() && config == Config::default() {
+    // A shell has made the file already that this is written to: it is there, and empty.
+    if config == Config::default() {
         write!(out, "{}", crate::config::DOCUMENTED)?;
     } else {
         let from = file.map_or("the built-in defaults".to_owned(), |file| {

@@ -79,19 +79,37 @@ pub(super) fn check(file: &Path, json: bool, overrides: &Overrides) -> Result<u8
     Ok(EXIT_DONE)
 }
 
-/// Loads what a server started here would load, and says what came of every file.
-pub(super) fn list(json: bool, overrides: &Overrides) -> Result<u8, Failure> {
-    let (config, _) = load_config(overrides, None)?;
+/// What a server started here would load.
+pub(super) struct Loaded {
+    registry: Arc<Registry>,
+    folder: PluginFolder,
+    /// Why the routes do not like it.
+    problem: Option<String>,
+}
+
+impl Loaded {
+    /// Everything that is wrong with it.
+    pub(super) fn problems(self) -> Vec<String> {
+        let files = self.folder.status().last_errors.into_iter();
+        let files = files.map(|error| format!("{}: {}", error.path.display(), error.message));
+        self.problem.into_iter().chain(files).collect()
+    }
+}
+
+/// Loads what a server with this configuration would load.
+///
+/// # Errors
+/// What keeps the server from starting: a shipped plugin that refuses its settings.
+pub(super) fn load(config: &Arc<Config>) -> Result<Loaded, Failure> {
     let refused = Arc::new(Mutex::new(None));
     let keep = Arc::clone(&refused);
-    let config = Arc::new(config);
-    let routes = Arc::clone(&config);
+    let routes = Arc::clone(config);
     let options = FolderOptions {
         folder: config.plugins.folder.clone(),
         poll: Duration::ZERO,
         shipped: shipped::plugins(),
-        settings: wiring::settings_for(Arc::clone(&config)),
-        // The set is listed even when the routes do not like it; why they do not is listed too.
+        settings: wiring::settings_for(Arc::clone(config)),
+        // The set is told of even when the routes do not like it; why they do not is told too.
         on_change: Box::new(move |set| {
             let problem = wiring::check_routes(&routes, set).err();
             *keep.lock().unwrap_or_else(PoisonError::into_inner) = problem;
@@ -99,15 +117,30 @@ pub(super) fn list(json: bool, overrides: &Overrides) -> Result<u8, Failure> {
         }),
     };
     let registry = Arc::new(Registry::new());
-    let folder = PluginFolder::watch(sandbox(&config)?, Arc::clone(&registry), options)
+    let folder = PluginFolder::watch(sandbox(config)?, Arc::clone(&registry), options)
         .map_err(Failure::start)?;
     // A second look: a file counts as written once two looks agree.
     folder.scan();
-    let rows = rows(&config, &registry.current(), &folder);
     let problem = refused
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .take();
+    Ok(Loaded {
+        registry,
+        folder,
+        problem,
+    })
+}
+
+/// Says what came of every file that a server started here would load.
+pub(super) fn list(json: bool, overrides: &Overrides) -> Result<u8, Failure> {
+    let config = Arc::new(load_config(overrides, None)?.0);
+    let Loaded {
+        registry,
+        folder,
+        problem,
+    } = load(&config)?;
+    let rows = rows(&config, &registry.current(), &folder);
     let mut out = std::io::stdout().lock();
     if json {
         writeln!(

@@ -162,6 +162,7 @@ mod tests {
         new.server.tls_key_file = "key.pem".into();
         new.server.request_head_bytes_max += 1;
         new.server.queue_requests_max += 1;
+        new.server.queue_tokens_max += 1;
         new.server.head_read_timeout_s += 1;
         new.server.write_timeout_s += 1;
         new.server.write_bytes_per_s_min += 1;
@@ -181,7 +182,15 @@ mod tests {
         new.sandbox.component_mib_max += 1;
         new.sandbox.image_work_mpx_max += 1;
         new.sandbox.template.call_ms.render += 1;
-        assert_eq!(Change::between(&old, &new).live, Vec::<String>::new());
+        let change = Change::between(&old, &new);
+        assert_eq!(change.live, Vec::<String>::new());
+        let changed = |key: &str| {
+            let below = format!("{key}.");
+            let mut keys = change.restart.iter();
+            keys.any(|changed| changed == key || changed.starts_with(&below))
+        };
+        let forgotten: Vec<_> = RESTART_KEYS.iter().filter(|key| !changed(key)).collect();
+        assert!(forgotten.is_empty(), "change them here: {forgotten:?}");
         assert_eq!(keep_restart_keys(&old, &new), old);
     }
 }

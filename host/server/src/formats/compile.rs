@@ -177,10 +177,11 @@ mod tests {
     fn a_job_that_takes_too_long_is_left_alone_and_keeps_its_place_until_it_ends() {
         let places = Arc::new(Places::default());
         let (go, wait) = mpsc::channel::<()>();
+        let (tell, told) = mpsc::channel();
         let soon = Duration::from_millis(20);
         let slow = places.run((1, soon), move |abandoned| {
             _ = wait.recv();
-            assert!(abandoned.load(Relaxed), "nobody waits");
+            tell.send(abandoned.load(Relaxed)).unwrap();
             Ok(())
         });
         assert_eq!(slow, Err(FormatError::Slow { compile_ms_max: 20 }));
@@ -188,6 +189,7 @@ mod tests {
         assert_eq!(refused, Err(FormatError::Busy));
         assert_eq!(places.run((2, LONG), |_| Ok(2)), Ok(2), "another place");
         go.send(()).unwrap();
+        assert_eq!(told.recv(), Ok(true), "it knows that nobody waits");
         assert_eq!(places.run((1, LONG), |_| Ok(1)), Ok(1), "it has ended");
     }
 

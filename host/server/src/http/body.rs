@@ -90,7 +90,7 @@ pub async fn read(mut body: Body, pace: &Pace, arriving: &mut Arriving) -> Resul
             continue;
         }
         if !arriving.grow(piece.len() as u64, pace.arriving_bytes_max) {
-            let message = "the bodies of other requests take all the memory there is for them";
+            let message = "the bodies on their way take all the memory there is for them, or for those of one key";
             let failure = Failure::new(ErrorCode::Overloaded, message);
             return Err(failure.retry_after(RETRY_AFTER_S));
         }

@@ -33,14 +33,15 @@ impl Outcome {
     }
 }
 
-/// The stages whose time is kept, in the order a request meets them.
+/// The stages whose time is kept, about in the order a request meets them: crops are made after the template and the caches
+/// were asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {
     /// Reading the body and waiting for a thread.
     Accept,
     /// Calls of the adapter, `start` and `advance` together.
     Adapter,
-    /// Decoding the encoded pictures.
+    /// Fetching and decoding pictures, and waiting for the memory they take.
     Images,
     /// Calls of the image policy.
     ImagePolicy,

@@ -280,6 +280,7 @@ impl House {
         caches.pixels.invalidate_all();
         caches.features.invalidate_all();
         caches.responses.invalidate_all();
+        caches.prefixes.invalidate_all();
         tracing::info!("the caches were emptied");
     }
 

@@ -44,6 +44,8 @@ fn a_bad_configuration_is_explained_and_ends_with_2() {
 #[test]
 fn the_configuration_shown_is_one_that_checks() {
     let folder = tempfile::tempdir().unwrap();
+    // As a shell does for `visor config show > visor.toml`.
+    std::fs::write(folder.path().join("visor.toml"), "").unwrap();
     let shown = run(folder.path(), &["config", "show"]).stdout;
     assert!(
         text(&shown).contains("# Address and port (restart)."),
@@ -55,6 +57,37 @@ fn the_configuration_shown_is_one_that_checks() {
 }
 
 #[test]
+fn what_the_plugins_refuse_is_a_mistake_of_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let check = |file: &str| {
+        std::fs::write(folder.path().join("my.toml"), file).unwrap();
+        let out = run(folder.path(), &["config", "check", "my.toml"]);
+        (out.status.code(), text(&out.stderr))
+    };
+    let documented = std::fs::read_to_string(repository("config/visor.toml")).unwrap();
+    let (_, example) = documented.split_once("# [plugins.hd]\n").unwrap();
+    let (example, _) = example.split_once("\n\n").unwrap();
+    let example: String = example
+        .lines()
+        .map(|line| format!("{}\n", &line[1..]))
+        .collect();
+    let (code, said) = check(&format!("[plugins.hd]\n{example}"));
+    assert_eq!(code, Some(0), "the example of the documented file: {said}");
+    let (code, said) = check("[plugins.hd.config]\nmost_crops = 4\n");
+    assert!(
+        code == Some(2) && said.contains("most_crops"),
+        "{code:?} {said}"
+    );
+    let (code, said) = check(
+        "[[routes]]\nprefix = \"/v1\"\nadapter = \"nothing\"\ntemplate = \"phi3\"\nimage_policy = \"hd\"\ncache_strategy = \"lru\"\n",
+    );
+    assert!(
+        code == Some(2) && said.contains("nothing"),
+        "{code:?} {said}"
+    );
+}
+
+#[test]
 fn flags_win_over_the_environment_and_that_over_the_file() {
     let folder = tempfile::tempdir().unwrap();
     let file =
@@ -63,12 +96,13 @@ fn flags_win_over_the_environment_and_that_over_the_file() {
     let out = visor(folder.path(), &["config", "show", "--device", "cpu"])
         .env("VISOR_DEVICE", "metal")
         .env("VISOR_LOG", "debug")
+        .env("VISOR_LISTEN", "127.0.0.1:2")
         .output()
         .unwrap();
     let shown: toml::Table = text(&out.stdout).parse().unwrap();
     assert_eq!(shown["model"]["device"].as_str(), Some("cpu"));
     assert_eq!(shown["server"]["log_filter"].as_str(), Some("debug"));
-    assert_eq!(shown["server"]["listen"].as_str(), Some("127.0.0.1:1"));
+    assert_eq!(shown["server"]["listen"].as_str(), Some("127.0.0.1:2"));
     assert_eq!(shown["model"]["served_name"].as_str(), Some("mine"));
 }
 
