@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 
@@ -144,23 +144,23 @@ fn run(
     }
 }
 
-/// The content once it stays the same for a while; none when told to stop.
+/// The content once it stays the same for a while, whatever else happens in its folder; none when told to stop.
 fn settle(
     source: &ConfigSource,
     mut text: Option<Vec<u8>>,
     woken: &Receiver<Wake>,
 ) -> Option<Option<Vec<u8>>> {
+    let mut since = Instant::now();
     loop {
-        match woken.recv_timeout(DEBOUNCE) {
-            Ok(Wake::Look) => text = source.text(),
-            Err(RecvTimeoutError::Timeout) => {
-                let now = source.text();
-                if now == text {
-                    return Some(now);
-                }
-                text = now;
-            }
+        match woken.recv_timeout(DEBOUNCE.saturating_sub(since.elapsed())) {
+            Ok(Wake::Look) | Err(RecvTimeoutError::Timeout) => {}
             Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return None,
+        }
+        let now = source.text();
+        if now != text {
+            (text, since) = (now, Instant::now());
+        } else if since.elapsed() >= DEBOUNCE {
+            return Some(now);
         }
     }
 }
@@ -212,6 +212,27 @@ mod tests {
         let config = seen.recv_timeout(PATIENCE).unwrap().unwrap();
         assert_eq!(config.images.count_max, 2);
         assert_eq!(config.server.listen, "127.0.0.1:7");
+    }
+
+    #[test]
+    fn a_change_is_read_while_something_else_in_the_folder_never_rests() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("visor.toml");
+        let (_watcher, seen) = watch(source(file.clone(), false), Duration::ZERO);
+        assert!(seen.recv_timeout(PATIENCE).unwrap().is_ok());
+        let log = folder.path().join("noise.log");
+        let (stop, stopped) = channel::<()>();
+        let noise = std::thread::spawn(move || {
+            while stopped.recv_timeout(Duration::from_millis(20)) == Err(RecvTimeoutError::Timeout)
+            {
+                std::fs::write(&log, "noise").unwrap();
+            }
+        });
+        std::fs::write(&file, "[images]\ncount_max = 3\n").unwrap();
+        let config = seen.recv_timeout(PATIENCE).unwrap().unwrap();
+        assert_eq!(config.images.count_max, 3);
+        drop(stop);
+        noise.join().unwrap();
     }
 
     #[test]
