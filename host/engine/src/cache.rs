@@ -338,6 +338,14 @@ where
         self.prefixes.set_strategy(strategy);
     }
 
+    /// Empties all of them.
+    pub fn invalidate_all(&self) {
+        self.pixels.invalidate_all();
+        self.features.invalidate_all();
+        self.responses.invalidate_all();
+        self.prefixes.invalidate_all();
+    }
+
     /// Figures of this moment: pixels, features, responses, prefixes.
     pub fn stats(&self) -> [CacheStats; 4] {
         [

@@ -13,8 +13,9 @@ use crate::config::Config;
 pub(super) fn check(file: &Path) -> Result<u8, Failure> {
     let config = Arc::new(Config::load(file).map_err(Failure::usage)?);
     let loaded = plugin::load(&config).map_err(|failure| Failure::usage(failure.error))?;
-    if let Some(problem) = loaded.problems().into_iter().next() {
-        return Err(Failure::usage(anyhow::anyhow!(problem)));
+    let problems = loaded.problems();
+    if !problems.is_empty() {
+        return Err(Failure::usage(anyhow::anyhow!(problems.join("\n"))));
     }
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}: good", file.display())?;

@@ -276,11 +276,7 @@ impl House {
 
     /// Empties every cache.
     pub fn forget(&self) {
-        let caches = &self.current.caches;
-        caches.pixels.invalidate_all();
-        caches.features.invalidate_all();
-        caches.responses.invalidate_all();
-        caches.prefixes.invalidate_all();
+        self.current.caches.invalidate_all();
         tracing::info!("the caches were emptied");
     }
 
