@@ -6,6 +6,17 @@ use std::time::Instant;
 
 use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, multiply};
 
+/// Rows and columns of the products of a decoder layer, then of a layer of the vision tower.
+const SHAPES: [(usize, usize); 7] = [
+    (9216, 3072),
+    (3072, 3072),
+    (16384, 3072),
+    (3072, 8192),
+    (1024, 1024),
+    (4096, 1024),
+    (1024, 4096),
+];
+
 fn main() {
     // On a thread of the pool, as the engine is.
     rayon::scope(|_| measure());
@@ -22,7 +33,7 @@ fn measure() {
         rayon::current_num_threads()
     );
     println!("read bandwidth {:.1} GB/s", read_bandwidth());
-    for (rows, columns) in [(9216, 3072), (3072, 3072), (16384, 3072), (3072, 8192)] {
+    for (rows, columns) in SHAPES {
         let copies = (200_000_000 / (rows * columns / 2)).max(1);
         let weight: Vec<u8> = (0..rows * columns / 2 * copies)
             .map(|index| (index * 2_654_435_761) as u8)

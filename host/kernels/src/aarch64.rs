@@ -25,7 +25,7 @@ use std::ops::Range;
 
 use crate::activations::{BLOCK, LARGEST_MIN, QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::int4::{Int4Rows, ScaleType};
-use crate::product::PANEL;
+use crate::product::{Out, PANEL};
 
 pub(crate) use i8mm::I8mm;
 
@@ -62,13 +62,13 @@ impl Neon {
         unsafe { quantize(block) }
     }
 
-    /// Values of a range of panels for all of `x`: `out(panel of the range, row of x, eight values)`.
+    /// Values of a range of panels for all of `x`.
     pub(crate) fn multiply(
         self,
         weights: &Int4Rows<'_>,
         panels: Range<usize>,
         x: &QuantizedRows,
-        out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+        out: Out<'_>,
     ) {
         if x.rows() == 1 {
             // SAFETY: `self` exists, so `detect` saw the features.
@@ -127,57 +127,53 @@ fn narrow(low: int32x4_t, high: int32x4_t) -> int8x8_t {
 
 /// Decoding: every weight is used once, and memory is what limits. Rows are read one after the other; a lane is a block.
 #[target_feature(enable = "neon,dotprod")]
-fn one_row(
-    weights: &Int4Rows<'_>,
-    panels: Range<usize>,
-    x: &QuantizedRows,
-    out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
-) {
-    let mut products = vec![[vdupq_n_f32(0.0); PANEL]; x.blocks.div_ceil(4)]; // (blocks / 4, rows), lanes: blocks
+fn one_row(weights: &Int4Rows<'_>, panels: Range<usize>, x: &QuantizedRows, out: Out<'_>) {
+    // (blocks / 4, parts, rows), lanes: blocks; parts are dot products, scales and biases
+    let mut fours = vec![[[vdupq_n_f32(0.0); PANEL]; 3]; x.blocks.div_ceil(4)];
     for (index, panel) in panels.enumerate() {
         for row in 0..PANEL {
             let parts = row_or_last(weights, panel * PANEL + row);
-            row_products(parts, weights, x, &mut products, row);
+            read_row(parts, weights, x, &mut fours, row);
         }
         let mut values = [vdupq_n_f32(0.0); 2];
-        for (four, products) in products.iter().enumerate() {
-            for (value, products) in values.iter_mut().zip(products.as_chunks::<4>().0) {
-                let by_block = transpose_f32(*products);
-                for product in &by_block[..4.min(x.blocks - 4 * four)] {
-                    *value = vaddq_f32(*value, *product);
+        for (four, parts) in fours.iter().enumerate() {
+            let (eight, first) = (&x.few[four / 2], four % 2 * 4);
+            for (quad, value) in values.iter_mut().enumerate() {
+                let [dots, scales, biases] =
+                    parts.map(|part| transpose_f32(part.as_chunks().0[quad]));
+                for block in 0..4.min(x.blocks - 4 * four) {
+                    let line = [scales[block], biases[block]];
+                    let x = [eight.scales[first + block], eight.sums[first + block]];
+                    *value = accumulate(*value, dots[block], line, x);
                 }
             }
         }
-        out(index, 0, &store_panel(values));
+        out(index, 0, &[store_panel(values)]);
     }
 }
 
-/// What each block of a row of weights adds to its value, four blocks at a time, into column `row` of `products`.
+/// What all blocks of a row of weights give, four at a time, into place `row` of each part.
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
-fn row_products(
+fn read_row(
     [codes, scales, biases]: [&[u8]; 3],
     weights: &Int4Rows<'_>,
     x: &QuantizedRows,
-    products: &mut [[float32x4_t; PANEL]],
+    fours: &mut [[[float32x4_t; PANEL]; 3]],
     row: usize,
 ) {
     let (whole, rest) = codes.as_chunks::<{ 4 * BLOCK / 2 }>();
     let mut padded = [0; 4 * BLOCK / 2];
     padded[..rest.len()].copy_from_slice(rest);
-    for (four, products) in products.iter_mut().enumerate() {
+    for (four, [dots, ..]) in fours.iter_mut().enumerate() {
         let codes = whole.get(four).unwrap_or(&padded);
         let words = &x.few[four / 2].words.as_chunks().0[four % 2];
-        products[row] = vcvtq_f32_s32(four_dots(codes, words));
+        dots[row] = vcvtq_f32_s32(four_dots(codes, words));
     }
     // Apart from the loop above: a call among its loads would send them all through the stack.
-    for (four, products) in products.iter_mut().enumerate() {
-        let (eight, half) = (&x.few[four / 2], four % 2);
-        let scale = four_blocks(scales, 4 * four, weights);
-        let bias = four_blocks(biases, 4 * four, weights);
-        let scale = vmulq_f32(scale, load_f32(&eight.scales.as_chunks().0[half]));
-        let bias = vmulq_f32(bias, load_f32(&eight.sums.as_chunks().0[half]));
-        products[row] = vfmaq_f32(bias, products[row], scale);
+    for (four, [_, scale, bias]) in fours.iter_mut().enumerate() {
+        scale[row] = four_blocks(scales, 4 * four, weights);
+        bias[row] = four_blocks(biases, 4 * four, weights);
     }
 }
 
@@ -317,7 +313,7 @@ unsafe fn many_rows(
     panels: Range<usize>,
     x: &QuantizedRows,
     way: Way,
-    out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+    out: Out<'_>,
 ) {
     let mut quads: [Quad<'_>; QUADS] = std::array::from_fn(|_| Quad::new());
     let mut values = vec![[vdupq_n_f32(0.0); QUADS]; x.rows()];
@@ -340,9 +336,12 @@ unsafe fn many_rows(
             }
         }
         for (row, values) in values.iter().enumerate() {
-            for (panel, pair) in (first..panels.end).zip(values.as_chunks::<2>().0) {
-                out(panel - panels.start, row, &store_panel(*pair));
-            }
+            let [low, high] = values.as_chunks().0 else {
+                unreachable!("a tile's quads are two panels");
+            };
+            let pair = [store_panel(*low), store_panel(*high)];
+            let count = TILE_PANELS.min(panels.end - first);
+            out(first - panels.start, row, &pair[..count]);
         }
     }
 }
@@ -389,10 +388,22 @@ fn add_block(
 ) {
     for quad in 0..QUADS {
         let [scale, bias] = lines[quad];
-        let (scale, bias) = (vmulq_n_f32(scale, x_scale), vmulq_n_f32(bias, x_sum));
-        let added = vfmaq_f32(bias, vcvtq_f32_s32(dots[quad]), scale);
-        values[quad] = vaddq_f32(values[quad], added);
+        let dot = vcvtq_f32_s32(dots[quad]);
+        values[quad] = accumulate(values[quad], dot, [scale, bias], [x_scale, x_sum]);
     }
+}
+
+/// `value` and what a block adds to it, rounded as the specification does.
+#[target_feature(enable = "neon")]
+#[inline]
+fn accumulate(
+    value: float32x4_t,
+    dot: float32x4_t,
+    [scale, bias]: [float32x4_t; 2],
+    [x_scale, x_sum]: [f32; 2],
+) -> float32x4_t {
+    let value = vfmaq_n_f32(value, bias, x_sum);
+    vfmaq_f32(value, dot, vmulq_n_f32(scale, x_scale))
 }
 
 /// Dot products of one block: (rows of x, quads).

@@ -11,7 +11,7 @@ use crate::attention::{self, Head};
 use crate::int4::Int4Rows;
 #[cfg(target_arch = "x86_64")]
 use crate::int4::ScaleType;
-use crate::product::PANEL;
+use crate::product::{Out, PANEL};
 use crate::scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64::{Avx2, Avx512};
@@ -82,8 +82,11 @@ impl Kernel {
         let product = |kernel: Self, rows: usize| {
             let x = QuantizedRows::new(kernel, &x[..rows * COLUMNS], COLUMNS);
             let mut values = Vec::new();
-            kernel.multiply(&weights, 0..ROWS / PANEL, &x, &mut |panel, row, eight| {
-                values.push((panel, row, eight.map(f32::to_bits)));
+            kernel.multiply(&weights, 0..ROWS / PANEL, &x, &mut |first, row, panels| {
+                let panels = panels.iter().enumerate();
+                values.extend(
+                    panels.map(|(panel, eight)| (first + panel, row, eight.map(f32::to_bits))),
+                );
             });
             values.sort_unstable();
             values
@@ -107,14 +110,13 @@ impl Kernel {
         }
     }
 
-    /// Values of a range of panels of eight weight rows: `out(panel of the range, row of x, its eight values)`. Behind the last
-    /// row of the matrix a panel's values mean nothing.
+    /// Values of a range of panels of eight weight rows, each once.
     pub(crate) fn multiply(
         self,
         weights: &Int4Rows<'_>,
         panels: Range<usize>,
         x: &QuantizedRows,
-        out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+        out: Out<'_>,
     ) {
         match self {
             Self::Scalar => {
@@ -125,7 +127,7 @@ impl Kernel {
                         for (value, row) in values.iter_mut().zip(rows) {
                             *value = scalar::value(weights, row, x, m);
                         }
-                        out(index, m, &values);
+                        out(index, m, &[values]);
                     }
                 }
             }

@@ -10,6 +10,10 @@ use crate::kernel::Kernel;
 
 /// Weight rows that a kernel works on together.
 pub(crate) const PANEL: usize = 8;
+/// Takes values of a product: `out(panel of the range, row of x, values in it and the panels behind it)`. Behind the last row of the
+/// matrix a panel's values mean nothing.
+pub(crate) type Out<'a> = &'a mut dyn FnMut(usize, usize, &[[f32; PANEL]]);
+
 /// Panels of one parallel task for one row of activations: some tens of microseconds.
 const TASK_PANELS: usize = 16;
 
@@ -51,25 +55,11 @@ pub fn multiply(
         .for_each(|index| {
             let range = index * task..((index + 1) * task).min(panels);
             let first = range.start;
-            let biased = |panel: usize, values: &[f32; PANEL]| match &bias {
-                Some(bias) => std::array::from_fn(|index| values[index] + bias[panel][index]),
-                None => *values,
-            };
-            let whole = &mut |panel: usize, row: usize, values: &[f32; PANEL]| {
-                let values = biased(first + panel, values);
-                // SAFETY: no other task has this panel, `out` is whole panels wide, and its borrow outlives the loop.
-                unsafe { out.write_panel(row, first + panel, &values) };
-            };
-            let part = &mut |panel: usize, row: usize, values: &[f32; PANEL]| {
-                let values = biased(first + panel, values);
-                // SAFETY: no other task has this panel, and the borrow of `out` outlives the loop over tasks.
-                unsafe { out.write_part(row, first + panel, &values) };
-            };
-            if out.width.is_multiple_of(PANEL) {
-                kernel.multiply(weights, range, x, whole);
-            } else {
-                kernel.multiply(weights, range, x, part);
-            }
+            kernel.multiply(weights, range, x, &mut |panel, row, values| {
+                let bias = bias.as_ref().map(|bias| &bias[first + panel..]);
+                // SAFETY: no other task has these panels, and the borrow of `out` outlives the loop over tasks.
+                unsafe { out.write(row, first + panel, values, bias) };
+            });
         });
 }
 
@@ -90,41 +80,37 @@ struct Columns {
     width: usize,
 }
 
-// SAFETY: `write_panel` and `write_part` are told to be called by one thread for one column, and nothing reads before all are done.
+// SAFETY: `write` is told to be called by one thread for one column, and nothing reads before all are done.
 unsafe impl Sync for Columns {}
 
 impl Columns {
-    /// Where the values of a row and a panel begin.
-    fn start(&self, row: usize, panel: usize) -> *mut f32 {
-        assert!(
-            row < self.rows && panel * PANEL < self.width,
-            "inside the matrix"
-        );
-        // SAFETY: the place lies inside the matrix, as was asserted.
-        unsafe { self.values.add(row * self.width + panel * PANEL) }
-    }
-
-    /// Writes the values of a panel of a matrix that is whole panels wide: a store, where a number of bytes to be looked up
-    /// would make it a call.
-    ///
-    /// # Safety
-    /// The matrix is borrowed for as long, no other thread writes these columns, and they are eight.
-    unsafe fn write_panel(&self, row: usize, panel: usize, values: &[f32; PANEL]) {
-        let start = self.start(row, panel).cast::<[f32; PANEL]>();
-        // SAFETY: so many values from there are in the same row, and the caller alone writes them.
-        unsafe { start.write_unaligned(*values) };
-    }
-
-    /// Writes the values of a panel that the matrix has columns for.
+    /// Writes the values of a row in some panels, one beside the other, each panel with its bias added: the columns of them that
+    /// the matrix has.
     ///
     /// # Safety
     /// The matrix is borrowed for as long, and no other thread writes these columns.
-    unsafe fn write_part(&self, row: usize, panel: usize, values: &[f32; PANEL]) {
-        let (start, count) = (
-            self.start(row, panel),
-            PANEL.min(self.width - panel * PANEL),
-        );
-        // SAFETY: `count` values from there are in the same row, and the caller alone writes them.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), start, count) };
+    unsafe fn write(
+        &self,
+        row: usize,
+        panel: usize,
+        values: &[[f32; PANEL]],
+        bias: Option<&[[f32; PANEL]]>,
+    ) {
+        let column = panel * PANEL;
+        assert!(row < self.rows && column < self.width, "inside the matrix");
+        let count = (values.len() * PANEL).min(self.width - column);
+        // SAFETY: the place lies inside the matrix, as was asserted.
+        let start = unsafe { self.values.add(row * self.width + column) };
+        // SAFETY: so many values from there are in the same row, and the caller alone has them.
+        let out = unsafe { std::slice::from_raw_parts_mut(start, count) };
+        let values = values.as_flattened();
+        match bias {
+            None => out.copy_from_slice(&values[..count]),
+            Some(bias) => {
+                for ((out, value), bias) in out.iter_mut().zip(values).zip(bias.as_flattened()) {
+                    *out = value + bias;
+                }
+            }
+        }
     }
 }

@@ -28,10 +28,11 @@ pub(crate) fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
     (words, scale, scale * sum as f32)
 }
 
-/// One value of the product, for a matrix in groups of a multiple of 64 columns: over the blocks in order, the sum of
+/// One value of the product, for a matrix in groups of a multiple of 64 columns: from zero, over the blocks in order,
 ///
 /// ```text
-/// fma(dot, weight scale * activation scale, weight bias * sum of the activations)     dot: of the codes, an exact integer
+/// value = fma(weight bias, sum of the activations, value)
+/// value = fma(dot, weight scale * activation scale, value)          dot: of the codes, an exact integer
 /// ```
 ///
 /// Every kernel rounds in this order, so that all give the same bits.
@@ -48,7 +49,8 @@ pub(crate) fn value(weights: &Int4Rows<'_>, row: usize, x: &QuantizedRows, m: us
                 dot += i32::from(packed) * i32::from(code as i8);
             }
         }
-        value += (dot as f32).mul_add(scale * tile.scales[m], bias * tile.sums[m]);
+        value = bias.mul_add(tile.sums[m], value);
+        value = (dot as f32).mul_add(scale * tile.scales[m], value);
     }
     value
 }

@@ -33,7 +33,9 @@ pub struct Avx512 {
 
 impl Avx512 {
     pub(crate) fn detect() -> Option<Self> {
-        let has = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
+        let has = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vnni");
         Avx2::detect().filter(|_| has).map(|avx2| Self { avx2 })
     }
 }

@@ -13,7 +13,7 @@ use std::ops::Range;
 use super::{Neon, QUADS, Unpacked, Way, add_block, load_codes, many_rows};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::int4::Int4Rows;
-use crate::product::PANEL;
+use crate::product::Out;
 
 /// Pairs of a tile's rows, the last of a row and of nothing: 3 * 8 sums, 2 weights and 3 of activations are 29 of 32 registers.
 const PAIRS: usize = TILE_ROWS.div_ceil(2);
@@ -42,7 +42,7 @@ impl I8mm {
         weights: &Int4Rows<'_>,
         panels: Range<usize>,
         x: &QuantizedRows,
-        out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+        out: Out<'_>,
     ) {
         if x.rows() == 1 {
             return self.neon.multiply(weights, panels, x, out);

@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::{Panel, accumulate, prefetch_after};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile};
 use crate::int4::Int4Rows;
-use crate::product::PANEL;
+use crate::product::{Out, PANEL};
 use crate::x86_64::store;
 
 /// Values of all panels' rows for the N rows of `x`, at most two tiles.
@@ -16,7 +16,7 @@ pub(super) fn several_rows<const N: usize>(
     weights: &Int4Rows<'_>,
     panels: Range<usize>,
     x: &QuantizedRows,
-    out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+    out: Out<'_>,
 ) {
     let mut panel = Panel::new();
     let first = panels.start;
@@ -33,11 +33,11 @@ pub(super) fn several_rows<const N: usize>(
             for row in 0..N {
                 let tile = tiles[row / TILE_ROWS];
                 let x = [tile.scales[row % TILE_ROWS], tile.sums[row % TILE_ROWS]];
-                values[row] = accumulate(values[row], dots[row], *lines, x);
+                values[row] = accumulate(values[row], _mm256_cvtepi32_ps(dots[row]), *lines, x);
             }
         }
         for (row, value) in values.iter().enumerate() {
-            out(index - first, row, &store(*value));
+            out(index - first, row, &[store(*value)]);
         }
     }
 }

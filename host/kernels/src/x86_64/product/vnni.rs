@@ -1,29 +1,28 @@
 //! The products with AVX-512 VNNI: a register holds sixteen rows of weights, what AVX2 calls a pair of panels, and one `vpdpbusd`
 //! multiplies four columns of each with four activations, sums and all, in 32 bits.
 
+mod many;
+
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Panel, TILE_PANELS, Unpacked, find_pair, prefetch_after, rows_by_tiles};
-use crate::activations::{QuantizedRows, TILE_ROWS, Tile};
-use crate::int4::Int4Rows;
-use crate::product::PANEL;
+use super::{Panel, TILE_PANELS, prefetch_after};
+use crate::activations::{BLOCK, QuantizedRows, TILE_ROWS, Tile};
+use crate::int4::{Int4Rows, ScaleType};
+use crate::product::{Out, PANEL};
 use crate::x86_64::{Avx512, load_bytes, store};
 
-/// Sums of a row that are under way at once: with five rows ten, as many as two units of five cycles take.
-const CHAINS: usize = 2;
-
 impl Avx512 {
-    /// As that of AVX2, which keeps one row, where memory limits and a register of 512 bits gains nothing.
+    /// Values of a range of panels for all of `x`.
     pub(crate) fn multiply(
         self,
         weights: &Int4Rows<'_>,
         panels: Range<usize>,
         x: &QuantizedRows,
-        out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+        out: Out<'_>,
     ) {
         let kernel = match x.rows() {
-            0 | 1 => return self.avx2.multiply(weights, panels, x, out),
+            1 => several_rows::<1>,
             2 => several_rows::<2>,
             3 => several_rows::<3>,
             4 => several_rows::<4>,
@@ -33,67 +32,137 @@ impl Avx512 {
             8 => several_rows::<8>,
             9 => several_rows::<9>,
             10 => several_rows::<10>,
-            _ => many_rows,
+            _ => many::many_rows,
         };
         // SAFETY: `self` exists, so `detect` saw the features.
         unsafe { kernel(weights, panels, x, out) };
     }
 }
 
-#[target_feature(enable = "avx512f,avx512vnni,avx2,fma,f16c")]
-fn many_rows(
-    weights: &Int4Rows<'_>,
-    panels: Range<usize>,
-    x: &QuantizedRows,
-    out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
-) {
-    // SAFETY: the tile takes what this function takes.
-    unsafe { rows_by_tiles(weights, panels, x, add_tile, out) };
+/// Sixteen rows of weights: two panels, and scales and biases of all their blocks.
+struct Pair<'a> {
+    panels: [Panel<'a>; TILE_PANELS],
+    lines: Vec<[__m512; 2]>, // (blocks): scale and bias of each row
+}
+
+impl<'a> Pair<'a> {
+    fn new() -> Self {
+        Self {
+            panels: [Panel::new(), Panel::new()],
+            lines: Vec::new(),
+        }
+    }
+
+    /// Takes up the first panels of a range, the last one again where there are fewer, and reads scales and biases.
+    #[target_feature(enable = "avx512f,avx512bw,avx2,f16c")]
+    fn find(&mut self, weights: &Int4Rows<'a>, panels: Range<usize>) {
+        for (offset, panel) in self.panels.iter_mut().enumerate() {
+            panel.find(weights, (panels.start + offset).min(panels.end - 1));
+        }
+        let blocks = weights.columns() / BLOCK;
+        self.lines.resize(blocks, [_mm512_setzero_ps(); 2]);
+        let halves = weights.scale_type() != ScaleType::F32;
+        if halves && weights.group() == BLOCK && blocks.is_multiple_of(2 * PANEL) {
+            return self.read_halves(weights.scale_type());
+        }
+        for panel in &mut self.panels {
+            panel.read_lines(weights);
+        }
+        let panels = self.panels[0].lines.iter().zip(&self.panels[1].lines);
+        for (line, (low, high)) in self.lines.iter_mut().zip(panels) {
+            *line = [join(low[0], high[0]), join(low[1], high[1])];
+        }
+    }
+
+    /// Scales and biases of sixteen bits, a group a block, sixteen blocks at a time: a register holds two blocks' of each row.
+    #[target_feature(enable = "avx512f,avx512bw,avx2")]
+    fn read_halves(&mut self, scale_type: ScaleType) {
+        for (sixteen, lines) in self.lines.chunks_exact_mut(2 * PANEL).enumerate() {
+            for part in 0..2 {
+                let rows = |row: usize| {
+                    let stored = self.panels[row / PANEL].rows[row % PANEL][1 + part];
+                    &stored.as_chunks::<32>().0[sixteen]
+                };
+                let twos = by_word(rows);
+                for (lines, two) in lines.as_chunks_mut::<2>().0.iter_mut().zip(twos) {
+                    [lines[0][part], lines[1][part]] = widen_two(two, scale_type);
+                }
+            }
+        }
+    }
+
+    /// One block of all rows: of the eight words of a row, one in each register, a lane for each row.
+    #[target_feature(enable = "avx512f,avx2")]
+    #[inline]
+    fn words(&self, block: usize) -> [__m512i; PANEL] {
+        by_word(|row| self.panels[row / PANEL].codes(row % PANEL, block))
+    }
+}
+
+/// Of each lane its lower and its upper half as f32.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn widen_two(two: __m512i, scale_type: ScaleType) -> [__m512; 2] {
+    if scale_type == ScaleType::Bf16 {
+        let high = _mm512_and_si512(two, _mm512_set1_epi32(0xFFFF_0000_u32 as i32));
+        return [_mm512_slli_epi32::<16>(two), high].map(|bits| _mm512_castsi512_ps(bits));
+    }
+    // The lower halves of all lanes, then the upper ones.
+    let lanes: [i16; 32] = std::array::from_fn(|index| (2 * (index % 16) + index / 16) as i16);
+    // SAFETY: 64 bytes, and the load needs no alignment.
+    let lanes = unsafe { _mm512_loadu_si512(lanes.as_ptr().cast()) };
+    let halves = _mm512_permutexvar_epi16(lanes, two);
+    [
+        _mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
+        _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(halves)),
+    ]
 }
 
 /// Values of all panels' rows for the N rows of `x`, at most two tiles: weights go from their file into the product without being
 /// stored unpacked.
-#[target_feature(enable = "avx512f,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,f16c")]
 fn several_rows<const N: usize>(
     weights: &Int4Rows<'_>,
     panels: Range<usize>,
     x: &QuantizedRows,
-    out: &mut dyn FnMut(usize, usize, &[f32; PANEL]),
+    out: Out<'_>,
 ) {
     let tiles = x.first_and_last_tiles();
-    let mut pair = [Panel::new(), Panel::new()];
+    let mut pair = Pair::new();
     for first in panels.clone().step_by(TILE_PANELS) {
-        find_pair(&mut pair, weights, first..panels.end);
+        pair.find(weights, first..panels.end);
         let mut values = [_mm512_setzero_ps(); N];
-        for block in 0..x.blocks {
-            let words = pair_words(&pair, block);
-            prefetch_after(&pair[0], block, TILE_PANELS);
+        for (block, lines) in pair.lines.iter().enumerate() {
+            let words = pair.words(block);
+            prefetch_after(&pair.panels[0], block, TILE_PANELS);
             let tiles = [&tiles[0][block], &tiles[1][block]];
             let dots = dots::<N>(&words, tiles);
-            let [low, high] = [pair[0].lines[block], pair[1].lines[block]];
-            let lines = [join(low[0], high[0]), join(low[1], high[1])];
             for row in 0..N {
                 let tile = tiles[row / TILE_ROWS];
                 let x = [tile.scales[row % TILE_ROWS], tile.sums[row % TILE_ROWS]];
-                values[row] = accumulate(values[row], dots[row], lines, x);
+                values[row] = accumulate(values[row], dots[row], *lines, x);
             }
         }
         for (row, value) in values.into_iter().enumerate() {
-            for (panel, value) in (first..panels.end).zip(halves(value)) {
-                out(panel - panels.start, row, &store(value));
-            }
+            let [low, high] = halves(value);
+            let count = TILE_PANELS.min(panels.end - first);
+            out(
+                first - panels.start,
+                row,
+                &[store(low), store(high)][..count],
+            );
         }
     }
 }
 
-/// One block of both panels: of the eight words of a row, one in each register, a lane for each of the sixteen rows.
+/// Eight words of each of sixteen rows: one of each row in each register, a lane for each row.
 #[target_feature(enable = "avx512f,avx2")]
 #[inline]
-fn pair_words(pair: &[Panel<'_>; TILE_PANELS], block: usize) -> [__m512i; PANEL] {
-    let mut fours = [[_mm512_setzero_si512(); 4]; TILE_PANELS];
-    for (panel, fours) in pair.iter().zip(&mut fours) {
+fn by_word<'a>(rows: impl Fn(usize) -> &'a [u8; 32]) -> [__m512i; PANEL] {
+    let mut fours = [[_mm512_setzero_si512(); 4]; 2];
+    for (half, fours) in fours.iter_mut().enumerate() {
         for (row, two) in fours.iter_mut().enumerate() {
-            let (low, high) = (panel.codes(row, block), panel.codes(row + 4, block));
+            let (low, high) = (rows(8 * half + row), rows(8 * half + row + 4));
             *two =
                 _mm512_inserti64x4::<1>(_mm512_castsi256_si512(load_bytes(low)), load_bytes(high));
         }
@@ -106,6 +175,17 @@ fn pair_words(pair: &[Panel<'_>; TILE_PANELS], block: usize) -> [__m512i; PANEL]
         words[4 + word] = _mm512_shuffle_i64x2::<0b11_01_11_01>(fours[0][word], fours[1][word]);
     }
     words
+}
+
+/// The low nibbles of all bytes, and the high ones.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn unpacked(word: __m512i) -> [__m512i; 2] {
+    let nibble = _mm512_set1_epi8(0xF);
+    [
+        _mm512_and_si512(word, nibble),
+        _mm512_and_si512(_mm512_srli_epi32::<4>(word), nibble),
+    ]
 }
 
 /// In each quarter: lane c of row r becomes lane r of row c.
@@ -127,11 +207,9 @@ fn transpose_quarters(rows: [__m512i; 4]) -> [__m512i; 4] {
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[inline]
 fn dots<const N: usize>(words: &[__m512i; PANEL], tiles: [&Tile; 2]) -> [__m512i; N] {
-    let nibble = _mm512_set1_epi8(0xF);
     let mut sums = [[_mm512_setzero_si512(); 2]; N]; // of even columns, of odd ones
     for (step, word) in words.iter().enumerate() {
-        let even = _mm512_and_si512(*word, nibble);
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<4>(*word), nibble);
+        let [even, odd] = unpacked(*word);
         for row in 0..N {
             let x = &tiles[row / TILE_ROWS].words;
             let activation = |step: usize| _mm512_set1_epi32(x[step][row % TILE_ROWS]);
@@ -146,61 +224,9 @@ fn dots<const N: usize>(words: &[__m512i; PANEL], tiles: [&Tile; 2]) -> [__m512i
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn accumulate(value: __m512, dot: __m512i, [scale, bias]: [__m512; 2], x: [f32; 2]) -> __m512 {
+    let value = _mm512_fmadd_ps(bias, _mm512_set1_ps(x[1]), value);
     let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x[0]));
-    let bias = _mm512_mul_ps(bias, _mm512_set1_ps(x[1]));
-    _mm512_add_ps(value, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, bias))
-}
-
-/// Adds a stretch of blocks to the values of a tile's rows.
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn add_tile(weights: &Unpacked, tiles: &[Tile], values: &mut [[__m256; TILE_PANELS]]) {
-    match values.len() {
-        1 => rows_times_pair::<1>(weights, tiles, values),
-        2 => rows_times_pair::<2>(weights, tiles, values),
-        3 => rows_times_pair::<3>(weights, tiles, values),
-        4 => rows_times_pair::<4>(weights, tiles, values),
-        _ => rows_times_pair::<TILE_ROWS>(weights, tiles, values),
-    }
-}
-
-/// Adds a stretch of blocks to the values of the first N rows of a tile.
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn rows_times_pair<const N: usize>(
-    weights: &Unpacked,
-    tiles: &[Tile],
-    values: &mut [[__m256; TILE_PANELS]],
-) {
-    let values = values
-        .first_chunk_mut::<N>()
-        .expect("the caller counted them");
-    let mut sums = [_mm512_setzero_ps(); N];
-    for (sum, value) in sums.iter_mut().zip(values.iter()) {
-        *sum = join(value[0], value[1]);
-    }
-    for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
-        let mut dots = [[_mm512_setzero_si512(); CHAINS]; N];
-        let steps = codes.0.as_chunks::<CHAINS>().0.iter();
-        for (codes, words) in steps.zip(tile.words.as_chunks::<CHAINS>().0) {
-            for chain in 0..CHAINS {
-                let codes = join_codes(&codes[chain]);
-                for row in 0..N {
-                    let activation = _mm512_set1_epi32(words[chain][row]);
-                    dots[row][chain] = _mm512_dpbusd_epi32(dots[row][chain], codes, activation);
-                }
-            }
-        }
-        let lines = [
-            join(lines[0][0], lines[1][0]),
-            join(lines[0][1], lines[1][1]),
-        ];
-        for row in 0..N {
-            let dot = _mm512_add_epi32(dots[row][0], dots[row][1]);
-            sums[row] = accumulate(sums[row], dot, lines, [tile.scales[row], tile.sums[row]]);
-        }
-    }
-    for (value, sum) in values.iter_mut().zip(sums) {
-        *value = halves(sum);
-    }
+    _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, value)
 }
 
 #[target_feature(enable = "avx512f")]
@@ -220,12 +246,4 @@ fn halves(value: __m512) -> [__m256; TILE_PANELS] {
         _mm512_extractf64x4_pd::<1>(value),
     );
     [_mm256_castpd_ps(low), _mm256_castpd_ps(high)]
-}
-
-/// Two panels that lie side by side.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn join_codes(codes: &[__m256i; TILE_PANELS]) -> __m512i {
-    // SAFETY: 64 bytes, and the load needs no alignment.
-    unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) }
 }

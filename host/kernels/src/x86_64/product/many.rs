@@ -1,0 +1,212 @@
+//! A product with many rows of activations, what a prompt or a picture is: weights are unpacked once for a chunk of rows.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::{Panel, TILE_PANELS, accumulate, prefetch_after};
+use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
+use crate::int4::Int4Rows;
+use crate::product::{Out, PANEL};
+use crate::x86_64::store;
+
+/// Rows of activations whose values are gathered at a time, whole tiles: with a stretch of blocks 141 KB, their values 15 KB for
+/// a pair of panels, in the second-level cache.
+const ROWS_AT_ONCE: usize = 48 * TILE_ROWS;
+/// Pairs of panels that a chunk of rows meets before the next stretch of blocks.
+const PAIRS_AT_ONCE: usize = 8;
+/// Up to this many rows, pairs of panels are taken one by one.
+const ONE_PAIR_ROWS: usize = 64;
+/// Blocks of weights unpacked at a time: two panels of 16 are 16 KiB, half of the first-level cache.
+const BLOCKS_AT_ONCE: usize = 16;
+/// Many rows: weights are unpacked once for a chunk of them. A stretch of blocks of the chunk's activations is read from the
+/// second-level cache for every pair of panels in turn; with few rows it is in the first-level cache anyway, and pairs are
+/// taken one by one, so that weights are read in their order.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn many_rows(
+    weights: &Int4Rows<'_>,
+    panels: Range<usize>,
+    x: &QuantizedRows,
+    out: Out<'_>,
+) {
+    let pairs_at_once = if x.rows() > ONE_PAIR_ROWS {
+        PAIRS_AT_ONCE
+    } else {
+        1
+    };
+    let mut chunk = Chunk::new(pairs_at_once);
+    for first in panels.clone().step_by(TILE_PANELS * pairs_at_once) {
+        let end = panels.end.min(first + TILE_PANELS * pairs_at_once);
+        let pairs = chunk.find_pairs(weights, first..end);
+        for row in (0..x.rows()).step_by(ROWS_AT_ONCE) {
+            let rows = row..(row + ROWS_AT_ONCE).min(x.rows());
+            chunk.multiply(pairs, x, rows.clone());
+            // All panels of a row at once: in the product they lie side by side, and its rows are pages apart.
+            let count = rows.len();
+            for (index, row) in rows.enumerate() {
+                let mut values = [[0.0; PANEL]; TILE_PANELS * PAIRS_AT_ONCE];
+                let pairs = values.as_chunks_mut::<TILE_PANELS>().0.iter_mut();
+                for (pair, sums) in pairs.zip(chunk.values[index..].iter().step_by(count)) {
+                    *pair = [store(sums[0]), store(sums[1])];
+                }
+                out(first - panels.start, row, &values[..end - first]);
+            }
+        }
+    }
+}
+
+/// A block of a pair of panels, unpacked: (steps, panels). A step is a cache line.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Codes([[__m256i; TILE_PANELS]; WORDS]);
+
+/// A stretch of blocks of a few panels, unpacked.
+struct Unpacked {
+    codes: Vec<Codes>,                      // (blocks)
+    lines: Vec<[[__m256; 2]; TILE_PANELS]>, // (blocks)
+}
+
+impl Unpacked {
+    #[target_feature(enable = "avx2")]
+    fn new() -> Self {
+        Self {
+            codes: vec![Codes([[_mm256_setzero_si256(); TILE_PANELS]; WORDS]); BLOCKS_AT_ONCE],
+            lines: vec![[[_mm256_setzero_ps(); 2]; TILE_PANELS]; BLOCKS_AT_ONCE],
+        }
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn fill(&mut self, panels: &[Panel<'_>; TILE_PANELS], blocks: Range<usize>) {
+        for (index, block) in blocks.enumerate() {
+            for (offset, panel) in panels.iter().enumerate() {
+                panel.unpack(block, &mut self.codes[index].0, offset);
+                self.lines[index][offset] = panel.lines[block];
+            }
+            prefetch_after(&panels[0], block, TILE_PANELS);
+        }
+    }
+}
+
+/// Takes up the first panels of a range; the last one again where there are fewer.
+#[target_feature(enable = "avx2,f16c")]
+fn find_pair<'a>(
+    pair: &mut [Panel<'a>; TILE_PANELS],
+    weights: &Int4Rows<'a>,
+    panels: Range<usize>,
+) {
+    for (offset, panel) in pair.iter_mut().enumerate() {
+        panel.find(weights, (panels.start + offset).min(panels.end - 1));
+        panel.read_lines(weights);
+    }
+}
+
+/// A few pairs of panels, what is unpacked of one of them, and values of a chunk of rows: memory that a task uses again.
+struct Chunk<'a> {
+    pairs: Vec<[Panel<'a>; TILE_PANELS]>,
+    unpacked: Unpacked,
+    values: Vec<[__m256; TILE_PANELS]>, // (pairs, rows)
+}
+
+impl<'a> Chunk<'a> {
+    #[target_feature(enable = "avx2")]
+    fn new(pairs: usize) -> Self {
+        let pair = || std::array::from_fn(|_| Panel::new());
+        Self {
+            pairs: std::iter::repeat_with(pair).take(pairs).collect(),
+            unpacked: Unpacked::new(),
+            values: Vec::new(),
+        }
+    }
+
+    /// Takes up the pairs of a range of panels and says how many there are; the last panel twice where the last pair has no
+    /// second.
+    #[target_feature(enable = "avx2,f16c")]
+    fn find_pairs(&mut self, weights: &Int4Rows<'a>, panels: Range<usize>) -> usize {
+        let firsts = panels.clone().step_by(TILE_PANELS);
+        let pairs = firsts.len();
+        for (pair, first) in self.pairs.iter_mut().zip(firsts) {
+            find_pair(pair, weights, first..panels.end);
+        }
+        pairs
+    }
+
+    /// Values of a chunk of rows for the first pairs.
+    #[target_feature(enable = "avx2,fma")]
+    fn multiply(&mut self, pairs: usize, x: &QuantizedRows, rows: Range<usize>) {
+        self.values.clear();
+        let zeros = [_mm256_setzero_ps(); TILE_PANELS];
+        self.values.resize(pairs * rows.len(), zeros);
+        let tiles = &x.tiles[rows.start / TILE_ROWS * x.blocks..];
+        for start in (0..x.blocks).step_by(BLOCKS_AT_ONCE) {
+            let blocks = start..(start + BLOCKS_AT_ONCE).min(x.blocks);
+            for (pair, values) in self.pairs.iter().zip(self.values.chunks_mut(rows.len())) {
+                self.unpacked.fill(pair, blocks.clone());
+                for (values, tiles) in values.chunks_mut(TILE_ROWS).zip(tiles.chunks(x.blocks)) {
+                    // A function of its own: inlined into the loops around it, it was slower by a twentieth.
+                    add_tile(&self.unpacked, &tiles[blocks.clone()], values);
+                }
+            }
+        }
+    }
+}
+
+/// Adds a stretch of blocks to the values of a tile's rows.
+#[target_feature(enable = "avx2,fma")]
+#[inline(never)]
+fn add_tile(weights: &Unpacked, tiles: &[Tile], values: &mut [[__m256; TILE_PANELS]]) {
+    match values.len() {
+        1 => rows_times_panels::<1>(weights, tiles, values),
+        2 => rows_times_panels::<2>(weights, tiles, values),
+        3 => rows_times_panels::<3>(weights, tiles, values),
+        4 => rows_times_panels::<4>(weights, tiles, values),
+        _ => rows_times_panels::<TILE_ROWS>(weights, tiles, values),
+    }
+}
+
+/// Adds a stretch of blocks to the values of the first N rows of a tile.
+#[target_feature(enable = "avx2,fma")]
+fn rows_times_panels<const N: usize>(
+    weights: &Unpacked,
+    tiles: &[Tile],
+    values: &mut [[__m256; TILE_PANELS]],
+) {
+    let values = values
+        .first_chunk_mut::<N>()
+        .expect("the caller counted them");
+    let ones = _mm256_set1_epi16(1);
+    // Eight, but unknown to the compiler: it would unroll the loop over steps and then hold every weight at once.
+    let steps = std::hint::black_box(WORDS / 2);
+    for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
+        let (low, high) = codes.0.split_at(steps);
+        let (low_words, high_words) = tile.words.split_at(steps);
+        let low = pair_sums::<N>(low, low_words);
+        let high = pair_sums::<N>(high, high_words);
+        for row in 0..N {
+            for offset in 0..TILE_PANELS {
+                let low = _mm256_madd_epi16(low[row][offset], ones);
+                let dot = _mm256_add_epi32(low, _mm256_madd_epi16(high[row][offset], ones));
+                let (dot, x) = (_mm256_cvtepi32_ps(dot), [tile.scales[row], tile.sums[row]]);
+                values[row][offset] = accumulate(values[row][offset], dot, lines[offset], x);
+            }
+        }
+    }
+}
+
+/// Products of at most eight steps, neighbours added, as 16-bit numbers: (rows of x, panels).
+#[target_feature(enable = "avx2")]
+#[inline]
+fn pair_sums<const N: usize>(
+    codes: &[[__m256i; TILE_PANELS]],
+    words: &[[i32; TILE_ROWS]],
+) -> [[__m256i; TILE_PANELS]; N] {
+    let mut pairs = [[_mm256_setzero_si256(); TILE_PANELS]; N];
+    for (codes, words) in codes.iter().zip(words) {
+        for row in 0..N {
+            let activation = _mm256_set1_epi32(words[row]);
+            for offset in 0..TILE_PANELS {
+                let products = _mm256_maddubs_epi16(codes[offset], activation);
+                pairs[row][offset] = _mm256_add_epi16(pairs[row][offset], products);
+            }
+        }
+    }
+    pairs
+}

@@ -1,0 +1,136 @@
+//! A product with many rows of activations: weights are unpacked once for a chunk of rows, 64 rows of weights at a time, so that
+//! an activation, once in a register, meets four of them.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::{Pair, accumulate, halves, unpacked};
+use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
+use crate::int4::Int4Rows;
+use crate::product::{Out, PANEL};
+use crate::x86_64::product::{TILE_PANELS, prefetch_after};
+use crate::x86_64::store;
+
+/// Pairs of panels that are multiplied with a tile of activations: 5 * 4 sums, 4 weights and an activation are 25 of 32 registers.
+/// Of 1 (two sums each), 2, 3 and 4 pairs, 4 took the fewest loads for a product and were faster than 1 by a fifth.
+const PAIRS: usize = 4;
+/// Panels of them.
+const PANELS: usize = PAIRS * TILE_PANELS;
+/// Rows of activations whose values are gathered at a time, whole tiles: those of a stretch of blocks are 138 KB, their values
+/// 61 KB, in the second-level cache.
+const ROWS_AT_ONCE: usize = 48 * TILE_ROWS;
+/// Blocks of weights unpacked at a time: four pairs of 8 are 32 KiB, two thirds of the first-level cache.
+const BLOCKS_AT_ONCE: usize = 8;
+
+/// A row's values in the rows of the pairs.
+type Values = [__m512; PAIRS];
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,f16c")]
+pub(super) fn many_rows(
+    weights: &Int4Rows<'_>,
+    panels: Range<usize>,
+    x: &QuantizedRows,
+    out: Out<'_>,
+) {
+    let mut pairs: [Pair<'_>; PAIRS] = std::array::from_fn(|_| Pair::new());
+    let mut unpacked = Unpacked::new();
+    let mut values: Vec<Values> = Vec::new();
+    for first in panels.clone().step_by(PANELS) {
+        let here = first..panels.end.min(first + PANELS);
+        for (offset, pair) in pairs.iter_mut().enumerate() {
+            // The last panel again where there are fewer; nobody asks for its values.
+            let panel = (first + TILE_PANELS * offset).min(here.end - 1);
+            pair.find(weights, panel..here.end);
+        }
+        for row in (0..x.rows()).step_by(ROWS_AT_ONCE) {
+            let rows = row..(row + ROWS_AT_ONCE).min(x.rows());
+            values.clear();
+            values.resize(rows.len(), [_mm512_setzero_ps(); PAIRS]);
+            for start in (0..x.blocks).step_by(BLOCKS_AT_ONCE) {
+                let blocks = start..(start + BLOCKS_AT_ONCE).min(x.blocks);
+                unpacked.fill(&pairs, blocks.clone());
+                let tiles = x.tiles[row / TILE_ROWS * x.blocks..].chunks(x.blocks);
+                for (values, tiles) in values.chunks_mut(TILE_ROWS).zip(tiles) {
+                    add_tile(&unpacked, &tiles[blocks.clone()], values);
+                }
+            }
+            for (row, values) in rows.zip(&values) {
+                let mut eights = [[0.0; PANEL]; PANELS];
+                for (pair, value) in eights.as_chunks_mut().0.iter_mut().zip(values) {
+                    let [low, high] = halves(*value);
+                    *pair = [store(low), store(high)];
+                }
+                out(first - panels.start, row, &eights[..here.len()]);
+            }
+        }
+    }
+}
+
+/// A stretch of blocks of the pairs, unpacked.
+struct Unpacked {
+    codes: Vec<[[__m512i; PAIRS]; WORDS]>, // (blocks)
+    lines: Vec<[[__m512; 2]; PAIRS]>,      // (blocks)
+}
+
+impl Unpacked {
+    #[target_feature(enable = "avx512f")]
+    fn new() -> Self {
+        Self {
+            codes: vec![[[_mm512_setzero_si512(); PAIRS]; WORDS]; BLOCKS_AT_ONCE],
+            lines: vec![[[_mm512_setzero_ps(); 2]; PAIRS]; BLOCKS_AT_ONCE],
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx2")]
+    fn fill(&mut self, pairs: &[Pair<'_>; PAIRS], blocks: Range<usize>) {
+        for (block, (steps, lines)) in blocks.zip(self.codes.iter_mut().zip(&mut self.lines)) {
+            for (offset, pair) in pairs.iter().enumerate() {
+                for (step, word) in pair.words(block).into_iter().enumerate() {
+                    let [even, odd] = unpacked(word);
+                    steps[step][offset] = even;
+                    steps[WORDS / 2 + step][offset] = odd;
+                }
+                lines[offset] = pair.lines[block];
+            }
+            prefetch_after(&pairs[0].panels[0], block, PANELS);
+        }
+    }
+}
+
+/// Adds a stretch of blocks to the values of a tile's rows.
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn add_tile(weights: &Unpacked, tiles: &[Tile], values: &mut [Values]) {
+    match values.len() {
+        1 => rows_times_pairs::<1>(weights, tiles, values),
+        2 => rows_times_pairs::<2>(weights, tiles, values),
+        3 => rows_times_pairs::<3>(weights, tiles, values),
+        4 => rows_times_pairs::<4>(weights, tiles, values),
+        _ => rows_times_pairs::<TILE_ROWS>(weights, tiles, values),
+    }
+}
+
+/// Adds a stretch of blocks to the values of the first N rows of a tile.
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn rows_times_pairs<const N: usize>(weights: &Unpacked, tiles: &[Tile], values: &mut [Values]) {
+    let values = values
+        .first_chunk_mut::<N>()
+        .expect("the caller counted them");
+    for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
+        let mut dots = [[_mm512_setzero_si512(); PAIRS]; N];
+        for (codes, words) in codes.iter().zip(&tile.words) {
+            for row in 0..N {
+                let activation = _mm512_set1_epi32(words[row]);
+                for (dot, codes) in dots[row].iter_mut().zip(codes) {
+                    *dot = _mm512_dpbusd_epi32(*dot, *codes, activation);
+                }
+            }
+        }
+        for row in 0..N {
+            let x = [tile.scales[row], tile.sums[row]];
+            for pair in 0..PAIRS {
+                let value = &mut values[row][pair];
+                *value = accumulate(*value, dots[row][pair], lines[pair], x);
+            }
+        }
+    }
+}
