@@ -139,7 +139,7 @@ pub struct ServerConfig {
     pub queue_tokens_max: u64,
     /// Answers one request may ask for (`n` of the OpenAI dialect, prompts of a batch).
     pub generations_per_request_max: u32,
-    /// Seconds that requests in flight get to finish after Ctrl-C or SIGTERM.
+    /// Seconds that requests in flight get to finish after Ctrl-C, SIGTERM or SIGHUP.
     pub drain_s: u64,
     /// Seconds one request may take from its head to its last byte.
     pub request_timeout_s: u64,

@@ -164,7 +164,7 @@ fn tell_when_ready(house: &Arc<House>) {
     });
 }
 
-/// Resolves at the first Ctrl-C or SIGTERM; the second ends the process at once.
+/// Resolves at the first Ctrl-C, SIGTERM or SIGHUP; a second Ctrl-C or SIGTERM ends the process at once.
 fn stop_signal() -> Result<impl Future<Output = ()>, Failure> {
     let first = Arc::new(Notify::new());
     let told = Arc::clone(&first);

@@ -66,9 +66,14 @@ impl Served {
 
     #[cfg(unix)]
     pub(super) fn interrupt(&self) {
+        self.signal("INT");
+    }
+
+    #[cfg(unix)]
+    fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
         let sent = Command::new("kill")
-            .args(["-INT", &pid])
+            .args([&format!("-{name}"), &pid])
             .status()
             .expect("kill runs");
         assert!(sent.success());
@@ -158,6 +163,41 @@ fn the_second_interrupt_stops_at_once() {
     served.wait_for("draining");
     served.interrupt();
     assert_eq!(served.child.wait().expect("it ends").code(), Some(130));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_closed_terminal_drains_as_ctrl_c_does_and_may_say_so_twice() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut served = Served::start(folder.path());
+    let mut answer = stream(&served, 64);
+    served.signal("HUP");
+    served.wait_for("draining");
+    served.signal("HUP");
+    let mut text = String::new();
+    answer
+        .read_to_string(&mut text)
+        .expect("the stream is not torn");
+    assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
+    drop(answer);
+    assert_eq!(served.child.wait().expect("it ends").code(), Some(0));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_server_that_is_to_outlive_its_terminal_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let binary = visor(folder.path(), &[]);
+    let mut command = Command::new("sh");
+    let script = "trap '' HUP; exec \"$0\" serve --listen 127.0.0.1:0";
+    command.args(["-c", script]).arg(binary.get_program());
+    command.current_dir(folder.path());
+    let mut served = Served::listening(command);
+    served.wait_for("ready on cpu");
+    served.signal("HUP");
+    assert_eq!(served.stats()["ready"], true);
+    served.interrupt();
+    assert_eq!(served.child.wait().expect("it ends").code(), Some(0));
 }
 
 #[test]
