@@ -1,6 +1,6 @@
 //! `visor plugin check FILE`: the load pipeline, offline.
 
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io::{self, Read as _};
 use std::path::Path;
 use std::sync::Arc;
@@ -78,12 +78,19 @@ pub(crate) fn load_file(
 
 /// Reads a plain file, whatever it becomes meanwhile: a pipe is not waited for, and one that grows ends.
 fn read_capped(path: &Path, bytes_max: u64) -> Result<Vec<u8>, LoadError> {
-    let read = |error: io::Error| LoadError::Read(error.to_string());
+    let read = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound if path.is_symlink() => {
+            LoadError::Read("it is a link that leads nowhere".to_owned())
+        }
+        _ => LoadError::Read(error.to_string()),
+    };
+    let plain = |metadata: Metadata| match metadata.is_file() {
+        true => Ok(metadata),
+        false => Err(LoadError::Read("it is not a plain file".to_owned())),
+    };
+    plain(fs::metadata(path).map_err(read)?)?; // before it is opened, which is an event to who writes a pipe
     let file = open(path).map_err(read)?;
-    let metadata = file.metadata().map_err(read)?;
-    if !metadata.is_file() {
-        return Err(LoadError::Read("it is not a plain file".to_owned()));
-    }
+    let metadata = plain(file.metadata().map_err(read)?)?;
     let mut bytes = Vec::new();
     if metadata.len() <= bytes_max {
         let most = bytes_max.saturating_add(1);

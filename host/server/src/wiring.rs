@@ -21,7 +21,7 @@ use visor_model::{
 };
 use visor_sandbox::{
     CallBudgets, LimitOverrides, Plugin, PluginSet, PluginSettings, Role, RoleLimits,
-    SandboxOptions, SettingsFor,
+    SandboxOptions, ServedRole, SettingsFor,
 };
 
 use crate::config::check::GENERATIONS_PER_REQUEST_MAX;
@@ -163,11 +163,39 @@ pub fn wire(
 /// The first route that does not, and what there is instead.
 pub fn check_routes(config: &Config, plugins: &PluginSet) -> Result<(), String> {
     for route in &config.routes {
-        find(route, plugins, &route.adapter, Role::Adapter)?;
-        find(route, plugins, &route.template, Role::Template)?;
-        find(route, plugins, &route.image_policy, Role::ImagePolicy)?;
-        if !route.cache_strategy.is_empty() {
-            find(route, plugins, &route.cache_strategy, Role::CacheStrategy)?;
+        for (id, role) in named(route) {
+            find(route, plugins, id, role)?;
+        }
+    }
+    Ok(())
+}
+
+/// The plugins that a route names, and for what; the host's own cache strategy has no name.
+pub fn named(route: &RouteConfig) -> impl Iterator<Item = (&str, Role)> {
+    let named = [
+        (&route.adapter, Role::Adapter),
+        (&route.template, Role::Template),
+        (&route.image_policy, Role::ImagePolicy),
+        (&route.cache_strategy, Role::CacheStrategy),
+    ];
+    let named = named.map(|(id, role)| (id.as_str(), role)).into_iter();
+    named.filter(|(id, role)| !id.is_empty() || *role != Role::CacheStrategy)
+}
+
+/// Whether the routes could use a plugin under this id that serves these roles.
+///
+/// # Errors
+/// The first route that names it for another.
+pub fn check_roles(config: &Config, id: &str, roles: &[ServedRole]) -> Result<(), String> {
+    for route in &config.routes {
+        let wanted = named(route).filter(|(named, _)| *named == id);
+        for (_, role) in wanted {
+            if !roles.iter().any(|served| served.role == role) {
+                let prefix = &route.prefix;
+                return Err(format!(
+                    "route {prefix} names `{id}` for its {role}, which this is not: under this name the server would not take it"
+                ));
+            }
         }
     }
     Ok(())
@@ -185,9 +213,11 @@ fn find(
             .plugins
             .values()
             .filter(|plugin| plugin.serves(role));
-        able.map(|plugin| format!("`{}`", plugin.id()))
-            .collect::<Vec<_>>()
-            .join(", ")
+        let able: Vec<_> = able.map(|plugin| format!("`{}`", plugin.id())).collect();
+        match able.is_empty() {
+            true => "none".to_owned(),
+            false => able.join(", "),
+        }
     };
     match plugins.get(id) {
         Some(plugin) if plugin.serves(role) => Ok(Arc::clone(plugin)),

@@ -26,10 +26,12 @@ pub(crate) struct Stamp {
 }
 
 impl Stamp {
+    /// What is no plain file is not read, so it matters only that it is there: a folder changes with what is put into it.
     fn of(metadata: &Metadata) -> Self {
+        let plain = Some(metadata).filter(|metadata| metadata.is_file());
         Self {
-            bytes: metadata.len(),
-            modified: metadata.modified().ok(),
+            bytes: plain.map_or(0, Metadata::len),
+            modified: plain.and_then(|metadata| metadata.modified().ok()),
             inode: inode(metadata),
         }
     }
@@ -46,7 +48,8 @@ fn inode(_: &Metadata) -> u64 {
     0
 }
 
-/// Plugin files of a folder; links are followed. A folder that is not there has none.
+/// What a folder has under the names of plugins; links are followed. What is no file under such a name is listed, too: whoever
+/// put it there is told that it cannot be read. A folder that is not there has none.
 pub(crate) fn list(folder: &Path) -> BTreeMap<PathBuf, Stamp> {
     let Ok(entries) = fs::read_dir(folder) else {
         return BTreeMap::new();
@@ -55,7 +58,8 @@ pub(crate) fn list(folder: &Path) -> BTreeMap<PathBuf, Stamp> {
     paths
         .filter(|path| is_plugin_name(path))
         .filter_map(|path| {
-            let metadata = fs::metadata(&path).ok().filter(Metadata::is_file)?;
+            let metadata = fs::metadata(&path).or_else(|_| fs::symlink_metadata(&path));
+            let metadata = metadata.ok()?;
             Some((path, Stamp::of(&metadata)))
         })
         .collect()
@@ -187,14 +191,18 @@ mod tests {
     }
 
     #[test]
-    fn only_visible_wasm_files_are_listed() {
+    fn whatever_has_a_visible_name_of_a_plugin_is_listed() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["a.wasm", ".b.wasm", "c.wasm.tmp", "d.txt"] {
             fs::write(folder.path().join(name), name).unwrap();
         }
-        fs::create_dir(folder.path().join("e.wasm")).unwrap();
-        let listed: Vec<_> = list(folder.path()).into_keys().collect();
-        assert_eq!(listed, [folder.path().join("a.wasm")]);
+        let inside = folder.path().join("e.wasm");
+        fs::create_dir(&inside).unwrap();
+        let listed = list(folder.path());
+        let names: Vec<_> = listed.keys().cloned().collect();
+        assert_eq!(names, [folder.path().join("a.wasm"), inside.clone()]);
+        fs::write(inside.join("more"), "more").unwrap();
+        assert_eq!(list(folder.path()), listed, "it is what it was");
         assert_eq!(list(&folder.path().join("missing")), BTreeMap::new());
     }
 }

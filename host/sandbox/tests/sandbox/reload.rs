@@ -136,6 +136,43 @@ fn a_file_shadows_the_shipped_plugin_until_it_is_removed() {
     assert_eq!(house.folder.status().reloads, 4);
 }
 
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_told_once_and_keeps_nobody_waiting() {
+    let house = House::new(sandbox(), "");
+    fs::create_dir(house.path.join("greet.wasm")).unwrap();
+    std::os::unix::fs::symlink("nowhere", house.path.join("link.wasm")).unwrap();
+    let pipe = std::process::Command::new("mkfifo")
+        .arg(house.path.join("pipe.wasm"))
+        .status();
+    assert!(pipe.unwrap().success());
+    house.folder.scan();
+    let told = |house: &House| -> Vec<(String, String)> {
+        let errors = house.folder.status().last_errors.into_iter();
+        errors.map(|error| (error.id, error.message)).collect()
+    };
+    let all = told(&house);
+    let ids: Vec<&str> = all.iter().map(|(id, _)| id.as_str()).collect();
+    assert_eq!(ids, ["greet", "link", "pipe"], "{all:?}");
+    assert!(all[0].1.contains("not a plain file"), "{all:?}");
+    assert!(all[1].1.contains("leads nowhere"), "{all:?}");
+    assert!(all[2].1.contains("not a plain file"), "{all:?}");
+    assert_eq!(house.word(), "hi", "the shipped one serves on");
+    fs::write(house.path.join("greet.wasm/more"), "more").unwrap();
+    house.folder.scan();
+    assert_eq!(
+        house.folder.status().failures,
+        3,
+        "and nothing is told again"
+    );
+
+    fs::remove_dir_all(house.path.join("greet.wasm")).unwrap();
+    house.drop_in("nowhere", &says("yo"));
+    house.wait_for_change();
+    assert_eq!(word(&house.registry.current(), "link"), "yo");
+    assert_eq!(told(&house).len(), 1);
+}
+
 #[test]
 fn a_new_file_is_a_new_plugin_and_leaves_with_it() {
     let house = House::new(sandbox(), "");
