@@ -106,7 +106,9 @@ fn nobody_else_administers() {
     );
     let (server, admin) = administered(&keys);
     send(admin, "POST", "/drain", &[]).error(401);
-    send(admin, "POST", "/drain", &[("x-api-key", "client")]).error(401);
+    send(admin, "POST", "/drain", &[("x-api-key", "neither")]).error(401);
+    let known = send(admin, "POST", "/drain", &[("x-api-key", "client")]);
+    assert_eq!(known.status, 403, "the key is good, and not for this");
     assert_eq!(server.get("/ready").status, 200);
     send(admin, "GET", "/plugins", &[("x-api-key", "admin")]).ok();
     let page = [("x-api-key", "admin"), ("origin", "http://localhost:3000")];

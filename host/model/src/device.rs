@@ -43,6 +43,16 @@ impl DeviceChoice {
     }
 }
 
+impl DeviceChoice {
+    /// Whether this build has what one of its devices needs: one that insists on another would never compute.
+    ///
+    /// # Errors
+    /// [`ModelError::Device`], which says how to build it.
+    pub fn is_built(self) -> Result<(), ModelError> {
+        self.kinds().into_iter().try_for_each(DeviceKind::is_built)
+    }
+}
+
 impl fmt::Display for DeviceChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -128,26 +138,36 @@ impl fmt::Display for DeviceKind {
 const F32_BYTES_MAX: u64 = 2 << 30;
 
 impl DeviceKind {
+    fn is_built(self) -> Result<(), ModelError> {
+        let built = match self {
+            Self::Cpu => true,
+            Self::Metal => cfg!(feature = "metal"),
+            Self::Cuda => cfg!(feature = "cuda"),
+        };
+        if built {
+            return Ok(());
+        }
+        Err(ModelError::Device {
+            device: self,
+            message: format!(
+                "this build has no {self} support; build with --features {self} or use device = cpu"
+            ),
+        })
+    }
+
     /// Starts the device.
     ///
     /// # Errors
     /// [`ModelError::Device`] when the build lacks its feature or the driver refuses.
     pub fn open(self) -> Result<Device, ModelError> {
-        let missing = |feature: &str| ModelError::Device {
-            device: self,
-            message: format!(
-                "this build has no {feature} support; build with --features {feature} or use device = cpu"
-            ),
-        };
+        self.is_built()?;
         let refused = |error: candle_core::Error| ModelError::Device {
             device: self,
             message: error.to_string(),
         };
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Metal if !cfg!(feature = "metal") => Err(missing("metal")),
             Self::Metal => Device::new_metal(0).map_err(refused),
-            Self::Cuda if !cfg!(feature = "cuda") => Err(missing("cuda")),
             Self::Cuda => Device::new_cuda(0).map_err(refused),
         }
     }

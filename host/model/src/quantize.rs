@@ -22,7 +22,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::parse_json;
 use crate::error::ModelError;
 use crate::progress::{LoadProgress, LoadStage};
-use crate::weights::read_file;
+use crate::weights::{SMALL_BYTES_MAX, read_file};
 use plan::{Step, plan};
 use writer::write_tensor;
 
@@ -34,8 +34,6 @@ pub(crate) use writer::Writer;
 
 /// Weights that share a scale and a bias.
 pub const GROUP: usize = 64;
-/// Longest small file that goes along; tokenizers are under 10 MiB.
-const COMPANION_BYTES_MAX: u64 = 64 << 20;
 
 /// How a part of the model is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,7 +149,7 @@ pub struct QuantizeReport {
 ///
 /// # Errors
 /// A [`ModelError`]: the source is unreadable or quantized already, a weight is not finite or does not fit, the target
-/// exists or cannot be written, or [`ModelError::Cancelled`]. Nothing of the target is left then.
+/// exists, is inside the source or cannot be written, or [`ModelError::Cancelled`]. Nothing of the target is left then.
 pub fn quantize(
     source: &Path,
     target: &Path,
@@ -159,10 +157,23 @@ pub fn quantize(
     progress: &mut dyn FnMut(LoadProgress) -> bool,
 ) -> Result<QuantizeReport, ModelError> {
     let checkpoint = Checkpoint::open(source)?;
+    if is_inside(target, source) {
+        let hint = "it is inside the checkpoint that is read; name a folder beside it";
+        return Err(cannot_write(target, hint));
+    }
     let partial = Partial::create(target)?;
     let report = write_checkpoint(&checkpoint, &partial.path, options, progress)?;
     partial.finish(target)?;
     Ok(report)
+}
+
+/// Whether a folder that may not be there yet would be in `folder`, by whatever names.
+fn is_inside(target: &Path, folder: &Path) -> bool {
+    let (Ok(target), Ok(folder)) = (std::path::absolute(target), folder.canonicalize()) else {
+        return false;
+    };
+    let there = target.ancestors().find_map(|path| path.canonicalize().ok());
+    there.is_some_and(|there| there.starts_with(folder))
 }
 
 /// Everything that belongs into the folder of the INT4 form.
@@ -258,7 +269,7 @@ fn copy_companions(source: &Path, folder: &Path) -> Result<(), ModelError> {
                 && (kept.iter().any(|end| name.ends_with(end)) || name.starts_with("LICENSE"))
         });
         let small = fs::metadata(&path)
-            .is_ok_and(|facts| facts.is_file() && facts.len() <= COMPANION_BYTES_MAX);
+            .is_ok_and(|facts| facts.is_file() && facts.len() <= SMALL_BYTES_MAX);
         if known && small {
             fs::copy(&path, folder.join(&name)).map_err(|source| cannot_write(&path, source))?;
         }

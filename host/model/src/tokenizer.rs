@@ -13,6 +13,7 @@ pub use assemble::{Prompt, PromptPart};
 pub use kind::TokenKind;
 
 use crate::ModelError;
+use crate::weights::read_plain;
 
 /// Ends the model's turn wherever it exists, whatever the checkpoint's configuration says: the
 /// published one names only `</s>`, which the model never says.
@@ -55,7 +56,7 @@ impl Tokenizer {
             file: path.display().to_string(),
             message,
         };
-        let bytes = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+        let bytes = read_plain(path).map_err(|error| failed(error.to_string()))?;
         Self::parse(&bytes).map_err(failed)
     }
 

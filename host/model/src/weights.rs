@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, Metadata};
+use std::io::{self, Read as _};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -20,6 +21,8 @@ use crate::error::ModelError;
 
 /// Longest header read: the published one is 70 kB.
 const HEADER_BYTES_MAX: u64 = 100 << 20;
+/// Longest file that is no weights; tokenizers are under 10 MiB.
+pub(crate) const SMALL_BYTES_MAX: u64 = 64 << 20;
 const EMBEDDING: &str = "model.embed_tokens.";
 /// The name the reference's image module knows the same table by; some checkpoints store only this one.
 const EMBEDDING_ALIAS: &str = "model.vision_embed_tokens.wte.";
@@ -350,7 +353,7 @@ impl Weights {
             _ => ModelError::Io { path: shown.clone(), source },
         }
         };
-        let file = File::open(path).map_err(io)?;
+        let file = open_plain(path).map_err(io)?;
         let metadata = file.metadata().map_err(io)?;
         if metadata.len() == 0 {
             return Err(ModelError::Truncated {
@@ -386,9 +389,29 @@ impl Weights {
     }
 }
 
+/// Opens a plain file, or a link to one: to open a pipe would wait for who writes it, and a device may have no end.
+fn open_plain(path: &Path) -> io::Result<File> {
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is not a plain file"));
+    }
+    File::open(path)
+}
+
+/// The content of a plain file that is no weights.
+pub(crate) fn read_plain(path: &Path) -> io::Result<Vec<u8>> {
+    let file = open_plain(path)?;
+    if file.metadata()?.len() > SMALL_BYTES_MAX {
+        let more = format!("it has more than {SMALL_BYTES_MAX} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, more));
+    }
+    let mut bytes = Vec::new();
+    file.take(SMALL_BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// Reads a small file of a checkpoint; `hint` says what to do when it is missing.
 pub(crate) fn read_file(path: &Path, hint: &str) -> Result<Vec<u8>, ModelError> {
-    std::fs::read(path).map_err(|source| match source.kind() {
+    read_plain(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => ModelError::MissingFile {
             path: path.display().to_string(),
             hint: hint.to_owned(),

@@ -21,7 +21,8 @@ mod verify;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::builder::Resettable;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use visor_model::{DeviceChoice, Quantization};
 
 use crate::eval::Floor;
@@ -143,16 +144,16 @@ struct AskArgs {
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// Most tokens of the answer
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: Option<u32>,
     /// Sampling temperature; 0 is greedy
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", value_parser = temperature)]
     temperature: Option<f32>,
     /// Seed of the sampling
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// low, high or auto: how finely the picture is looked at
-    #[arg(long, value_name = "DETAIL")]
+    /// How finely the picture is looked at
+    #[arg(long, value_name = "DETAIL", value_parser = ["low", "high", "auto"])]
     detail: Option<String>,
     #[command(flatten)]
     overrides: Overrides,
@@ -224,10 +225,10 @@ struct BenchArgs {
     /// A picture to ask about [default: a built-in one of 512x512]
     image: Option<PathBuf>,
     /// Tokens to generate
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: u32,
     /// Requests to measure, one after the other
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     requests: u32,
     /// Measure every stage with random weights of a shape, whatever model is configured: phi-3.5-vision, or a config.json
     #[arg(long, value_name = "SHAPE", conflicts_with_all = ["image", "max_tokens", "requests"])]
@@ -290,6 +291,34 @@ struct EvalArgs {
     json: bool,
     #[command(flatten)]
     overrides: Overrides,
+}
+
+impl Args {
+    /// What was typed, and what the environment says beside; ends the process where that is no command line of ours.
+    #[must_use]
+    pub fn typed() -> Self {
+        let matches = without_empty_variables(Self::command()).get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+}
+
+/// A variable that is empty is one that is not set: so it comes out of a container's file that passes on what it does not have.
+fn without_empty_variables(command: clap::Command) -> clap::Command {
+    let is_empty = |name: &std::ffi::OsStr| std::env::var_os(name).is_some_and(|v| v.is_empty());
+    command
+        .mut_args(|arg| match arg.get_env().is_some_and(is_empty) {
+            true => arg.env(Resettable::Reset),
+            false => arg,
+        })
+        .mut_subcommands(without_empty_variables)
+}
+
+/// The temperatures that make sense of an answer.
+fn temperature(typed: &str) -> Result<f32, String> {
+    let number = typed.parse::<f32>().ok();
+    number
+        .filter(|number| (0.0..=2.0).contains(number))
+        .ok_or_else(|| "a number from 0 to 2 is allowed".to_owned())
 }
 
 /// A failure and the exit code it ends with.

@@ -14,6 +14,8 @@ pub mod report;
 pub mod sandbox;
 pub mod telemetry;
 
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -29,6 +31,9 @@ use visor_model::{Activations, DeviceChoice, Quantization};
 
 /// The embedded copy of `config/visor.toml`: every key, its unit, its default and why.
 pub const DOCUMENTED: &str = include_str!("../../../config/visor.toml");
+
+/// Longest configuration file, in bytes: the documented one has 30 KiB. Fixed, because it is read before any key is.
+pub const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Everything an operator can set. Read once, checked once, then passed down by part.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -98,9 +103,17 @@ impl Config {
     /// # Errors
     /// As [`Config::parse`], and when the file cannot be read.
     pub fn load(file: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(file)
-            .map_err(|source| ConfigError::unreadable(file, &source))?;
-        Self::parse(&text, file)
+        Self::parse(&Self::read(file)?, file)
+    }
+
+    /// What a file says, unchecked.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is no text.
+    pub fn read(file: &Path) -> Result<String, ConfigError> {
+        let unreadable = |source| ConfigError::unreadable(file, &source);
+        let bytes = read_at_most(file, FILE_BYTES_MAX).map_err(unreadable)?;
+        String::from_utf8(bytes).map_err(|_| unreadable(io::Error::other("it is not UTF-8 text")))
     }
 
     /// This configuration as TOML, every key written out.
@@ -108,6 +121,23 @@ impl Config {
     pub fn to_toml(&self) -> String {
         toml::to_string_pretty(self).expect("every field of Config is a TOML value")
     }
+}
+
+/// Reads a file to its end, however it is made: a device or a pipe that never ends is given up after `bytes_max`.
+///
+/// # Errors
+/// What the system says, or that there is more.
+pub(crate) fn read_at_most(file: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let opened = File::open(file)?;
+    opened
+        .take(bytes_max.saturating_add(1))
+        .read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > bytes_max {
+        let more = format!("it has more than {bytes_max} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, more));
+    }
+    Ok(bytes)
 }
 
 /// `[server]`.

@@ -2,9 +2,7 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
     visor_model::return_large_blocks();
-    visor::cli::run(visor::cli::Args::parse())
+    visor::cli::run(visor::cli::Args::typed())
 }

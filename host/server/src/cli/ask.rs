@@ -3,11 +3,15 @@
 use std::io::Write;
 
 use super::client::{Client, Question};
-use super::start::private_house;
+use super::start::{private_config, read_picture, ready_house, start_log};
 use super::{AskArgs, EXIT_DONE, Failure, progress};
 
 pub(super) fn run(args: &AskArgs) -> Result<u8, Failure> {
     let files = std::iter::once(&args.image).chain(&args.more);
+    let (config, _) = private_config(&args.overrides)?;
+    let images = files
+        .map(|file| read_picture(file, &config))
+        .collect::<Result<_, _>>()?;
     let question = Question {
         text: args.question.clone(),
         system: args.system.clone(),
@@ -15,12 +19,11 @@ pub(super) fn run(args: &AskArgs) -> Result<u8, Failure> {
         max_tokens: args.max_tokens,
         temperature: args.temperature,
         seed: args.seed,
+        images,
         ..Question::default()
     };
-    let question = question
-        .with_images(files.map(AsRef::as_ref))
-        .map_err(Failure::usage)?;
-    let house = private_house(&args.overrides)?;
+    start_log(&config)?;
+    let house = ready_house(config)?;
     if house.model_is_demo() {
         progress::line(
             "note: this is the small demo model inside the binary; it knows simple pictures (see --model)",

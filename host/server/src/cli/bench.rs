@@ -6,7 +6,7 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use super::client::{Client, Question};
-use super::start::private_house;
+use super::start::{private_config, read_picture, ready_house, start_log};
 use super::{BenchArgs, EXIT_DONE, Failure};
 use crate::stats::Memory;
 
@@ -24,25 +24,22 @@ pub(super) fn run(args: &BenchArgs) -> Result<u8, Failure> {
     if let Some(shape) = &args.shape {
         return shape::run(shape, args);
     }
-    let images = match &args.image {
-        Some(file) => vec![std::fs::read(file).map_err(|error| {
-            Failure::usage(anyhow::anyhow!(
-                "{} cannot be read: {error}",
-                file.display()
-            ))
-        })?],
-        None => vec![PICTURE.to_vec()],
+    let (config, _) = private_config(&args.overrides)?;
+    let picture = match &args.image {
+        Some(file) => read_picture(file, &config)?,
+        None => PICTURE.to_vec(),
     };
+    start_log(&config)?;
     let loading = Instant::now();
-    let house = private_house(&args.overrides)?;
+    let house = ready_house(config)?;
     let load = loading.elapsed();
     let client = Client::new(&house).map_err(Failure::start)?;
     let mut runs = Vec::new();
-    for run in 0..args.requests.max(1) {
+    for run in 0..args.requests {
         // A different question each time: the picture may be cached, the answer may not.
         let question = Question {
             text: format!("Describe this picture, attempt {}.", run + 1),
-            images: images.clone(),
+            images: vec![picture.clone()],
             max_tokens: Some(args.max_tokens),
             ..Question::default()
         };

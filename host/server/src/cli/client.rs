@@ -1,7 +1,6 @@
 //! A chat client inside the process: the same routes, plugins and pipeline as over HTTP, without a
 //! socket.
 
-use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -127,22 +126,6 @@ impl Client {
 }
 
 impl Question {
-    /// Reads the pictures.
-    ///
-    /// # Errors
-    /// A picture that cannot be read, by name.
-    pub(super) fn with_images<'a>(
-        mut self,
-        files: impl IntoIterator<Item = &'a Path>,
-    ) -> anyhow::Result<Self> {
-        for file in files {
-            let bytes = std::fs::read(file)
-                .with_context(|| format!("{} cannot be read", file.display()))?;
-            self.images.push(bytes);
-        }
-        Ok(self)
-    }
-
     fn to_json(&self) -> Value {
         let image = |bytes: &Vec<u8>| {
             // The server sniffs the content, so any image type will do here.

@@ -3,7 +3,7 @@
 use std::backtrace::Backtrace;
 use std::env;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
@@ -12,7 +12,7 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use super::progress::{self, Loading};
 use super::{Failure, Overrides};
-use crate::config::{Config, ConfigError, LogFormat, check};
+use crate::config::{Config, ConfigError, LogFormat, check, read_at_most};
 use crate::wiring::{ConfigSource, House, HouseOptions};
 
 /// Read when no file is named.
@@ -137,14 +137,7 @@ where
     started.map_err(|error| Failure::start(anyhow::anyhow!("the log cannot start: {error}")))
 }
 
-/// A house that answers this process only: nothing is watched, the log says warnings unless asked.
-pub(super) fn private_house(overrides: &Overrides) -> Result<Arc<House>, Failure> {
-    let (config, _) = private_config(overrides)?;
-    start_log(&config)?;
-    ready_house(config)
-}
-
-/// What [`private_house`] opens with, and the file it came from, if any.
+/// The configuration of a house that answers this process only, and the file it came from, if any: the log says warnings unless asked.
 pub(super) fn private_config(overrides: &Overrides) -> Result<(Config, Option<PathBuf>), Failure> {
     let mut quiet = overrides.clone();
     quiet.log.get_or_insert_with(|| "warn".to_owned());
@@ -152,6 +145,14 @@ pub(super) fn private_config(overrides: &Overrides) -> Result<(Config, Option<Pa
     // Whoever runs this process is asking; nobody else can.
     config.access.keys.clear();
     Ok((config, file))
+}
+
+/// A picture that is named on the command line, of which the server would take no more than this either.
+pub(super) fn read_picture(file: &Path, config: &Config) -> Result<Vec<u8>, Failure> {
+    read_at_most(file, config.images.bytes_max).map_err(|error| {
+        let file = file.display();
+        Failure::usage(anyhow::anyhow!("{file} cannot be read: {error}"))
+    })
 }
 
 /// A house that watches no configuration, with its model loaded and warm.

@@ -42,14 +42,22 @@ async fn guard(State(admin): State<Admin>, request: Request<Body>, next: Next) -
     // A page anywhere can make a browser on this machine ask; it can neither leave its origin out
     // nor, when its own name resolves to loopback, choose the host.
     if headers.contains_key(header::ORIGIN) || (admin.local && !asks_this_machine(headers)) {
-        let body = json!({ "error": { "message": "web pages may not administer a server" } });
-        return json(StatusCode::FORBIDDEN, &body);
+        return forbidden("web pages may not administer a server");
     }
     let wiring = admin.house.wiring();
     match wiring.keys.may_administer(headers, admin.local) {
-        Ok(()) => next.run(request).await,
+        Ok(true) => next.run(request).await,
+        Ok(false) => forbidden("this key may not administer: only one with admin = true does"),
         Err(failure) => whole(error::fallback_response(&failure)),
     }
+}
+
+/// For who is known and may not, or is no program: another try with a key would end the same.
+fn forbidden(message: &str) -> Response<Body> {
+    json(
+        StatusCode::FORBIDDEN,
+        &json!({ "error": { "message": message } }),
+    )
 }
 
 /// What is in service, by file and revision, and what is not and why.

@@ -97,8 +97,9 @@ impl House {
     /// Opens everything; the model goes on loading on the engine's thread.
     ///
     /// # Errors
-    /// A checkpoint that cannot be read, a sandbox that does not start, routes without plugins.
+    /// A device this build has nothing for, a checkpoint that cannot be read, a sandbox that does not start, routes without plugins.
     pub fn open(config: Config, options: HouseOptions) -> anyhow::Result<Arc<Self>> {
+        config.model.device.is_built()?;
         let checkpoint = Arc::new(open_checkpoint(&config)?);
         let load = Arc::new(Load::default());
         let loader = CheckpointLoader::new(Arc::clone(&checkpoint), config.model.activations, {

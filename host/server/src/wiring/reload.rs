@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, FILE_BYTES_MAX, read_at_most};
 
 /// Quiet after which a changed file counts as written.
 const DEBOUNCE: Duration = Duration::from_millis(200);
@@ -42,7 +42,7 @@ impl ConfigSource {
     }
 
     fn text(&self) -> Option<Vec<u8>> {
-        std::fs::read(&self.file).ok()
+        read_at_most(&self.file, FILE_BYTES_MAX).ok()
     }
 }
 

@@ -286,6 +286,18 @@ fn numbers(path: &str, value: &Value, found: &mut Vec<(String, f64)>) {
     }
 }
 
+    let copy = folder.path().join("copy");
+    std::fs::create_dir(&copy).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(format!("{source}/{name}"), copy.join(name)).unwrap();
+    }
+    for inside in ["copy/int4", "copy/../copy/a/b", "copy"] {
+        let out = run(folder.path(), &["quantize", "copy", inside]);
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(3), "{inside}: {said}");
+        assert!(said.contains("inside the checkpoint"), "{inside}: {said}");
+    }
+    assert_eq!(std::fs::read_dir(copy).unwrap().count(), 2);
 #[test]
 fn a_shape_is_made_once_and_measured_stage_by_stage() {
     let folder = tempfile::tempdir().unwrap();
@@ -332,4 +344,117 @@ fn a_shape_that_is_none_is_refused_with_2() {
     assert_eq!(out.status.code(), Some(2));
     let said = text(&out.stderr);
     assert!(said.contains("give phi-3.5-vision"), "{said}");
+}
+
+#[test]
+fn a_plugin_under_a_name_that_routes_give_another_role_is_bad() {
+    let folder = tempfile::tempdir().unwrap();
+    let built = repository("plugins/built/phi3.wasm");
+    std::fs::copy(&built, folder.path().join("hd.wasm")).unwrap();
+    let out = run(folder.path(), &["plugin", "check", "hd.wasm"]);
+    let said = text(&out.stdout);
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("hd.wasm: bad") && said.contains("names `hd` for its image-policy"),
+        "{said}"
+    );
+    std::fs::copy(&built, folder.path().join("mine.wasm")).unwrap();
+    let out = run(folder.path(), &["plugin", "check", "mine.wasm"]);
+    assert_eq!(out.status.code(), Some(0), "no route names it");
+}
+
+#[test]
+fn what_makes_no_sense_on_the_command_line_ends_with_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let picture = repository("tests/golden/images/tiny_20x20.png");
+    let picture = picture.to_str().unwrap();
+    let cases: [(&[&str], &str); 7] = [
+        (&["ask", picture, "?", "--temperature", "nan"], "0 to 2"),
+        (&["ask", picture, "?", "--temperature", "3"], "0 to 2"),
+        (&["ask", picture, "?", "--detail", "foo"], "low, high, auto"),
+        (&["ask", picture, "?", "--max-tokens", "0"], "not in 1.."),
+        (&["ask", "no-such.jpg", "?"], "no-such.jpg cannot be read"),
+        (&["bench", "--requests", "0"], "not in 1.."),
+        (&["bench", "--max-tokens", "0"], "not in 1.."),
+    ];
+    for (args, words) in cases {
+        let out = run(folder.path(), args);
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{args:?}: {said}");
+        assert!(said.contains(words), "{args:?}: {said}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn what_never_ends_is_not_read_for_ever() {
+    let folder = tempfile::tempdir().unwrap();
+    for args in [
+        &["config", "check", "/dev/zero"] as &[&str],
+        &["serve", "--config", "/dev/zero"],
+        &["bench", "--shape", "/dev/zero"],
+        &["ask", "/dev/zero", "What is this?"],
+    ] {
+        let out = run(folder.path(), args);
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{args:?}: {said}");
+        assert!(said.contains("has more than"), "{args:?}: {said}");
+    }
+    let source = folder.path().join("source");
+    std::fs::create_dir(&source).unwrap();
+    let golden = repository("tests/golden/ckpt_mha");
+    for pipe in ["model.safetensors", "config.json"] {
+        for name in ["model.safetensors", "config.json"] {
+            let _ = std::fs::remove_file(source.join(name));
+            std::fs::copy(golden.join(name), source.join(name)).unwrap();
+        }
+        std::fs::remove_file(source.join(pipe)).unwrap();
+        let made = std::process::Command::new("mkfifo")
+            .arg(source.join(pipe))
+            .status();
+        assert!(made.unwrap().success());
+        let out = run(folder.path(), &["quantize", "source", "target"]);
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(3), "{said}");
+        assert!(
+            said.contains(pipe) && said.contains("not a plain file"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn an_empty_variable_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = visor(folder.path(), &["config", "show"]);
+    for name in [
+        "LISTEN",
+        "MODEL",
+        "DEVICE",
+        "QUANTIZATION",
+        "CONFIG",
+        "PLUGINS",
+        "LOG",
+    ] {
+        command.env(format!("VISOR_{name}"), "");
+    }
+    let out = command.output().unwrap();
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+    assert!(text(&out.stdout).contains("# Address and port (restart)."));
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_device_that_is_not_in_this_build_ends_with_3() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = run(
+        folder.path(),
+        &["--listen", "127.0.0.1:0", "--device", "cuda"],
+    );
+    let said = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(3), "{said}");
+    assert!(
+        said.contains("--features cuda") && said.contains("device = cpu"),
+        "{said}"
+    );
 }

@@ -13,10 +13,14 @@ use crate::cli::progress::{self, Loading};
 use crate::cli::signals::stop_signal;
 use crate::cli::start::{cache_folder, private_config, start_log};
 use crate::cli::{BenchArgs, EXIT_DONE, EXIT_STOPPED, Failure};
+use crate::config::read_at_most;
 use crate::stats::Memory;
 
 /// The shape that needs no file.
 const PUBLISHED: &str = "phi-3.5-vision";
+
+/// Longest config.json of a shape; that of Phi-3.5-vision has 4 KiB.
+const SHAPE_BYTES_MAX: u64 = 1 << 20;
 
 /// A config, and what it is called.
 struct Shape {
@@ -89,7 +93,7 @@ impl Shape {
                 config: PHI35_VISION_CONFIG.to_vec(),
             });
         }
-        let config = std::fs::read(shape).map_err(|error| {
+        let config = read_at_most(Path::new(shape), SHAPE_BYTES_MAX).map_err(|error| {
             Failure::usage(anyhow::anyhow!(
                 "shape {shape}: {error}; give {PUBLISHED}, or the config.json of a phi3_v model"
             ))
