@@ -351,17 +351,24 @@ pub fn sandbox_options(config: &Config) -> SandboxOptions {
             setup_ms: sandbox.setup_ms,
         },
         instances_max: sandbox.instances_max,
+        instance_wait_ms: sandbox.instance_wait_ms,
         component_bytes_max: sandbox.component_mib_max << 20,
         // The pipeline holds the operator's own, live limits; these only have to be no lower.
         image_pixels_max: config.images.pixels_max.max(defaults.image_pixels_max),
         image_work_px_max: sandbox.image_work_mpx_max.saturating_mul(1_000_000),
         generations_max: GENERATIONS_PER_REQUEST_MAX,
+        metric_series_max: sandbox.metric_series_max as usize,
+        store_bytes_max: bytes(sandbox.store_mib_max << 20),
+        store_entries_max: sandbox.store_entries_max as usize,
         ..defaults
     }
 }
 
+fn bytes(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
 fn role_limits(limits: &RoleView) -> RoleLimits {
-    let bytes = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
     RoleLimits {
         memory_bytes_max: bytes(limits.memory_mib_max << 20),
         table_elements_max: limits.table_elements_max as usize,
@@ -382,6 +389,18 @@ mod tests {
         let theirs = SandboxOptions::default();
         // Bounded by a live key of another section.
         ours.generations_max = theirs.generations_max;
+        assert_eq!(ours, theirs);
+        let text = "[sandbox]\ninstance_wait_ms = 1\nmetric_series_max = 2\nstore_mib_max = 3\nstore_entries_max = 4\n";
+        let config = Config::parse(text, Path::new("visor.toml")).unwrap();
+        let ours = sandbox_options(&config);
+        let theirs = SandboxOptions {
+            instance_wait_ms: 1,
+            metric_series_max: 2,
+            store_bytes_max: 3 << 20,
+            store_entries_max: 4,
+            generations_max: ours.generations_max,
+            ..theirs
+        };
         assert_eq!(ours, theirs);
     }
 

@@ -6,16 +6,27 @@ use std::sync::Arc;
 
 use super::start::load_config;
 use super::{EXIT_DONE, Failure, Overrides, plugin};
-use crate::config::Config;
+use crate::config::{Config, ConfigError, Issue};
+use crate::http::tls;
 
-/// Explains every mistake; exit code 2 when there is one. What the plugins have to say is heard too: those of the folder that
-/// the file names, and what it tells each.
+/// Explains every mistake; exit code 2 when there is one. What a server would find at its start is looked for too: the device, the
+/// certificate, the plugins of the folder that the file names, and what they have to say to what it tells each.
 pub(super) fn check(file: &Path) -> Result<u8, Failure> {
-    let config = Arc::new(Config::load(file).map_err(Failure::usage)?);
-    let loaded = plugin::load(&config).map_err(|failure| Failure::usage(failure.error))?;
-    let problems = loaded.problems();
-    if !problems.is_empty() {
-        return Err(Failure::usage(anyhow::anyhow!(problems.join("\n"))));
+    let text = Config::read(file).map_err(Failure::usage)?;
+    let config = Arc::new(Config::parse(&text, file).map_err(Failure::usage)?);
+    let mut issues = surroundings(&config);
+    let problems = match plugin::load(&config) {
+        Ok(loaded) => {
+            issues.extend(loaded.strangers(&config));
+            loaded.problems()
+        }
+        Err(failure) => vec![format!("{:#}", failure.error)],
+    };
+    let issues = (!issues.is_empty()).then(|| ConfigError::semantic(&text, file, issues));
+    let told: Vec<String> = issues.iter().map(ToString::to_string).collect();
+    if !told.is_empty() || !problems.is_empty() {
+        let all = [told, problems].concat().join("\n");
+        return Err(Failure::usage(anyhow::anyhow!(all)));
     }
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}: good", file.display())?;
@@ -35,6 +46,18 @@ pub(super) fn check(file: &Path) -> Result<u8, Failure> {
         )?;
     }
     Ok(EXIT_DONE)
+}
+
+/// What is wrong with what the configuration names outside itself.
+fn surroundings(config: &Config) -> Vec<Issue> {
+    let device = config.model.device.is_built().err();
+    let device = device.map(|error| Issue::at_key("model.device", error.to_string(), ""));
+    let tls = tls::acceptor(&config.server).err();
+    let tls = tls.map(|error| {
+        let allowed = "PEM files of a certificate chain and its private key";
+        Issue::at_key(error.key(), error.to_string(), allowed)
+    });
+    device.into_iter().chain(tls).collect()
 }
 
 /// Prints what a server started here and now would use; the documented file when nothing differs.

@@ -6,52 +6,58 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use visor_sandbox::{
-    FolderOptions, Origin, Plugin, PluginFolder, PluginSet, Registry, SampleModel, Sandbox,
-    check_file,
+    CheckReport, FolderOptions, Origin, Plugin, PluginFolder, PluginSet, Registry, SampleModel,
+    Sandbox, check_file,
 };
 
 use super::start::load_config;
 use super::{EXIT_DONE, EXIT_NO, Failure, Overrides};
-use crate::config::Config;
+use crate::config::{Config, Issue, RouteConfig};
 use crate::wiring::{self, shipped};
 
-/// Runs every check the server would, the trial run included.
+/// Runs every check the server would, the trial run included, and whether the routes could use it under its name.
 pub(super) fn check(file: &Path, json: bool, overrides: &Overrides) -> Result<u8, Failure> {
     let (config, _) = load_config(overrides, None)?;
     let sandbox = sandbox(&config)?;
     let id = file.file_stem().unwrap_or_default().to_string_lossy();
     let settings = wiring::plugin_settings(&config, &id);
-    let mut out = std::io::stdout().lock();
-    let report = match check_file(&sandbox, file, &settings) {
-        Ok(report) => report,
-        Err(error) => {
-            if json {
-                let path = file.display().to_string();
-                let value =
-                    serde_json::json!({ "file": path, "good": false, "error": error.to_string() });
-                writeln!(out, "{value}")?;
-            } else {
-                writeln!(out, "{}: bad\n  {error}", file.display())?;
-            }
-            return Ok(EXIT_NO);
-        }
-    };
-    let roles: Vec<String> = report
-        .roles
-        .iter()
-        .map(|served| format!("{}@{}", served.role, served.version))
-        .collect();
-    if json {
-        let value = serde_json::json!({
-            "file": file.display().to_string(), "good": true, "id": report.id,
-            "revision": report.revision, "roles": roles, "imports": report.imports,
-            "routes": report.routes, "bytes": report.bytes, "compile_ms": report.compile_ms,
-            "wrapped_core_module": report.wrapped, "name": report.info.name,
-            "version": report.info.version, "description": report.info.description,
+    let checked = check_file(&sandbox, file, &settings)
+        .map_err(|error| error.to_string())
+        .and_then(|report| {
+            wiring::check_roles(&config, &report.id, &report.roles).map(|()| report)
         });
-        writeln!(out, "{value}")?;
-        return Ok(EXIT_DONE);
+    let mut out = std::io::stdout().lock();
+    match &checked {
+        Ok(report) if json => writeln!(out, "{}", report_json(file, report))?,
+        Ok(report) => tell_report(&mut out, file, report)?,
+        Err(error) if json => {
+            let path = file.display().to_string();
+            let value = serde_json::json!({ "file": path, "good": false, "error": error });
+            writeln!(out, "{value}")?;
+        }
+        Err(error) => writeln!(out, "{}: bad\n  {error}", file.display())?,
     }
+    Ok(checked.map_or(EXIT_NO, |_| EXIT_DONE))
+}
+
+fn roles(report: &CheckReport) -> Vec<String> {
+    let roles = report.roles.iter();
+    roles
+        .map(|served| format!("{}@{}", served.role, served.version))
+        .collect()
+}
+
+fn report_json(file: &Path, report: &CheckReport) -> serde_json::Value {
+    serde_json::json!({
+        "file": file.display().to_string(), "good": true, "id": report.id,
+        "revision": report.revision, "roles": roles(report), "imports": report.imports,
+        "routes": report.routes, "bytes": report.bytes, "compile_ms": report.compile_ms,
+        "wrapped_core_module": report.wrapped, "name": report.info.name,
+        "version": report.info.version, "description": report.info.description,
+    })
+}
+
+fn tell_report(out: &mut impl Write, file: &Path, report: &CheckReport) -> std::io::Result<()> {
     let info = &report.info;
     writeln!(out, "{}: good", file.display())?;
     writeln!(
@@ -59,24 +65,22 @@ pub(super) fn check(file: &Path, json: bool, overrides: &Overrides) -> Result<u8
         "  {} {}: {}",
         info.name, info.version, info.description
     )?;
-    writeln!(out, "  roles     {}", roles.join(", "))?;
+    writeln!(out, "  roles     {}", roles(report).join(", "))?;
     writeln!(out, "  imports   {}", report.imports.join(", "))?;
     if !report.routes.is_empty() {
         writeln!(out, "  routes    {}", report.routes.join(", "))?;
     }
     writeln!(out, "  revision  {}", report.revision)?;
-    let wrapped = if report.wrapped {
-        ", wrapped from a core module"
-    } else {
-        ""
+    let wrapped = match report.wrapped {
+        true => ", wrapped from a core module",
+        false => "",
     };
     writeln!(
         out,
         "  size      {} bytes, compiled in {} ms{wrapped}",
         report.bytes, report.compile_ms
     )?;
-    writeln!(out, "  would be  plugin `{}`", report.id)?;
-    Ok(EXIT_DONE)
+    writeln!(out, "  would be  plugin `{}`", report.id)
 }
 
 /// What a server started here would load.
@@ -88,6 +92,22 @@ pub(super) struct Loaded {
 }
 
 impl Loaded {
+    /// Tables of the configuration that are about no plugin there is: nobody reads them, so a name is mistaken or a file missing.
+    pub(super) fn strangers(&self, config: &Config) -> Vec<Issue> {
+        let set = self.registry.current();
+        let bad = self.folder.status().last_errors;
+        let known = |id: &str| set.get(id).is_some() || bad.iter().any(|error| error.id == id);
+        let ids: Vec<&str> = set.plugins.keys().map(String::as_str).collect();
+        let allowed = format!("the id of a plugin there is: {}", ids.join(", "));
+        let strange = config.plugins.by_id.keys().filter(|id| !known(id));
+        let folder = config.plugins.folder.display();
+        let issue = |id| {
+            let message = format!("no plugin `{id}` is in {folder} or in the binary");
+            Issue::at_key(format!("plugins.{id}"), message, &allowed)
+        };
+        strange.map(issue).collect()
+    }
+
     /// Everything that is wrong with it.
     pub(super) fn problems(self) -> Vec<String> {
         let files = self.folder.status().last_errors.into_iter();
@@ -199,15 +219,8 @@ fn good_row(config: &Config, plugin: &Plugin) -> Row {
         Origin::File(path) if is_shipped => ("overrides shipped", Some(path)),
         Origin::File(path) => ("file", Some(path)),
     };
-    let uses = config.routes.iter().filter(|route| {
-        [
-            &route.adapter,
-            &route.template,
-            &route.image_policy,
-            &route.cache_strategy,
-        ]
-        .contains(&&id.to_owned())
-    });
+    let names = |route: &&RouteConfig| wiring::named(route).any(|(named, _)| named == id);
+    let uses = config.routes.iter().filter(names);
     Row {
         id: id.to_owned(),
         state,

@@ -107,26 +107,9 @@ fn check_pace(server: &ServerConfig, found: &mut Found) {
     }
 }
 
-fn check_server(config: &Config, found: &mut Found) {
-    let server = &config.server;
-    check_listener(server, found);
-    check_pace(server, found);
+/// How many may ask at once, and for how long.
+fn check_requests(server: &ServerConfig, found: &mut Found) {
     let rows = [
-        ("connections_max", server.connections_max as u64, 1, 65_536),
-        (
-            "request_head_bytes_max",
-            server.request_head_bytes_max,
-            8192,
-            1 << 20,
-        ),
-        (
-            "request_body_bytes_max",
-            server.request_body_bytes_max,
-            1024,
-            4 << 30,
-        ),
-        ("json_depth_max", server.json_depth_max.into(), 4, 127),
-        ("lift_bytes_min", server.lift_bytes_min, 64, 1 << 20),
         (
             "requests_in_flight_max",
             server.requests_in_flight_max as u64,
@@ -148,6 +131,33 @@ fn check_server(config: &Config, found: &mut Found) {
         ),
         ("drain_s", server.drain_s, 0, 3600),
         ("request_timeout_s", server.request_timeout_s, 1, 86_400),
+    ];
+    for (name, value, low, high) in rows {
+        found.range(&format!("server.{name}"), value, low, high);
+    }
+}
+
+fn check_server(config: &Config, found: &mut Found) {
+    let server = &config.server;
+    check_listener(server, found);
+    check_pace(server, found);
+    check_requests(server, found);
+    let rows = [
+        ("connections_max", server.connections_max as u64, 1, 65_536),
+        (
+            "request_head_bytes_max",
+            server.request_head_bytes_max,
+            8192,
+            1 << 20,
+        ),
+        (
+            "request_body_bytes_max",
+            server.request_body_bytes_max,
+            1024,
+            4 << 30,
+        ),
+        ("json_depth_max", server.json_depth_max.into(), 4, 127),
+        ("lift_bytes_min", server.lift_bytes_min, 64, 1 << 20),
         ("keep_alive_s", server.keep_alive_s, 0, 3600),
         (
             "stream_buffer_pieces",
@@ -169,7 +179,30 @@ fn check_server(config: &Config, found: &mut Found) {
     }
 }
 
+/// What is meant by a host that is written in another way than URLs have it (lower case, punycode, addresses in their one
+/// spelling), or is none; nothing where it is written so.
+fn misnamed(name: &str) -> Option<String> {
+    let canonical = url::Host::parse(name).map(|host| host.to_string());
+    match canonical {
+        Ok(canonical) if canonical == name && !name.contains('*') => None,
+        Ok(canonical) if canonical != name => {
+            Some(format!("`{canonical}`, as it is written in a URL"))
+        }
+        _ => Some("a host name without scheme, port or path".to_owned()),
+    }
+}
+
 fn check_access(access: &AccessConfig, found: &mut Found) {
+    for (index, listed) in access.hosts.iter().enumerate() {
+        let meant = misnamed(&listed.to_ascii_lowercase()).filter(|_| listed != "*");
+        if let Some(meant) = meant {
+            found.add(
+                format!("access.hosts.{index}"),
+                format!("`{listed}` is not a host"),
+                &format!("{meant}; `*` for any"),
+            );
+        }
+    }
     for (index, listed) in access.cors_origins.iter().enumerate() {
         // As a browser writes it: scheme, host, and a port that is not the scheme's own.
         let origin = url::Url::parse(listed).map(|url| url.origin().ascii_serialization());
@@ -222,8 +255,25 @@ fn check_admin(config: &Config, found: &mut Found) {
             format!("{address} is reached from other machines, and no key guards it"),
             "a loopback address, or a key with admin = true in [[access.keys]]",
         ),
+        Ok(address) if takes_listener(&config.server.listen, address) => found.add(
+            "admin.listen",
+            format!("{address} is where server.listen is"),
+            "another port",
+        ),
         Ok(_) => {}
     }
+}
+
+/// Whether a listener at `listen` leaves no room for one at `address`: all addresses of a machine take the port of each.
+fn takes_listener(listen: &str, address: SocketAddr) -> bool {
+    let takes = |one: SocketAddr, other: SocketAddr| {
+        let all = one.ip().is_unspecified() && (one.is_ipv6() || other.is_ipv4());
+        one.port() != 0 && one.port() == other.port() && (all || one.ip() == other.ip())
+    };
+    let listens = listen.to_socket_addrs().into_iter().flatten();
+    listens
+        .into_iter()
+        .any(|listen| takes(listen, address) || takes(address, listen))
 }
 
 fn check_telemetry(telemetry: &TelemetryConfig, found: &mut Found) {
@@ -346,9 +396,23 @@ fn check_sandbox(config: &Config, found: &mut Found) {
     let work_mpx = sandbox.image_work_mpx_max;
     let rows = [
         ("instances_max", sandbox.instances_max.into(), 8, 10_000),
+        ("instance_wait_ms", sandbox.instance_wait_ms, 0, 60_000),
         ("component_mib_max", sandbox.component_mib_max, 1, 1024),
         ("setup_ms", sandbox.setup_ms, 1, 60_000),
         ("image_work_mpx_max", work_mpx, work_mpx_min, 1_000_000),
+        (
+            "metric_series_max",
+            sandbox.metric_series_max.into(),
+            0,
+            100_000,
+        ),
+        ("store_mib_max", sandbox.store_mib_max, 1, 4096),
+        (
+            "store_entries_max",
+            sandbox.store_entries_max.into(),
+            1,
+            10_000_000,
+        ),
     ];
     for (name, value, low, high) in rows {
         found.range(&format!("sandbox.{name}"), value, low, high);

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
+use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 /// One mistake.
@@ -150,26 +151,72 @@ fn write_issue(f: &mut fmt::Formatter<'_>, file: &Path, issue: &Issue) -> fmt::R
     Ok(())
 }
 
-/// Reads TOML into `T`, turning the parser's error into ours.
+/// Most mistakes of one file that are told: whoever has more has another kind of file.
+const ISSUES_MAX: usize = 50;
+
+/// Reads TOML into `T`, turning the reader's errors into ours. It stops at the first, so what is wrong is taken away and the rest is
+/// read again.
 pub(super) fn deserialize<T: DeserializeOwned>(text: &str, file: &Path) -> Result<T, ConfigError> {
-    toml::from_str(text).map_err(|error| {
-        let (message, allowed) = split_allowed(error.message());
-        let mut issue = Issue::at_key("", message, &allowed);
+    let refused = |issues| ConfigError {
+        file: file.to_owned(),
+        issues,
+    };
+    let mut table =
+        DeTable::parse(text).map_err(|error| refused(vec![issue(text, &error, String::new())]))?;
+    let mut issues = Vec::new();
+    loop {
+        let error = match T::deserialize(toml::Deserializer::from(table.clone())) {
+            Ok(read) if issues.is_empty() => return Ok(read),
+            Ok(_) => return Err(refused(issues)),
+            Err(error) => error,
+        };
+        let mut path = Vec::new();
         if let Some(span) = error.span() {
-            issue.key = key_at(text, span.start);
-            issue.place(text, span);
+            collect_key(table.get_ref(), span.start, &mut path);
         }
-        ConfigError {
-            file: file.to_owned(),
-            issues: vec![issue],
+        issues.push(issue(text, &error, path.join(".")));
+        if !remove(table.get_mut(), &path) || issues.len() == ISSUES_MAX {
+            return Err(refused(issues));
         }
-    })
+    }
 }
 
-/// serde says "<what>, expected <allowed>" in one breath; a near miss is named.
+fn issue(text: &str, error: &toml::de::Error, key: String) -> Issue {
+    let (message, allowed) = split_allowed(error.message());
+    let mut issue = Issue::at_key(key, message, &allowed);
+    if let Some(span) = error.span() {
+        issue.place(text, span);
+    }
+    issue
+}
+
+/// Takes away what a path leads to, or the least around it that can be; whether there was something.
+fn remove(table: &mut DeTable<'_>, path: &[String]) -> bool {
+    let Some((name, below)) = path.split_first() else {
+        return false;
+    };
+    let inside = match table.get_mut(name.as_str()).map(Spanned::get_mut) {
+        Some(DeValue::Table(table)) => remove(table, below),
+        Some(DeValue::Array(items)) => below.split_first().is_some_and(|(index, below)| {
+            let item = index
+                .parse()
+                .ok()
+                .and_then(|index: usize| items.get_mut(index));
+            match item.map(Spanned::get_mut) {
+                Some(DeValue::Table(table)) => remove(table, below),
+                _ => false,
+            }
+        }),
+        _ => false,
+    };
+    inside || table.remove(name.as_str()).is_some()
+}
+
+/// serde says "<what>, expected <allowed>" in one breath, and in the words of a programmer; a near miss is named.
 fn split_allowed(message: &str) -> (String, String) {
     let message = message.trim().replace('\n', ", ");
     let message = message.replace("unknown field", "unknown key");
+    let message = message.replace("missing field", "missing key");
     let Some((what, allowed)) = message.split_once(", expected ") else {
         return (message, String::new());
     };
@@ -189,7 +236,46 @@ fn split_allowed(message: &str) -> (String, String) {
             what = format!("{what}; did you mean `{near}`?");
         }
     }
-    (what, allowed.to_owned())
+    (in_words(&what), allowed_in_words(allowed))
+}
+
+/// What stands in the file, as people who write TOML call it.
+fn in_words(what: &str) -> String {
+    let kinds = [
+        ("integer `", "the whole number `"),
+        ("floating point `", "the number `"),
+        ("boolean `", "`"),
+        ("string \"", "the string \""),
+        ("sequence", "a list"),
+        ("map", "a table"),
+    ];
+    let value = ["invalid type: ", "invalid value: "]
+        .iter()
+        .find_map(|prefix| what.strip_prefix(prefix));
+    let told = value.and_then(|value| {
+        let told = |(kind, word): &(&str, &str)| {
+            let rest = value.strip_prefix(kind)?;
+            Some(format!("{word}{rest} cannot stand here"))
+        };
+        kinds.iter().find_map(told)
+    });
+    told.unwrap_or_else(|| what.to_owned())
+}
+
+/// What the type in the code takes, for those who do not know it.
+fn allowed_in_words(allowed: &str) -> String {
+    let words = match allowed {
+        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more",
+        "i8" | "i16" | "i32" | "i64" | "isize" => "a whole number",
+        "f32" | "f64" => "a number",
+        "a boolean" => "true or false",
+        "a string" | "path string" => "a string, in quotes",
+        "a sequence" => "a list, in brackets",
+        "a map" => "a table",
+        _ if allowed.starts_with("struct ") => "a table",
+        other => other,
+    };
+    words.to_owned()
 }
 
 /// Levenshtein distance in characters.
@@ -242,15 +328,7 @@ fn value_span(value: &DeValue<'_>, rest: &[&str]) -> Option<Range<usize>> {
     }
 }
 
-/// The dotted key whose name or value covers a byte of the text.
-fn key_at(text: &str, at: usize) -> String {
-    let mut path = Vec::new();
-    if let Ok(table) = DeTable::parse(text) {
-        collect_key(table.get_ref(), at, &mut path);
-    }
-    path.join(".")
-}
-
+/// The names that lead to the key whose name or value covers a byte of the text.
 fn collect_key(table: &DeTable<'_>, at: usize, path: &mut Vec<String>) -> bool {
     for (key, value) in table {
         path.push(key.get_ref().to_string());

@@ -8,12 +8,20 @@ use serde::{Deserialize, Serialize};
 pub struct SandboxConfig {
     /// Plugin instances alive at once, all roles together. Needs a restart.
     pub instances_max: u32,
+    /// Milliseconds that a call waits for one of them to end before it is refused. Needs a restart.
+    pub instance_wait_ms: u64,
     /// Largest plugin file, in MiB. Needs a restart.
     pub component_mib_max: u64,
     /// Milliseconds that building and configuring an instance may take. Needs a restart.
     pub setup_ms: u64,
     /// Millions of pixels that image operations may read for one picture. Needs a restart.
     pub image_work_mpx_max: u64,
+    /// Series of counters and histograms that one plugin may keep. Needs a restart.
+    pub metric_series_max: u32,
+    /// Memory of one bucket of the store, keys and values, in MiB. Needs a restart.
+    pub store_mib_max: u64,
+    /// Entries of one bucket of the store. Needs a restart.
+    pub store_entries_max: u32,
     /// Limits of request adapters. Needs a restart, like the other roles.
     pub adapter: RoleLimits<AdapterCalls>,
     /// Limits of prompt templates.
@@ -28,9 +36,13 @@ impl Default for SandboxConfig {
     fn default() -> Self {
         Self {
             instances_max: 256,
+            instance_wait_ms: 1000,
             component_mib_max: 32,
             setup_ms: 500,
             image_work_mpx_max: 2000,
+            metric_series_max: 200,
+            store_mib_max: 8,
+            store_entries_max: 10_000,
             adapter: RoleLimits::default(),
             template: RoleLimits::default(),
             image_policy: RoleLimits::default(),

@@ -53,22 +53,18 @@ fn the_documented_file_has_every_key_and_says_why() {
     in_file.sort();
     assert_eq!(in_code, in_file);
     let lines: Vec<&str> = DOCUMENTED.lines().collect();
-    let commented = [
-        "[server]",
-        "[access]",
-        "[admin]",
-        "[model]",
-        "[generation]",
-        "[images]",
-        "[cache]",
-        "[plugins]",
-    ];
-    for section in commented {
-        let at = lines.iter().position(|line| *line == section).unwrap();
-        assert!(
-            lines[at + 1].starts_with('#'),
-            "{section} opens without a word on its first key"
-        );
+    // Told of once, above the first of them.
+    let repeats = |section: &str| section == "routes" || section.starts_with("sandbox.");
+    let mut section = "";
+    for (at, line) in lines.iter().enumerate() {
+        if let Some(opened) = line.strip_prefix('[') {
+            section = opened.trim_matches(['[', ']']);
+        } else if line.contains(" = ") && !line.starts_with('#') && !repeats(section) {
+            let above = lines[..at].iter().rev();
+            let told = above.take_while(|above| !above.is_empty() && !above.starts_with('['));
+            let word = told.into_iter().any(|above| above.starts_with('#'));
+            assert!(word, "[{section}] has no word on {line}");
+        }
     }
 }
 
@@ -121,11 +117,55 @@ fn a_wrong_type_names_the_key_and_what_is_expected() {
     assert_eq!((issue.line, issue.column), (Some(2), Some(13)));
     assert_eq!(issue.key, "images.count_max");
     assert!(
-        issue.message.contains("string \"many\""),
+        issue.message.contains("the string \"many\""),
         "{}",
         issue.message
     );
-    assert_eq!(issue.allowed, "u32");
+    assert_eq!(issue.allowed, "a whole number, 0 or more");
+}
+
+#[test]
+fn every_mistake_of_type_is_told_and_in_words_of_the_file() {
+    let text = "[server]\nlisten = 8080\ndrain_s = -1\n[acces]\nkeys = 1\n[images]\napply_exif_orientation = \"no\"\n\
+                [images.fetch]\nports = 443\n[generation]\ntop_p = \"most\"\n[plugins.hd]\nconfg = {}\nlimits = 3\n\
+                [[access.keys]]\nname = 1\nsha256 = 2\n[model]\naliases = [1]\n";
+    let error = parse(text).expect_err("many mistakes");
+    let found = |key: &str| {
+        let issue = error.issues.iter().find(|issue| issue.key == key);
+        let issue = issue.unwrap_or_else(|| panic!("{key} is not told: {error}"));
+        (
+            issue.line.unwrap(),
+            issue.message.as_str(),
+            issue.allowed.as_str(),
+        )
+    };
+    let whole = "a whole number, 0 or more";
+    let string = "a string, in quotes";
+    assert_eq!(
+        found("server.listen"),
+        (2, "the whole number `8080` cannot stand here", string)
+    );
+    assert_eq!(
+        found("server.drain_s"),
+        (3, "the whole number `-1` cannot stand here", whole)
+    );
+    assert_eq!(
+        found("acces").1,
+        "unknown key `acces`; did you mean `access`?"
+    );
+    let exif = found("images.apply_exif_orientation");
+    assert_eq!(
+        exif,
+        (7, "the string \"no\" cannot stand here", "true or false")
+    );
+    assert_eq!(found("images.fetch.ports").2, "a list, in brackets");
+    assert_eq!(found("generation.top_p").2, "a number");
+    assert_eq!(found("plugins.hd.limits").2, "a table");
+    assert!(found("plugins.hd.confg").1.contains("`config`"));
+    assert_eq!(found("access.keys.0.name").2, string);
+    assert_eq!(found("access.keys.0.sha256").2, string);
+    assert_eq!(found("model.aliases.0").0, 19);
+    assert_eq!(error.issues.len(), 11, "{error}");
 }
 
 #[test]
@@ -253,6 +293,20 @@ fn hosts_are_written_as_urls_have_them() {
             assert_eq!(mistake(&text).key, "images.fetch.hosts.0", "{bad}");
         }
     }
+    let asked = |host: &str| format!("[access]\nhosts = [\"{host}\"]\n");
+    for good in ["*", "a.example", "A.Example", "192.168.0.7", "[::1]"] {
+        parse(&asked(good)).unwrap();
+    }
+    for bad in [
+        "",
+        "a.example:80",
+        "https://a.example",
+        "*.a.example",
+        "a b",
+        "::1",
+    ] {
+        assert_eq!(mistake(&asked(bad)).key, "access.hosts.0", "{bad}");
+    }
     let networks = |list: &str| format!("[images.fetch]\nrefused_networks = [{list}]\n");
     parse(&networks("\"192.0.2.0/24\", \"2001:db8::/32\"")).unwrap();
     for bad in ["192.0.2.0/33", "192.0.2.7", "example.org", ""] {
@@ -337,4 +391,17 @@ fn the_admin_listener_is_local_or_guarded() {
         assert_eq!(mistake(&(admin(open) + &key(false))).key, "admin.listen");
     }
     assert_eq!(mistake(&admin("localhost:1")).key, "admin.listen");
+    let both = |server: &str, admin: &str| {
+        parse(&format!(
+            "[server]\nlisten = \"{server}\"\n[admin]\nlisten = \"{admin}\"\n"
+        ))
+    };
+    for server in ["127.0.0.1:7", "0.0.0.0:7", "[::]:7"] {
+        let error = both(server, "127.0.0.1:7").expect_err("one address for two");
+        assert_eq!(error.issues[0].key, "admin.listen", "{error}");
+    }
+    for server in ["127.0.0.1:8", "127.0.0.2:7", "[::1]:7", "127.0.0.1:0"] {
+        both(server, "127.0.0.1:7").unwrap();
+    }
+    both("127.0.0.1:0", "127.0.0.1:0").unwrap();
 }

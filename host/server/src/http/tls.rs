@@ -28,6 +28,17 @@ pub enum TlsError {
     Pair(#[from] tokio_rustls::rustls::Error),
 }
 
+impl TlsError {
+    /// The configuration key that is to blame.
+    #[must_use]
+    pub fn key(&self) -> &'static str {
+        match self {
+            Self::File { key, .. } => key,
+            Self::Pair(_) => "server.tls_key_file",
+        }
+    }
+}
+
 /// What turns connections into sealed ones; none when no certificate is configured.
 ///
 /// # Errors

@@ -88,6 +88,26 @@ fn what_the_plugins_refuse_is_a_mistake_of_the_file() {
 }
 
 #[test]
+fn what_a_configuration_names_outside_itself_is_looked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = "[server]\ntls_cert_file = \"no.pem\"\ntls_key_file = \"key.pem\"\n\
+                [plugins.hdd.config]\nauto_crops = 4\n[plugins.hd.config]\nmost_crops = 4\n";
+    std::fs::write(folder.path().join("my.toml"), file).unwrap();
+    let out = run(folder.path(), &["config", "check", "my.toml"]);
+    let said = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{said}");
+    for words in [
+        "my.toml:2:17 (server.tls_cert_file)",
+        "no.pem",
+        "my.toml:4:10 (plugins.hdd)",
+        "no plugin `hdd`",
+        "most_crops",
+    ] {
+        assert!(said.contains(words), "no {words}: {said}");
+    }
+}
+
+#[test]
 fn flags_win_over_the_environment_and_that_over_the_file() {
     let folder = tempfile::tempdir().unwrap();
     let file =
@@ -266,6 +286,18 @@ fn a_float_checkpoint_is_quantized_and_serves() {
     );
     let out = run(folder.path(), &["models", "--json", "--model", "int4"]);
     assert_eq!(json(&out.stdout)["quantization"], "int4 group 64");
+    let copy = folder.path().join("copy");
+    std::fs::create_dir(&copy).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(format!("{source}/{name}"), copy.join(name)).unwrap();
+    }
+    for inside in ["copy/int4", "copy/../copy/a/b", "copy"] {
+        let out = run(folder.path(), &["quantize", "copy", inside]);
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(3), "{inside}: {said}");
+        assert!(said.contains("inside the checkpoint"), "{inside}: {said}");
+    }
+    assert_eq!(std::fs::read_dir(copy).unwrap().count(), 2);
     let out = run(folder.path(), &["quantize", &source, "int4"]);
     assert_eq!(out.status.code(), Some(3));
     assert!(
@@ -286,18 +318,6 @@ fn numbers(path: &str, value: &Value, found: &mut Vec<(String, f64)>) {
     }
 }
 
-    let copy = folder.path().join("copy");
-    std::fs::create_dir(&copy).unwrap();
-    for name in ["config.json", "model.safetensors"] {
-        std::fs::copy(format!("{source}/{name}"), copy.join(name)).unwrap();
-    }
-    for inside in ["copy/int4", "copy/../copy/a/b", "copy"] {
-        let out = run(folder.path(), &["quantize", "copy", inside]);
-        let said = text(&out.stderr);
-        assert_eq!(out.status.code(), Some(3), "{inside}: {said}");
-        assert!(said.contains("inside the checkpoint"), "{inside}: {said}");
-    }
-    assert_eq!(std::fs::read_dir(copy).unwrap().count(), 2);
 #[test]
 fn a_shape_is_made_once_and_measured_stage_by_stage() {
     let folder = tempfile::tempdir().unwrap();

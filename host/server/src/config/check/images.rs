@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::Found;
+use super::{Found, misnamed};
 use crate::config::{FetchConfig, ImagesConfig};
 
 /// Most bytes a pixel takes while it is decoded: four channels of 16 bits, and what they become.
@@ -103,20 +103,11 @@ fn check_fetch(fetch: &FetchConfig, found: &mut Found) {
     );
     for (index, pattern) in fetch.hosts.iter().enumerate() {
         let name = pattern.strip_prefix("*.").unwrap_or(pattern);
-        // As a URL's host is compared: lower case, punycode, addresses in their one spelling.
-        let canonical = url::Host::parse(name).map(|host| host.to_string());
-        let good = canonical.as_deref() == Ok(name) && !name.contains('*');
-        if pattern != "*" && !good {
-            let meant = match canonical {
-                Ok(canonical) if canonical != name => {
-                    format!("`{canonical}`, as it is written in a URL")
-                }
-                _ => "a host name without scheme, port or path, `*.suffix`, or `*`".to_owned(),
-            };
+        if let Some(meant) = misnamed(name).filter(|_| pattern != "*") {
             found.add(
                 format!("images.fetch.hosts.{index}"),
                 format!("`{pattern}` is not a host"),
-                &meant,
+                &format!("{meant}; `*.suffix` for every name below one, `*` for all"),
             );
         }
     }
