@@ -67,3 +67,10 @@ pub enum EngineError {
     #[error("forward pass failed")]
     Forward(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
+
+/// An error and its causes, in one line.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let causes: Vec<String> = causes.map(ToString::to_string).collect();
+    causes.join(": ")
+}

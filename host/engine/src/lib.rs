@@ -37,7 +37,7 @@ pub use cache::{
 };
 pub use constraint::{Constraint, ConstraintError, Grammar};
 pub use engine::{Engine, EngineOptions};
-pub use error::EngineError;
+pub use error::{EngineError, chain};
 pub use model::{CheckpointLoader, KvFigures, Model, ModelLoader, Part};
 pub use prefix_cache::PrefixBlock;
 pub use request::{

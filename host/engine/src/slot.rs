@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use visor_model::{DeviceKind, ModelError, Prompt, Tokenizer};
 
+use crate::error::chain;
 use crate::guard::{Trouble, freed, guarded};
 use crate::model::{KvFigures, Model, ModelLoader, Part};
 use crate::sampler;
@@ -151,11 +152,4 @@ fn warm_up<M: Model>(model: &M, tokenizer: &Tokenizer) -> Result<(), Trouble> {
     let incomplete = || ModelError::Prompt("the warm-up prompt was not completed".into());
     let logits = logits.ok_or_else(incomplete)?;
     sampler::check(&logits).map_err(|error| Trouble::Broken(Box::new(error)))
-}
-
-/// An error and its causes, in one line.
-pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    let causes: Vec<String> = causes.map(ToString::to_string).collect();
-    causes.join(": ")
 }

@@ -338,8 +338,8 @@ fn folder_name(dir: &Path) -> String {
         .unwrap_or_else(|| "model".to_owned())
 }
 
-/// Bytes as hexadecimal digits, how digests are told.
-pub(crate) fn hex(bytes: &[u8]) -> String {
+/// Bytes as hexadecimal digits in lower case, how digests are told.
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -29,7 +29,7 @@ mod table;
 pub mod tokenizer;
 mod weights;
 
-pub use checkpoint::{Checkpoint, CheckpointFacts};
+pub use checkpoint::{Checkpoint, CheckpointFacts, hex};
 pub use config::ModelConfig;
 pub use device::{Activations, DeviceChoice, DeviceKind};
 pub use error::ModelError;

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use visor_model::image::{
     self, CROP_SIDE_PX, Filter as ModelFilter, Layout as ModelLayout, Op, SourceImage,
 };
-use visor_model::{Checkpoint, CheckpointFacts, ModelError, Tokenizer};
+use visor_model::{Checkpoint, CheckpointFacts, ModelError, Tokenizer, hex};
 use visor_sandbox::{
     ErrorCode, Extensions, Filter, GuestError, HostServices, ImageOp, ImageSource, Layout,
     ModelFacts, PixelBuffer, Vision,
@@ -286,10 +286,6 @@ fn model_filter(filter: Filter) -> ModelFilter {
         Filter::Bicubic => ModelFilter::Bicubic,
         Filter::Lanczos => ModelFilter::Lanczos,
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -1,11 +1,10 @@
 //! What becomes of sequences whose step went wrong, and of all of them when the device did.
 
-use crate::error::EngineError;
+use crate::error::{EngineError, chain};
 use crate::guard::{Trouble, freed};
 use crate::job::count;
 use crate::model::{Model, ModelLoader};
 use crate::sequence::Sequence;
-use crate::slot::chain;
 
 use super::{Outcome, Scheduler};
 

@@ -63,35 +63,9 @@ pub(super) fn compare_case(
     reporter: &mut Reporter<'_>,
 ) {
     let folder = models.folder;
-    let file = match folder.read(&format!("cases/{name}.json")) {
-        Ok(Some(json)) => match serde_json::from_slice::<CaseFile>(&json) {
-            Ok(file) => file,
-            Err(error) => {
-                return reporter.stage(
-                    name,
-                    "case",
-                    Finding::Miss(format!("{name}.json: {error}")),
-                );
-            }
-        },
-        Ok(None) => {
-            return reporter.stage(
-                name,
-                "case",
-                Finding::Skipped(format!("there is no {name}.json")),
-            );
-        }
-        Err(error) => return reporter.stage(name, "case", error),
-    };
-    let tensors = match folder.tensors(&format!("cases/{name}.safetensors")) {
-        Ok(Some(tensors)) => tensors,
-        Ok(None) => {
-            let reason =
-                format!("there is no {name}.safetensors; only the JSON's token lists are compared");
-            reporter.stage(name, "tensors", Finding::Skipped(reason));
-            Weights::default()
-        }
-        Err(error) => return reporter.stage(name, "tensors", error),
+    let (file, tensors) = match read_case(name, folder, reporter) {
+        Some(read) => read,
+        None => return,
     };
     let checkpoint = file
         .checkpoint
@@ -130,6 +104,46 @@ pub(super) fn compare_case(
         Ok((state, last)) => greedy::compare_greedy(&case, state, last, reporter),
         Err(error) => reporter.stage(name, "prefill", error),
     }
+}
+
+/// What the golden says of a case; nothing when that cannot be read. Without tensors its lists of tokens are compared.
+fn read_case(
+    name: &str,
+    folder: &super::folder::Folder,
+    reporter: &mut Reporter<'_>,
+) -> Option<(CaseFile, Weights)> {
+    let read = folder.read(&format!("cases/{name}.json"));
+    let file = match read.map(|json| json.map(|json| serde_json::from_slice(&json))) {
+        Ok(Some(Ok(file))) => file,
+        Ok(Some(Err(error))) => {
+            let broken = Finding::Miss(format!("{name}.json: {error}"));
+            reporter.stage(name, "case", broken);
+            return None;
+        }
+        Ok(None) => {
+            let absent = Finding::Skipped(format!("there is no {name}.json"));
+            reporter.stage(name, "case", absent);
+            return None;
+        }
+        Err(error) => {
+            reporter.stage(name, "case", error);
+            return None;
+        }
+    };
+    let tensors = match folder.tensors(&format!("cases/{name}.safetensors")) {
+        Ok(Some(tensors)) => tensors,
+        Ok(None) => {
+            let reason =
+                format!("there is no {name}.safetensors; only the JSON's token lists are compared");
+            reporter.stage(name, "tensors", Finding::Skipped(reason));
+            Weights::default()
+        }
+        Err(error) => {
+            reporter.stage(name, "tensors", error);
+            return None;
+        }
+    };
+    Some((file, tensors))
 }
 
 /// Decodes and cuts the images; nothing when the case cannot go on.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use serde_json::{Value, json};
 
 use super::compare::{Finding, Reporter};
 use super::folder::{Folder, floats, integers, pixel_values};
@@ -99,45 +100,22 @@ fn compare_entry(
                 "{key}: neither num_crops nor a name ending in .c<num_crops>"
             ))
         })?;
-    let open = |name: &str| match folder.image(name) {
-        Ok(Some(image)) => Ok(image),
-        Ok(None) => Err(Finding::Skipped(format!("there is no images/{name}.*"))),
-        Err(message) => Err(Finding::Miss(message)),
-    };
     if let Some(names) = &entry.images {
         let mut sizes = Vec::new();
         let mut tokens = Vec::new();
         for name in names {
-            let pixels = pixel_values(&open(name)?, num_crops).map_err(Finding::Miss)?;
-            sizes.push([pixels.rows * CROP_SIDE_PX, pixels.columns * CROP_SIDE_PX]);
+            let pixels = pixel_values(&open(folder, name)?, num_crops).map_err(Finding::Miss)?;
+            sizes.push(size_px(&pixels));
             tokens.push(pixels.image_tokens());
         }
-        reporter.stage(
-            &case,
-            "image_size",
-            Finding::equal(&serde_json::json!(sizes), &entry.image_size_hw),
-        );
-        reporter.stage(
-            &case,
-            "num_img_tokens",
-            Finding::equal(&serde_json::json!(tokens), &entry.num_img_tokens),
-        );
+        compare_size(&case, entry, (json!(sizes), json!(tokens)), reporter);
         return Ok(());
     }
-    let image = open(name)?;
+    let image = open(folder, name)?;
     let pixels = pixel_values(&image, num_crops).map_err(Finding::Miss)?;
-    let size = [pixels.rows * CROP_SIDE_PX, pixels.columns * CROP_SIDE_PX];
-    reporter.stage(
-        &case,
-        "image_size",
-        Finding::equal(&serde_json::json!(size), &entry.image_size_hw),
-    );
-    let tokens = serde_json::json!(image_tokens(pixels.columns, pixels.rows));
-    reporter.stage(
-        &case,
-        "num_img_tokens",
-        Finding::equal(&tokens, &entry.num_img_tokens),
-    );
+    let tokens = image_tokens(pixels.columns, pixels.rows);
+    let have = (json!(size_px(&pixels)), json!(tokens));
+    compare_size(&case, entry, have, reporter);
     compare_hd(
         (&case, key),
         (&image, num_crops),
@@ -147,6 +125,32 @@ fn compare_entry(
     compare_crops((&case, key), &pixels, tensors, reporter);
     compare_statistics(&case, &pixels, entry, reporter);
     Ok(())
+}
+
+fn open(folder: &Folder, name: &str) -> Result<SourceImage, Finding> {
+    match folder.image(name) {
+        Ok(Some(image)) => Ok(image),
+        Ok(None) => Err(Finding::Skipped(format!("there is no images/{name}.*"))),
+        Err(message) => Err(Finding::Miss(message)),
+    }
+}
+
+/// Height and width of the grid, in pixels.
+fn size_px(pixels: &PixelValues) -> [u32; 2] {
+    [pixels.rows * CROP_SIDE_PX, pixels.columns * CROP_SIDE_PX]
+}
+
+/// What becomes of one image, or of each of several.
+fn compare_size(
+    case: &str,
+    entry: &Entry,
+    (size, tokens): (Value, Value),
+    reporter: &mut Reporter<'_>,
+) {
+    let size = Finding::equal(&size, &entry.image_size_hw);
+    reporter.stage(case, "image_size", size);
+    let tokens = Finding::equal(&tokens, &entry.num_img_tokens);
+    reporter.stage(case, "num_img_tokens", tokens);
 }
 
 /// The padded 8-bit image: its digest, and the sample that tells where it differs.

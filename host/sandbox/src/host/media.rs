@@ -12,6 +12,7 @@ use crate::guest::{GuestState, HostFault};
 use crate::host::image::{OpLimits, RecordedImage};
 use crate::image_policy::{Filter, Layout, PixelBuffer};
 
+// Promised in `wit/host.wit`, so no keys.
 const READ_BYTES_MAX: usize = 64 << 10;
 const PIXEL_BYTES_MAX: usize = 64 << 10;
 

@@ -9,6 +9,7 @@ use crate::bindings::adapter::visor::plugin::metrics::Host;
 use crate::chat::Extensions;
 use crate::guest::GuestState;
 
+// What Prometheus and its users can bear, so no keys: the number of series is one.
 const NAME_BYTES_MAX: usize = 64;
 const LABELS_MAX: usize = 8;
 const LABEL_VALUE_BYTES_MAX: usize = 128;

@@ -10,6 +10,7 @@ use crate::bindings::adapter::visor::plugin::store as wit;
 use crate::bindings::adapter::visor::plugin::store::StoreError;
 use crate::guest::GuestState;
 
+// Promised in `wit/host.wit`, so no keys: what they may add up to is one.
 const KEY_BYTES_MAX: usize = 256;
 const VALUE_BYTES_MAX: usize = 64 << 10;
 const KEYS_MAX: usize = 1000;

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use visor_engine::{
     CacheAccess, CacheKey, EngineError, EventReceiver, GenerateRequest, Grammar, Lookup, Sampling,
-    Usage,
+    Usage, chain,
 };
 use visor_model::{ModelError, Prompt};
 use visor_sandbox::{
@@ -348,10 +348,4 @@ pub(super) fn refused(work: &Work, error: &EngineError) -> Failure {
             Failure::internal()
         }
     }
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }

@@ -20,7 +20,8 @@ const MESSAGES_MAX: usize = 1024;
 const PARTS_MAX: usize = 4096;
 /// Tokens that a message takes beside its text: something opens it and something closes it.
 const MESSAGE_TOKENS_MIN: u32 = 2;
-/// Most stop strings a client may give; the engine takes more, for those of the template.
+/// Most stop strings a client may give; the engine takes more, for those of the template. No key: the text is searched for each of
+/// them, and OpenAI's API has four.
 const STOPS_MAX: usize = 8;
 /// Longest stop string in bytes: that much text is held back while it may still match.
 const STOP_BYTES_MAX: usize = 1024;

@@ -33,8 +33,7 @@ impl Outcome {
     }
 }
 
-/// The stages whose time is kept, about in the order a request meets them: crops are made after the template and the caches
-/// were asked.
+/// The stages of a request whose time is kept, in the order a request meets them: those of the table in `host/ARCHITECTURE.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {
     /// Reading the body and waiting for a thread.
@@ -45,12 +44,12 @@ pub enum Stage {
     Images,
     /// Calls of the image policy.
     ImagePolicy,
-    /// Running the recorded operations into crops.
-    Preprocess,
     /// Calls of the template, and tokenizing what it gave.
     Template,
     /// Asking the cache strategy for a scope.
     Cache,
+    /// Running the recorded operations into crops.
+    Preprocess,
     /// Waiting for the engine.
     Queue,
     /// The vision tower.
@@ -70,9 +69,9 @@ impl Stage {
         Self::Adapter,
         Self::Images,
         Self::ImagePolicy,
-        Self::Preprocess,
         Self::Template,
         Self::Cache,
+        Self::Preprocess,
         Self::Queue,
         Self::Vision,
         Self::Prefill,
@@ -87,9 +86,9 @@ impl Stage {
             Self::Adapter => "adapter",
             Self::Images => "images",
             Self::ImagePolicy => "image_policy",
-            Self::Preprocess => "preprocess",
             Self::Template => "template",
             Self::Cache => "cache",
+            Self::Preprocess => "preprocess",
             Self::Queue => "queue",
             Self::Vision => "vision",
             Self::Prefill => "prefill",
@@ -160,4 +159,27 @@ pub struct RequestRecord {
     pub first_text_us: Option<u64>,
     /// From the accepted request to the end.
     pub total_us: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_architecture_tells_of_these_stages_in_this_order() {
+        let architecture = include_str!("../../../ARCHITECTURE.md");
+        let rows = architecture.lines().filter_map(|line| {
+            let mut cells = line.strip_prefix("| ")?.split(" | ");
+            cells.next()?.parse::<usize>().ok()?;
+            cells.next()
+        });
+        let stages = Stage::ALL.map(Stage::as_str);
+        assert_eq!(rows.collect::<Vec<_>>(), stages);
+        assert!(
+            Stage::ALL
+                .iter()
+                .enumerate()
+                .all(|(at, stage)| *stage as usize == at)
+        );
+    }
 }

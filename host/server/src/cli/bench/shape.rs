@@ -160,7 +160,6 @@ fn tell(told: &Told, as_json: bool) -> Result<u8, Failure> {
 
 fn print(out: &mut impl Write, told: &Told) -> std::io::Result<()> {
     let (ceilings, report) = (&told.ceilings, &told.report);
-    let gb = |bytes: u64| bytes as f64 / 1e9;
     writeln!(
         out,
         "shape        {}, random weights, {}, {:.2} GB, {} activations",
@@ -175,6 +174,23 @@ fn print(out: &mut impl Write, told: &Told) -> std::io::Result<()> {
         ceilings.threads, ceilings.read_gb_per_s, ceilings.product_gop_per_s, ceilings.product
     )?;
     writeln!(out, "load         {:.2} s", report.load_s)?;
+    print_products(out, report)?;
+    print_decode(out, report)?;
+    let first = &report.first_token;
+    writeln!(
+        out,
+        "first token  {:.2} s: {} crops in {:.2} s, {} prompt tokens in {:.2} s",
+        first.seconds, first.crops, first.vision_s, first.prompt_tokens, first.prefill_s
+    )?;
+    print_peak(out, told.peak_mib)
+}
+
+fn gb(bytes: u64) -> f64 {
+    bytes as f64 / 1e9
+}
+
+/// The stages that multiply: many rows for each weight that is read.
+fn print_products(out: &mut impl Write, report: &BenchReport) -> std::io::Result<()> {
     for vision in &report.vision {
         writeln!(
             out,
@@ -195,6 +211,11 @@ fn print(out: &mut impl Write, told: &Told) -> std::io::Result<()> {
             100.0 * prefill.product_share
         )?;
     }
+    Ok(())
+}
+
+/// The stage that reads: few rows for each weight.
+fn print_decode(out: &mut impl Write, report: &BenchReport) -> std::io::Result<()> {
     let decode = &report.decode;
     writeln!(
         out,
@@ -220,11 +241,5 @@ fn print(out: &mut impl Write, told: &Told) -> std::io::Result<()> {
             drafts.drafts, drafts.step_ms
         )?;
     }
-    let first = &report.first_token;
-    writeln!(
-        out,
-        "first token  {:.2} s: {} crops in {:.2} s, {} prompt tokens in {:.2} s",
-        first.seconds, first.crops, first.vision_s, first.prompt_tokens, first.prefill_s
-    )?;
-    print_peak(out, told.peak_mib)
+    Ok(())
 }
