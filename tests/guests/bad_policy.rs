@@ -43,11 +43,6 @@ impl lifecycle::Guest for Bad {
 }
 
 impl image_policy::Guest for Bad {
-    fn metadata_only() -> bool {
-        deed("metadata-only");
-        false
-    }
-
     fn prepare(image: &Image, _model: &Handle, context: &Context) -> Result<View, Error> {
         let deed = main_deed("prepare", &hints(context));
         misuse(&deed, image);

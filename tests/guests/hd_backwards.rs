@@ -36,10 +36,6 @@ impl lifecycle::Guest for Backwards {
 }
 
 impl image_policy::Guest for Backwards {
-    fn metadata_only() -> bool {
-        true
-    }
-
     fn prepare(image: &Image, _model: &Handle, _context: &Context) -> Result<View, Error> {
         let square = |side: u32| Size {
             width: side,

@@ -35,10 +35,6 @@ impl lifecycle::Guest for One {
 }
 
 impl image_policy::Guest for One {
-    fn metadata_only() -> bool {
-        true
-    }
-
     fn prepare(image: &Image, _model: &Handle, _context: &Context) -> Result<View, Error> {
         let Size { width, height } = image.size();
         let tall = width < height;

@@ -76,12 +76,8 @@ pub enum FinishReason {
     Length,
     /// The model calls tools.
     ToolCalls,
-    /// Withheld by a filter.
-    ContentFilter,
-    /// The client went away.
+    /// The server ended it early.
     Cancelled,
-    /// The model failed.
-    Failed,
 }
 
 /// Token counts of one generation.

@@ -233,19 +233,6 @@ pub(crate) fn prepare(
     })
 }
 
-/// Asks whether a policy looks at metadata only.
-pub(crate) fn metadata_only(core: &Arc<Core>) -> Result<bool, CallError> {
-    let mut guest = Guest::open(core, Role::ImagePolicy, String::new())?;
-    guest.call(Function::MetadataOnly, |store, instance| {
-        let indices = core.exports.image_policy.as_ref();
-        let indices = indices.ok_or_else(|| Halt::Broken("is no image policy".to_owned()))?;
-        let bindings = indices.load(&mut *store, instance)?;
-        Ok(bindings
-            .visor_plugin_image_policy()
-            .call_metadata_only(store)?)
-    })
-}
-
 /// A view as the guest gave it, unchecked.
 struct Proposal {
     overview: Option<RecordedImage>,
@@ -286,6 +273,9 @@ impl Proposal {
     fn check(self, vision: Vision, tiles_max: u32) -> Result<View, String> {
         if self.overview.is_none() && self.grid.is_none() {
             return Err("neither an overview nor tiles".to_owned());
+        }
+        if self.overview.is_none() && vision.overview {
+            return Err("tiles without an overview, which the model wants beside them".to_owned());
         }
         let (columns, rows, tiles) = self.grid.unwrap_or((0, 0, Vec::new()));
         let wanted = columns
@@ -333,5 +323,29 @@ impl Proposal {
             normalization: self.normalization,
             extensions: self.extensions,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_that_wants_an_overview_gets_one_with_every_grid() {
+        let tiles_alone = || Proposal {
+            overview: None,
+            grid: Some((0, 0, Vec::new())),
+            normalization: None,
+            extensions: Vec::new(),
+        };
+        let vision = |overview| Vision {
+            tile_width_px: 336,
+            tile_height_px: 336,
+            tiles_max: 16,
+            overview,
+        };
+        let refused = tiles_alone().check(vision(true), 64).unwrap_err();
+        assert!(refused.contains("without an overview"), "{refused}");
+        tiles_alone().check(vision(false), 64).unwrap();
     }
 }

@@ -64,8 +64,6 @@ pub enum Function {
     RenderError,
     /// `template.render`
     Render,
-    /// `image-policy.metadata-only`
-    MetadataOnly,
     /// `image-policy.prepare`
     Prepare,
     /// `cache-strategy.scope`
@@ -82,7 +80,7 @@ pub enum Function {
 
 impl Function {
     /// Every function, in the order of the declaration.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 15] = [
         Self::Instantiate,
         Self::Describe,
         Self::Configure,
@@ -92,7 +90,6 @@ impl Function {
         Self::KeepAlive,
         Self::RenderError,
         Self::Render,
-        Self::MetadataOnly,
         Self::Prepare,
         Self::Scope,
         Self::Create,
@@ -114,7 +111,6 @@ impl Function {
             Self::KeepAlive => "keep-alive",
             Self::RenderError => "render-error",
             Self::Render => "render",
-            Self::MetadataOnly => "metadata-only",
             Self::Prepare => "prepare",
             Self::Scope => "scope",
             Self::Create => "create",
@@ -187,7 +183,6 @@ impl CallBudgets {
             | Function::Describe
             | Function::Configure
             | Function::Routes
-            | Function::MetadataOnly
             | Function::Create => self.setup_ms,
         };
         Duration::from_millis(ms)
@@ -257,9 +252,10 @@ pub struct SandboxOptions {
     pub instance_wait_ms: u64,
     /// Largest plugin file, in bytes.
     pub component_bytes_max: u64,
-    /// Tiles an image policy may ask for, the overview not counted.
+    /// Tiles an image policy may ask for, the overview not counted. No key: a view of more is not made by the model's side, whatever
+    /// its memory.
     pub tiles_max: u32,
-    /// Operations recorded on one image.
+    /// Operations recorded on one image. No key: what they cost is `image_work_px_max`, and this only bounds the list.
     pub image_ops_max: usize,
     /// Pixels of any recorded image.
     pub image_pixels_max: u64,
@@ -267,7 +263,7 @@ pub struct SandboxOptions {
     pub image_work_px_max: u64,
     /// Generations one exchange may ask for, all its steps together.
     pub generations_max: u32,
-    /// Segments of one prompt.
+    /// Segments of one prompt. No key: what they hold is bounded by `hostcall_bytes_max` and the context, and this only bounds the list.
     pub segments_max: usize,
     /// Metric series of one plugin.
     pub metric_series_max: usize,

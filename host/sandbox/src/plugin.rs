@@ -127,7 +127,6 @@ impl Core {
 pub(crate) struct Tried {
     pub(crate) info: PluginInfo,
     pub(crate) routes: Vec<Route>,
-    pub(crate) metadata_only: bool,
 }
 
 /// A plugin that passed its trial. Immutable; a changed file makes a new one.
@@ -227,13 +226,6 @@ impl Plugin {
     #[must_use]
     pub fn routes(&self) -> &[Route] {
         &self.tried.routes
-    }
-
-    /// Whether an image policy decides by size and format alone, so that one view serves all
-    /// images of a size; false for other roles.
-    #[must_use]
-    pub fn metadata_only(&self) -> bool {
-        self.tried.metadata_only
     }
 
     /// Calls and faults of this plugin's id, all revisions together.

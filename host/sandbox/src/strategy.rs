@@ -83,8 +83,6 @@ pub struct CacheEntry {
     pub cost_us: u64,
     /// Tokens it stands for.
     pub tokens: u32,
-    /// The entry it extends.
-    pub parent: Option<u64>,
 }
 
 /// Why an entry is gone.

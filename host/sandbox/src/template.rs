@@ -14,6 +14,7 @@ use crate::plugin::Core;
 use crate::services::ModelFacts;
 
 /// Stop strings of one prompt.
+/// No key: they are the template's own, and the client's come beside them.
 const STOPS_MAX: usize = 64;
 /// Longest text around a tool call, in bytes.
 const SYNTAX_BYTES_MAX: usize = 64;
@@ -47,8 +48,6 @@ pub enum Segment {
     Control(String),
     /// The place of image `index`.
     Image(u32),
-    /// Stable up to here: a good end for a cached prefix.
-    CachePoint,
 }
 
 /// How the model writes tool calls: `open`, a call, `between` and a call for each further one, `close`.
@@ -154,7 +153,6 @@ impl From<wit::Segment> for Segment {
             wit::Segment::Text(text) => Self::Text(text),
             wit::Segment::Control(text) => Self::Control(text),
             wit::Segment::Image(index) => Self::Image(index),
-            wit::Segment::CachePoint => Self::CachePoint,
         }
     }
 }
@@ -244,7 +242,7 @@ mod tests {
     #[test]
     fn a_prompt_has_some_segments_and_not_too_many() {
         assert!(check(&prompt(Vec::new()), 0, 10).is_err());
-        assert!(check(&prompt(vec![Segment::CachePoint; 11]), 0, 10).is_err());
+        assert!(check(&prompt(vec![Segment::Image(0); 11]), 0, 10).is_err());
         let empty_stop = PromptSegments {
             stop: vec![String::new()],
             ..prompt(vec![Segment::Text("x".to_owned())])

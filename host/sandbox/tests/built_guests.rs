@@ -292,7 +292,6 @@ fn the_template_writes_typed_segments() {
             text("\nhello"),
             control("<|end|>"),
             text("\n"),
-            Segment::CachePoint,
             control("<|assistant|>"),
             text("\n"),
         ]

@@ -197,7 +197,6 @@ fn entry_out(entry: &engine::CacheEntry) -> sandbox::CacheEntry {
         bytes: entry.bytes,
         cost_us: entry.cost_us,
         tokens: entry.tokens,
-        parent: entry.parent,
     }
 }
 

@@ -210,9 +210,8 @@ impl Reply {
             }
             FinishReason::Length => Ok(("max_tokens", None)),
             FinishReason::ToolCalls => Ok(("tool_use", None)),
-            FinishReason::ContentFilter => Ok(("refusal", None)),
-            // The API has no word for these, and half an answer must not look like a whole one.
-            FinishReason::Cancelled | FinishReason::Failed => Err(Error {
+            // The API has no word for this, and half an answer must not look like a whole one.
+            FinishReason::Cancelled => Err(Error {
                 code: ErrorCode::Internal,
                 message: "The server ended the answer early.".to_owned(),
                 param: None,

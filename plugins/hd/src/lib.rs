@@ -135,10 +135,6 @@ impl lifecycle::Guest for Hd {
 
 impl image_policy::Guest for Hd {
     /// We look at sizes and hints, never at pixels.
-    fn metadata_only() -> bool {
-        true
-    }
-
     fn prepare(image: &Image, model: &Handle, context: &Context) -> Result<View, Error> {
         let config = CONFIG.with(|cell| cell.get().copied()).unwrap_or_default();
         let wish = wish(&context.extensions(), &config)?;

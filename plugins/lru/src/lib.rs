@@ -310,7 +310,6 @@ mod tests {
             bytes: 1024,
             cost_micros,
             tokens: 0,
-            parent: None,
         })
     }
 

@@ -184,10 +184,10 @@ fn chance(chance: &TokenChance) -> Value {
 
 fn reason(reason: FinishReason) -> Result<&'static str, Error> {
     match reason {
-        FinishReason::Stop | FinishReason::ToolCalls | FinishReason::ContentFilter => Ok("stop"),
+        FinishReason::Stop | FinishReason::ToolCalls => Ok("stop"),
         FinishReason::Length => Ok("length"),
-        // The API has no word for these, and half an answer must not look like a whole one.
-        FinishReason::Cancelled | FinishReason::Failed => Err(Error {
+        // The API has no word for this, and half an answer must not look like a whole one.
+        FinishReason::Cancelled => Err(Error {
             code: ErrorCode::Internal,
             message: "the server ended the answer early".to_owned(),
             param: None,

@@ -273,9 +273,8 @@ fn finish_reason(reason: FinishReason) -> Result<&'static str, Error> {
         FinishReason::Stop => Ok("stop"),
         FinishReason::Length => Ok("length"),
         FinishReason::ToolCalls => Ok("tool_calls"),
-        FinishReason::ContentFilter => Ok("content_filter"),
-        // The API has no word for these, and half an answer must not look like a whole one.
-        FinishReason::Cancelled | FinishReason::Failed => Err(Error {
+        // The API has no word for this, and half an answer must not look like a whole one.
+        FinishReason::Cancelled => Err(Error {
             code: ErrorCode::Internal,
             message: "The server ended the answer early.".to_owned(),
             param: None,

@@ -213,11 +213,10 @@ impl Segments {
         self.text("\n");
     }
 
-    /// Ends a turn. Whatever the client says next, it comes after this: a good place to have cached.
+    /// Ends a turn.
     fn close(&mut self) {
         self.control("<|end|>");
         self.text("\n");
-        self.0.push(Segment::CachePoint);
     }
 
     fn control(&mut self, token: &str) {
@@ -290,7 +289,6 @@ mod tests {
             Segment::Text(text) => text.clone(),
             Segment::Control(token) => format!("[{token}]"),
             Segment::Image(index) => format!("[image {index}]"),
-            Segment::CachePoint => String::new(),
         };
         segments.iter().map(piece).collect()
     }
@@ -427,7 +425,6 @@ mod tests {
             matches!(&segments[1], Segment::Text(text) if text == "\nab"),
             "{segments:?}"
         );
-        assert!(matches!(segments.last(), Some(Segment::CachePoint)));
     }
 
     #[test]

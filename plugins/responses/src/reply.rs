@@ -325,12 +325,10 @@ fn counts(usage: &Usage) -> Value {
 
 fn status(reason: FinishReason) -> Result<Status, Error> {
     match reason {
-        FinishReason::Stop | FinishReason::ToolCalls | FinishReason::ContentFilter => {
-            Ok(Status::Completed)
-        }
+        FinishReason::Stop | FinishReason::ToolCalls => Ok(Status::Completed),
         FinishReason::Length => Ok(Status::Incomplete),
         // Half an answer must not look like a whole one.
-        FinishReason::Cancelled | FinishReason::Failed => Err(Error {
+        FinishReason::Cancelled => Err(Error {
             code: ErrorCode::Internal,
             message: "The server ended the answer early.".to_owned(),
             param: None,

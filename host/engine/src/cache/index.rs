@@ -160,7 +160,6 @@ impl<V> Index<V> {
             bytes,
             cost_us: weighed(new.cost_us, new.weight),
             tokens: new.tokens,
-            parent: None,
         };
         self.next_id += 1;
         self.stats.used_bytes += bytes;

@@ -166,9 +166,7 @@ impl From<FinishReason> for wit::FinishReason {
             FinishReason::Stop => Self::Stop,
             FinishReason::Length => Self::Length,
             FinishReason::ToolCalls => Self::ToolCalls,
-            FinishReason::ContentFilter => Self::ContentFilter,
             FinishReason::Cancelled => Self::Cancelled,
-            FinishReason::Failed => Self::Failed,
         }
     }
 }

@@ -38,7 +38,6 @@ pub(crate) fn run(core: &Arc<Core>, roles: &[ServedRole]) -> Result<Tried, LoadE
                 template::render(core, sample_conversation(core)).map_err(failed)?;
             }
             Role::ImagePolicy => {
-                tried.metadata_only = image_policy::metadata_only(core).map_err(failed)?;
                 let context = sample_context(core);
                 image_policy::prepare(core, Arc::new(SamplePicture), context).map_err(failed)?;
             }

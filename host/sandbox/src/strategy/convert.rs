@@ -77,7 +77,6 @@ impl From<CacheEntry> for wit::Entry {
             bytes: entry.bytes,
             cost_micros: entry.cost_us,
             tokens: entry.tokens,
-            parent: entry.parent,
         }
     }
 }

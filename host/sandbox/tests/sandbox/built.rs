@@ -222,7 +222,6 @@ const LOOKING: &str = r#"(module
   (func (export "visor:plugin/lifecycle@0.1.0#describe") (result i32) (i32.const 1024))
   (func (export "visor:plugin/lifecycle@0.1.0#configure") (param i32 i32) (result i32)
     (i32.const 1024))
-  (func (export "visor:plugin/image-policy@0.1.0#metadata-only") (result i32) (i32.const 0))
   (func (export "visor:plugin/image-policy@0.1.0#prepare")
       (param $image i32) (param $model i32) (param $context i32) (result i32)
     (call $resize (local.get $image) (i32.const 10) (i32.const 10) (i32.const 1) (i32.const 2048))

@@ -123,7 +123,6 @@ fn an_answer_for_every_candidate_or_none_counts() {
         bytes: 1,
         cost_us: 1,
         tokens: 1,
-        parent: None,
     };
     let fault = actor.admit(Tier::Pixels, vec![entry]).unwrap_err();
     assert!(

@@ -199,7 +199,6 @@ fn part(segment: Segment, image_tokens: &[u32]) -> Option<PromptPart> {
             let tokens = image_tokens.get(index as usize).copied()?;
             Some(PromptPart::Image { index, tokens })
         }
-        Segment::CachePoint => None,
     }
 }
 
