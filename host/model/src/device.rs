@@ -48,8 +48,8 @@ impl DeviceChoice {
     ///
     /// # Errors
     /// [`ModelError::Device`], which says how to build it.
-    pub fn is_built(self) -> Result<(), ModelError> {
-        self.kinds().into_iter().try_for_each(DeviceKind::is_built)
+    pub fn check_built(self) -> Result<(), ModelError> {
+        self.kinds().into_iter().try_for_each(DeviceKind::check_built)
     }
 }
 
@@ -138,7 +138,7 @@ impl fmt::Display for DeviceKind {
 const F32_BYTES_MAX: u64 = 2 << 30;
 
 impl DeviceKind {
-    fn is_built(self) -> Result<(), ModelError> {
+    fn check_built(self) -> Result<(), ModelError> {
         let built = match self {
             Self::Cpu => true,
             Self::Metal => cfg!(feature = "metal"),
@@ -160,7 +160,7 @@ impl DeviceKind {
     /// # Errors
     /// [`ModelError::Device`] when the build lacks its feature or the driver refuses.
     pub fn open(self) -> Result<Device, ModelError> {
-        self.is_built()?;
+        self.check_built()?;
         let refused = |error: candle_core::Error| ModelError::Device {
             device: self,
             message: error.to_string(),

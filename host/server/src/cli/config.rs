@@ -50,7 +50,7 @@ pub(super) fn check(file: &Path) -> Result<u8, Failure> {
 
 /// What is wrong with what the configuration names outside itself.
 fn surroundings(config: &Config) -> Vec<Issue> {
-    let device = config.model.device.is_built().err();
+    let device = config.model.device.check_built().err();
     let device = device.map(|error| Issue::at_key("model.device", error.to_string(), ""));
     let tls = tls::acceptor(&config.server).err();
     let tls = tls.map(|error| {

@@ -163,7 +163,7 @@ pub(super) fn deserialize<T: DeserializeOwned>(text: &str, file: &Path) -> Resul
     };
     let mut table =
         DeTable::parse(text).map_err(|error| refused(vec![issue(text, &error, String::new())]))?;
-    let mut issues = Vec::new();
+    let (mut issues, mut removed) = (Vec::new(), Vec::<Vec<String>>::new());
     loop {
         let error = match T::deserialize(toml::Deserializer::from(table.clone())) {
             Ok(read) if issues.is_empty() => return Ok(read),
@@ -174,11 +174,24 @@ pub(super) fn deserialize<T: DeserializeOwned>(text: &str, file: &Path) -> Resul
         if let Some(span) = error.span() {
             collect_key(table.get_ref(), span.start, &mut path);
         }
-        issues.push(issue(text, &error, path.join(".")));
+        if !is_of_our_making(&error, &path, &removed) {
+            issues.push(issue(text, &error, path.join(".")));
+        }
         if !remove(table.get_mut(), &path) || issues.len() == ISSUES_MAX {
             return Err(refused(issues));
         }
+        removed.push(path);
     }
+}
+
+/// Whether an error is only that a key is missing that was taken away before.
+fn is_of_our_making(error: &toml::de::Error, path: &[String], removed: &[Vec<String>]) -> bool {
+    let missing = error.message().strip_prefix("missing field `");
+    let missing = missing.and_then(|name| name.trim_end().strip_suffix('`'));
+    missing.is_some_and(|missing| {
+        let mut below = removed.iter().filter(|removed| removed.starts_with(path));
+        below.any(|removed| removed.last().is_some_and(|name| name == missing))
+    })
 }
 
 fn issue(text: &str, error: &toml::de::Error, key: String) -> Issue {

@@ -99,7 +99,7 @@ impl House {
     /// # Errors
     /// A device this build has nothing for, a checkpoint that cannot be read, a sandbox that does not start, routes without plugins.
     pub fn open(config: Config, options: HouseOptions) -> anyhow::Result<Arc<Self>> {
-        config.model.device.is_built()?;
+        config.model.device.check_built()?;
         let checkpoint = Arc::new(open_checkpoint(&config)?);
         let load = Arc::new(Load::default());
         let loader = CheckpointLoader::new(Arc::clone(&checkpoint), config.model.activations, {
