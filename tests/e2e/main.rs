@@ -25,6 +25,7 @@ mod formats;
 mod hostile;
 mod images;
 mod lifecycle;
+mod lifted;
 mod overload;
 mod reload;
 mod sampling;

@@ -3,4 +3,5 @@
 pub(crate) mod checks;
 pub(crate) mod convert;
 pub(crate) mod exchange;
+pub(crate) mod lifted;
 pub(crate) mod types;

@@ -9,7 +9,7 @@ use wasmtime::{Store, Trap, UpdateDeadline};
 use crate::chat::{cut, one_line};
 use crate::error::{CallError, ErrorCode, Fault, FaultKind, GuestError};
 use crate::faults::Outcome;
-use crate::guest::{GuestState, HostFault, late};
+use crate::guest::{GuestState, HostFault, HostRefusal, late};
 use crate::options::{Function, Role};
 use crate::plugin::Core;
 use crate::wasm_engine::Slot;
@@ -159,6 +159,9 @@ fn halt_to_error(halt: Halt, state: &GuestState, budget: Duration) -> CallError 
         Halt::Refused(refusal) => return CallError::Refused(bounded(refusal)),
         Halt::Broken(message) => (FaultKind::Contract, message, String::new()),
         Halt::Wasm(error) => {
+            if let Some(HostRefusal(refusal)) = error.downcast_ref() {
+                return CallError::Refused(bounded(refusal.clone()));
+            }
             let (kind, message) = classify(&error, budget);
             // What fails here otherwise is the host: no pool slot, no address space.
             let is_building = state.function == Function::Instantiate;

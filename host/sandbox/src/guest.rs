@@ -6,7 +6,8 @@ use std::time::Instant;
 use wasmtime::component::ResourceTable;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 
-use crate::error::FaultKind;
+use crate::adapter::lifted::Lifted;
+use crate::error::{FaultKind, GuestError};
 use crate::limiter::Limiter;
 use crate::options::{Function, Role, RoleLimits};
 use crate::plugin::Core;
@@ -28,6 +29,11 @@ impl HostFault {
     }
 }
 
+/// What a client asked for cannot be had: it ends the guest's call, and is not the guest's fault.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}", .0.message)]
+pub(crate) struct HostRefusal(pub(crate) GuestError);
+
 /// The `T` of the store: handles, limits, and who is calling.
 pub(crate) struct GuestState {
     pub(crate) table: ResourceTable,
@@ -40,6 +46,10 @@ pub(crate) struct GuestState {
     pub(crate) deadline: Instant,
     /// Pixels read by the image operations it had run.
     pub(crate) image_work_px: u64,
+    /// Of the request that an exchange is about.
+    pub(crate) lifted: Arc<Lifted>,
+    /// Bytes of it that a tokenizer was given.
+    pub(crate) tokenized_bytes: usize,
     wasi: Option<WasiCtx>,
 }
 
@@ -58,6 +68,8 @@ impl GuestState {
             request_id,
             deadline: Instant::now(),
             image_work_px: 0,
+            lifted: Arc::default(),
+            tokenized_bytes: 0,
             wasi: None,
         }
     }

@@ -31,6 +31,7 @@ mod template;
 mod wasm_engine;
 
 pub use adapter::exchange::Exchange;
+pub use adapter::lifted::{Lifted, Piece};
 pub use adapter::types::{
     Blob, Event, FormPart, Generation, Head, HttpRequest, Input, Next, OutputFormat, Progress,
     Response, Route, Sampling, Source, Step, TokenChance, TokenInfo, ToolChoice,

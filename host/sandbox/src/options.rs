@@ -213,6 +213,12 @@ impl RoleLimits {
         self.hostcall_bytes_max / 4 * 3
     }
 
+    /// Bytes of what was lifted out of a body that an instance can have taken apart into tokens: it says each
+    /// of them back in several bytes. With the default it is more than fits into any context.
+    pub(crate) fn tokenized_bytes_max(&self) -> usize {
+        self.hostcall_bytes_max / 8
+    }
+
     /// The defaults of a role.
     #[must_use]
     pub fn of(role: Role) -> Self {

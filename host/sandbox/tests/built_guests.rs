@@ -14,8 +14,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use visor_sandbox::{
     Blob, CallError, ErrorCode, Event, Exchange, Extensions, FaultKind, Filter, FinishReason,
-    GuestError, HttpRequest, ImageContext, ImageOp, ImageSource, Input, Layout, LoadError, Lookup,
-    Next, Origin, Part, PixelBuffer, Plugin, PluginSettings, Role, SampleModel, Sandbox,
+    GuestError, HttpRequest, ImageContext, ImageOp, ImageSource, Input, Layout, Lifted, LoadError,
+    Lookup, Next, Origin, Part, PixelBuffer, Plugin, PluginSettings, Role, SampleModel, Sandbox,
     SandboxOptions, Segment, Source, Step, Tier, Usage, View,
 };
 
@@ -154,7 +154,7 @@ fn request(method: &str, path: &str, body: &str, blobs: Vec<Blob>) -> HttpReques
         principal: None,
         id: "r1".to_owned(),
         text: Ok(body.to_owned()),
-        marker: "blob-7f".to_owned(),
+        lifted: Arc::new(Lifted::new("blob-7f".to_owned(), Vec::new())),
         blobs,
         raw: Blob {
             bytes: Bytes::copy_from_slice(body.as_bytes()),

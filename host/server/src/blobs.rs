@@ -118,53 +118,6 @@ pub fn lift(body: &Bytes, marker: String, limits: &LiftLimits) -> Result<Lifted,
     Ok(lifted)
 }
 
-/// An adapter put a client's strings back more often than a client could mean.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("it repeats what was lifted from the body over and over")]
-pub struct Repeated;
-
-/// Puts lifted strings back into a text that an adapter passed on: what was not a picture to it was
-/// text, and text reaches the model as the client wrote it. None where there is nothing to put back.
-/// What is put back is taken off `bytes_left`.
-///
-/// # Errors
-/// There were not as many left.
-pub fn restore(
-    text: &str,
-    marker: &str,
-    blobs: &[LiftedBlob],
-    bytes_left: &mut usize,
-) -> Result<Option<String>, Repeated> {
-    if marker.is_empty() || !text.contains(marker) {
-        return Ok(None);
-    }
-    let mut restored = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(at) = rest.find(marker) {
-        let (before, token) = rest.split_at(at);
-        restored.push_str(before);
-        let number = token[marker.len()..].strip_prefix(':').unwrap_or("");
-        let digits = number.bytes().take_while(u8::is_ascii_digit).count();
-        let blob = number[..digits]
-            .parse()
-            .ok()
-            .and_then(|index: usize| blobs.get(index));
-        match blob.and_then(|blob| std::str::from_utf8(&blob.original).ok()) {
-            Some(original) => {
-                *bytes_left = bytes_left.checked_sub(original.len()).ok_or(Repeated)?;
-                restored.push_str(original);
-                rest = &number[digits..];
-            }
-            None => {
-                restored.push_str(marker);
-                rest = &token[marker.len()..];
-            }
-        }
-    }
-    restored.push_str(rest);
-    Ok(Some(restored))
-}
-
 struct Scan<'a> {
     body: &'a Bytes,
     text: &'a str,

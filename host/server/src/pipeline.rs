@@ -24,6 +24,7 @@ mod prompt;
 mod record;
 mod reply;
 mod request;
+mod restore;
 mod shown;
 mod told;
 mod vision;
@@ -46,6 +47,7 @@ pub use work::{Call, Incoming};
 
 use crate::http::error;
 use crate::wiring::{House, Pinned};
+use restore::Restorer;
 use shown::Shown;
 use work::{Stop, Trace, Work};
 
@@ -111,16 +113,19 @@ fn serve(work: &mut Work, reply: &mut Reply, body: Bytes) -> Result<(), Stop> {
     work.check()?;
     check_loaded(work)?;
     let config = Arc::clone(&work.call.pinned.config);
-    let (request, lifted) = request::build(&work.call.incoming, body, &config.server)?;
+    let request = request::build(&work.call.incoming, body, &config.server)?;
+    work.restorer = Restorer::new(Arc::clone(&request.lifted));
     let began = Instant::now();
     let started = work.call.pinned.adapter.start(request);
     work.trace.stages.add(Stage::Adapter, began.elapsed());
     let (exchange, step) = started.map_err(Failure::from)?;
     match step {
-        Step::Respond(response) => output::whole(work, reply, response),
-        Step::Generate(head, generations) => {
-            drive::run(work, reply, exchange, &lifted, (head, generations))
+        Step::Respond(mut response) => {
+            let is_json = restore::is_json(&response.headers);
+            response.body = work.restorer.answer(response.body, is_json)?;
+            output::whole(work, reply, response)
         }
+        Step::Generate(head, generations) => drive::run(work, reply, exchange, (head, generations)),
     }
 }
 
@@ -148,7 +153,8 @@ fn finish(mut work: Work, mut reply: Reply, ended: Result<(), Stop>) {
     let outcome = match ended {
         Ok(()) => work.trace.failed.unwrap_or(Outcome::Ok),
         Err(Stop::Gone) => Outcome::Aborted,
-        Err(Stop::Failed(failure)) => {
+        Err(Stop::Failed(mut failure)) => {
+            work.restorer.error(&mut failure.error);
             // Other generations of this exchange have nobody left to talk to.
             work.call.cancel.cancel();
             match tell(&mut work, &mut reply, &failure) {

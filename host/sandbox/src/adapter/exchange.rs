@@ -32,9 +32,11 @@ impl Exchange {
             request.text.as_ref().map_or(0, String::len),
         )?;
         let mut guest = Guest::open(core, Role::Adapter, request.id.clone())?;
+        let lifted = Arc::clone(&request.lifted);
         let left = core.shared.options.generations_max;
         let (bindings, handle, step) = guest.call(Function::Start, |store, instance| {
             let bindings = bindings(core, &mut *store, instance)?;
+            store.data_mut().lifted = lifted;
             let request = store.data_mut().table.push(RequestHandle::new(request))?;
             let exchange = bindings.visor_plugin_adapter().exchange();
             let answer = exchange.call_start(&mut *store, request)?;

@@ -1,7 +1,10 @@
 //! Requests, steps and events of an exchange, as plain data.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 
+use crate::adapter::lifted::Lifted;
 use crate::chat::{Extensions, FinishReason, Message, ToolCall, ToolSpec, Usage};
 use crate::error::GuestError;
 
@@ -53,8 +56,8 @@ pub struct HttpRequest {
     pub id: String,
     /// Body as text, long base64 strings replaced by `<marker>:<n>`.
     pub text: Result<String, GuestError>,
-    /// The random marker.
-    pub marker: String,
+    /// The random marker, and the strings themselves.
+    pub lifted: Arc<Lifted>,
     /// What was lifted out of the body, by `n`.
     pub blobs: Vec<Blob>,
     /// The undecoded body.

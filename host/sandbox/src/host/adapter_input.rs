@@ -89,7 +89,7 @@ impl wit::HostRequest for GuestState {
     }
 
     fn marker(&mut self, handle: Resource<RequestHandle>) -> wasmtime::Result<String> {
-        Ok(self.request(&handle)?.marker.clone())
+        Ok(self.request(&handle)?.lifted.marker().to_owned())
     }
 
     fn blob(

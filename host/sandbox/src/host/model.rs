@@ -6,7 +6,8 @@ use wasmtime::component::Resource;
 
 use crate::bindings::adapter::visor::plugin::model as wit;
 use crate::chat::Extensions;
-use crate::guest::GuestState;
+use crate::error::{ErrorCode, GuestError};
+use crate::guest::{GuestState, HostRefusal};
 use crate::services::ModelFacts;
 
 /// `model.handle`
@@ -30,6 +31,26 @@ impl GuestState {
     fn tokens(&self, handle: &Resource<TokenizerHandle>) -> wasmtime::Result<Arc<dyn ModelFacts>> {
         self.on_time()?;
         Ok(Arc::clone(&self.table.get(handle)?.facts))
+    }
+
+    /// A text with what was lifted out of it: nobody asks how many tokens stand for it here.
+    fn whole(&mut self, text: String) -> wasmtime::Result<String> {
+        let lifted = Arc::clone(&self.lifted);
+        if !lifted.is_in(&text) {
+            return Ok(text);
+        }
+        let originals = lifted.pieces(&text).filter_map(|piece| piece.original);
+        let bytes = originals.fold(self.tokenized_bytes, |sum, o| sum.saturating_add(o.len()));
+        let bytes_max = self.limits.tokenized_bytes_max();
+        if bytes > bytes_max {
+            let message = format!(
+                "{bytes} bytes of base64 are too many to be taken apart into tokens; {bytes_max} are allowed"
+            );
+            let refusal = GuestError::new(ErrorCode::TooLarge, message);
+            return Err(HostRefusal(refusal).into());
+        }
+        self.tokenized_bytes = bytes;
+        Ok(lifted.pieces(&text).map(|piece| piece.shown()).collect())
     }
 }
 
@@ -110,6 +131,7 @@ impl wit::HostHandle for GuestState {
 
 impl wit::HostTokenizer for GuestState {
     fn count(&mut self, handle: Resource<TokenizerHandle>, text: String) -> wasmtime::Result<u32> {
+        let text = self.whole(text)?;
         Ok(self.tokens(&handle)?.count(&text))
     }
 
@@ -119,6 +141,7 @@ impl wit::HostTokenizer for GuestState {
         text: String,
         control: bool,
     ) -> wasmtime::Result<Vec<u32>> {
+        let text = self.whole(text)?;
         Ok(self.tokens(&handle)?.encode(&text, control))
     }
 
@@ -144,7 +167,10 @@ impl wit::HostTokenizer for GuestState {
         text: String,
         tokens_max: u32,
     ) -> wasmtime::Result<u32> {
-        Ok(self.tokens(&handle)?.fit(&text, tokens_max))
+        let whole = self.whole(text.clone())?;
+        let fits = self.tokens(&handle)?.fit(&whole, tokens_max);
+        let written = self.lifted.written_bytes(&text, fits as usize);
+        Ok(u32::try_from(written).unwrap_or(u32::MAX))
     }
 
     fn drop(&mut self, handle: Resource<TokenizerHandle>) -> wasmtime::Result<()> {

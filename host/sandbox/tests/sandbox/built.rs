@@ -60,7 +60,7 @@ fn post(text: &str) -> HttpRequest {
         principal: None,
         id: "req-1".to_owned(),
         text: Ok(text.to_owned()),
-        marker: "marker".to_owned(),
+        lifted: Arc::default(),
         blobs: Vec::new(),
         raw: Blob {
             bytes: Bytes::new(),

@@ -5,6 +5,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
+use visor_sandbox::Lifted as Originals;
 
 const LIMITS: LiftLimits = LiftLimits {
     lift_bytes_min: 64,
@@ -131,36 +132,6 @@ fn limits_on_count_and_text_and_the_encoding_are_errors() {
     assert_eq!(check(b"[\xFF]".to_vec()), LiftError::NotUtf8 { offset: 1 });
 }
 
-#[test]
-fn restoring_gives_back_the_text_that_only_looked_like_base64() {
-    let word = "abcd".repeat(50);
-    let lifted = lifted(&json!({"content": word, "more": "A".repeat(100)}).to_string());
-    assert_eq!(lifted.blobs.len(), 2);
-    let check = |text: &str| restore(text, "M", &lifted.blobs, &mut 1000).expect("so much is left");
-    assert_eq!(check("M:0"), Some(word.clone()));
-    assert_eq!(
-        check("see M:0, M:1!"),
-        Some(format!("see {word}, {}!", "A".repeat(100)))
-    );
-    assert_eq!(check("M:7 M"), Some("M:7 M".to_owned()));
-    assert_eq!(check("nothing"), None);
-}
-
-#[test]
-fn what_was_lifted_comes_back_so_often_and_no_more() {
-    let lifted = lifted(&json!({"content": "A".repeat(100)}).to_string());
-    let mut left = 250;
-    for _ in 0..2 {
-        assert!(restore("M:0", "M", &lifted.blobs, &mut left).is_ok());
-    }
-    assert_eq!(left, 50);
-    let over_and_over = "M:0".repeat(1000);
-    assert_eq!(
-        restore(&over_and_over, "M", &lifted.blobs, &mut left),
-        Err(Repeated)
-    );
-}
-
 /// Against a parser: lifting and putting back is the identity on every JSON value.
 #[test]
 fn lifting_random_bodies_and_restoring_them_is_the_identity() {
@@ -181,25 +152,17 @@ fn lifting_random_bodies_and_restoring_them_is_the_identity() {
         };
         let lifted = lift(&Bytes::from(body), marker.clone(), &limits).expect("no limit is near");
         let mut parsed: Value = serde_json::from_str(&lifted.text).expect("still JSON");
-        put_back(&mut parsed, &marker, &lifted.blobs);
+        let originals = lifted.blobs.iter().map(|blob| blob.original.clone());
+        put_back(&mut parsed, &Originals::new(marker, originals.collect()));
         assert_eq!(parsed, value);
     }
 }
 
-fn put_back(value: &mut Value, marker: &str, blobs: &[LiftedBlob]) {
+fn put_back(value: &mut Value, lifted: &Originals) {
     match value {
-        Value::String(text) => {
-            let restored = restore(text, marker, blobs, &mut usize::MAX.clone());
-            if let Some(original) = restored.expect("there is no end of it") {
-                *text = original;
-            }
-        }
-        Value::Array(items) => items
-            .iter_mut()
-            .for_each(|item| put_back(item, marker, blobs)),
-        Value::Object(members) => members
-            .values_mut()
-            .for_each(|item| put_back(item, marker, blobs)),
+        Value::String(text) => *text = lifted.pieces(text).map(|piece| piece.shown()).collect(),
+        Value::Array(items) => items.iter_mut().for_each(|item| put_back(item, lifted)),
+        Value::Object(members) => members.values_mut().for_each(|item| put_back(item, lifted)),
         _ => {}
     }
 }

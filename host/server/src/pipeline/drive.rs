@@ -10,7 +10,7 @@ use super::generate::{self, Keep, Origin, Running};
 use super::output::Output;
 use super::record::Stage;
 use super::reply::Reply;
-use super::request::LiftedBlobs;
+use super::restore;
 use super::told::Told;
 use super::work::{Stop, Work};
 
@@ -27,13 +27,12 @@ pub(super) fn run(
     work: &mut Work,
     reply: &mut Reply,
     exchange: Exchange,
-    lifted: &LiftedBlobs,
     (head, generations): (Head, Vec<Generation>),
 ) -> Result<(), Stop> {
     work.trace.incremental = head.incremental;
     let mut drive = Drive {
         exchange,
-        lifted,
+        is_json: restore::is_json(&head.headers),
         following: Vec::new(),
         started: 0,
         answers: 0,
@@ -49,7 +48,8 @@ pub(super) fn run(
 
 struct Drive<'a> {
     exchange: Exchange,
-    lifted: &'a LiftedBlobs,
+    /// What it writes.
+    is_json: bool,
     /// Submitted and not yet over.
     following: Vec<Following>,
     /// Generations so far.
@@ -82,7 +82,7 @@ impl Drive<'_> {
                 );
                 return Err(Failure::invalid(message).at("n").into());
             }
-            let restored = self.lifted.restore(&mut generation);
+            let restored = work.restorer.generation(&mut generation);
             let adapter = work.call.pinned.adapter.id();
             restored.map_err(|repeated| Failure::nonsense(adapter, &repeated.to_string()))?;
             let running = generate::start(work, generation, self.started)?;
@@ -113,7 +113,8 @@ impl Drive<'_> {
         let progress = self.exchange.advance(events);
         work.trace.stages.add(Stage::Adapter, began.elapsed());
         let progress = progress.map_err(Failure::from)?;
-        self.output.write(work, progress.bytes)?;
+        let bytes = work.restorer.answer(progress.bytes, self.is_json)?;
+        self.output.write(work, bytes)?;
         match progress.next {
             Next::More => Ok(()),
             Next::End => {

@@ -1,14 +1,13 @@
 //! The request an adapter gets: the body without its bulk.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
-use visor_sandbox::{
-    Blob, ErrorCode, FormPart, Generation, GuestError, HttpRequest, Input, Message, OutputFormat,
-    Part,
-};
+use visor_sandbox::{Blob, ErrorCode, FormPart, GuestError, HttpRequest, Lifted};
 
 use super::failure::Failure;
 use super::work::Incoming;
-use crate::blobs::{self, LiftError, LiftLimits, Lifted, LiftedBlob, Repeated};
+use crate::blobs::{self, LiftError, LiftLimits, LiftedBlob};
 use crate::config::ServerConfig;
 use crate::http::form;
 use crate::images::data_url;
@@ -20,17 +19,8 @@ const BLOBS_MAX: usize = 256;
 const JSON_VALUES_MAX: usize = 32_768;
 /// Most parts of a form.
 const FORM_PARTS_MAX: usize = 64;
-/// How often all that was lifted may come back in one generation: a text is in one place, or told to the model twice.
-const RESTORED_TIMES_MAX: usize = 2;
 /// Most text beside pictures that an adapter has to parse, in bytes.
 const TEXT_BYTES_MAX: usize = 4 << 20;
-
-/// What was lifted, kept for putting back what turns out to be text.
-#[derive(Debug, Default)]
-pub(super) struct LiftedBlobs {
-    marker: String,
-    blobs: Vec<LiftedBlob>,
-}
 
 /// Builds the request an exchange is started with.
 ///
@@ -40,7 +30,7 @@ pub(super) fn build(
     incoming: &Incoming,
     body: Bytes,
     config: &ServerConfig,
-) -> Result<(HttpRequest, LiftedBlobs), Failure> {
+) -> Result<HttpRequest, Failure> {
     let content_type = incoming.header("content-type").unwrap_or("").to_owned();
     let form = form_parts(&content_type, &body)?;
     let marker = blobs::random_marker();
@@ -57,7 +47,8 @@ pub(super) fn build(
         bytes: lifted.bytes.clone(),
         content_type: lifted.content_type.clone(),
     };
-    let request = HttpRequest {
+    let originals = lifted.iter().map(|lifted| lifted.original.clone());
+    Ok(HttpRequest {
         method: incoming.method.clone(),
         path: incoming.path.clone(),
         path_params: incoming.params.clone(),
@@ -66,21 +57,14 @@ pub(super) fn build(
         principal: incoming.principal.clone(),
         id: incoming.id.clone(),
         text,
-        marker: marker.clone(),
+        lifted: Arc::new(Lifted::new(marker, originals.collect())),
         blobs: lifted.iter().map(blob).collect(),
         raw: Blob {
             bytes: body,
             content_type,
         },
         form,
-    };
-    Ok((
-        request,
-        LiftedBlobs {
-            marker,
-            blobs: lifted,
-        },
-    ))
+    })
 }
 
 type Text = Result<String, GuestError>;
@@ -98,7 +82,7 @@ fn lift(
         text_bytes_max: TEXT_BYTES_MAX,
     };
     match blobs::lift(body, marker, &limits) {
-        Ok(Lifted { text, blobs, .. }) => Ok((Ok(text), blobs)),
+        Ok(lifted) => Ok((Ok(lifted.text), lifted.blobs)),
         // An adapter that takes raw bytes does not ask for text.
         Err(error @ LiftError::NotUtf8 { .. }) => Ok((
             Err(GuestError::new(
@@ -133,50 +117,6 @@ fn form_parts(content_type: &str, body: &Bytes) -> Result<Vec<FormPart>, Failure
     Ok(parts.into_iter().map(part).collect())
 }
 
-impl LiftedBlobs {
-    /// Puts back, in all text of a generation, the strings that were lifted and are no pictures.
-    ///
-    /// # Errors
-    /// What would come back is more than [`RESTORED_TIMES_MAX`] times what was lifted.
-    pub(super) fn restore(&self, generation: &mut Generation) -> Result<(), Repeated> {
-        let lifted: usize = self.blobs.iter().map(|blob| blob.original.len()).sum();
-        let mut bytes_left = lifted.saturating_mul(RESTORED_TIMES_MAX);
-        let mut restore = |text: &mut String| {
-            let restored = blobs::restore(text, &self.marker, &self.blobs, &mut bytes_left)?;
-            if let Some(restored) = restored {
-                *text = restored;
-            }
-            Ok(())
-        };
-        match &mut generation.input {
-            Input::Text(text) => restore(text)?,
-            Input::Chat(messages) => messages
-                .iter_mut()
-                .flat_map(texts_of)
-                .try_for_each(&mut restore)?,
-        }
-        generation.stop.iter_mut().try_for_each(&mut restore)?;
-        match &mut generation.format {
-            OutputFormat::JsonSchema(text) | OutputFormat::Regex(text) => restore(text)?,
-            OutputFormat::Text | OutputFormat::Json => {}
-        }
-        for tool in &mut generation.tools {
-            restore(&mut tool.description)?;
-            restore(&mut tool.parameters)?;
-        }
-        Ok(())
-    }
-}
-
-fn texts_of(message: &mut Message) -> impl Iterator<Item = &mut String> {
-    message.parts.iter_mut().filter_map(|part| match part {
-        Part::Text(text) => Some(text),
-        Part::ToolCall(call) => Some(&mut call.arguments),
-        Part::ToolResult { content, .. } => Some(content),
-        Part::Image(_) => None,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -197,7 +137,7 @@ mod tests {
         }
     }
 
-    fn build_from(content_type: &str, body: &str) -> Result<(HttpRequest, LiftedBlobs), Failure> {
+    fn build_from(content_type: &str, body: &str) -> Result<HttpRequest, Failure> {
         build(
             &incoming(content_type),
             Bytes::from(body.to_owned()),
@@ -206,26 +146,26 @@ mod tests {
     }
 
     #[test]
-    fn a_json_body_is_lifted_and_its_text_restored() {
+    fn a_json_body_is_lifted_and_its_text_can_be_put_back() {
         let word = "abcd".repeat(1000);
         let body = format!(r#"{{"text":"{word}"}}"#);
-        let (request, lifted) = build_from("application/json", &body).expect("a fine body");
+        let request = build_from("application/json", &body).expect("a fine body");
         assert_eq!(request.blobs.len(), 1);
         assert_eq!(request.raw.bytes, body);
-        let text = format!("{}:0", request.marker);
+        let text = format!("{}:0", request.lifted.marker());
         assert_eq!(
             request.text.expect("text"),
             format!(r#"{{"text":"{text}"}}"#)
         );
-        let restored = blobs::restore(&text, &lifted.marker, &lifted.blobs, &mut 4000);
-        assert_eq!(restored, Ok(Some(word)));
+        let pieces = request.lifted.pieces(&text);
+        let shown: Vec<&str> = pieces.filter_map(|piece| piece.original).collect();
+        assert_eq!(shown, [word]);
     }
 
     #[test]
     fn a_form_is_taken_apart() {
         let body = "--B\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\nx\r\n--B--\r\n";
-        let (request, _) =
-            build_from("multipart/form-data; boundary=B", body).expect("a fine form");
+        let request = build_from("multipart/form-data; boundary=B", body).expect("a fine form");
         assert_eq!(
             (
                 request.form[0].name.as_str(),

@@ -7,6 +7,7 @@ use visor_engine::CancelToken;
 
 use super::failure::Failure;
 use super::record::{Outcome, Stage, StageTimes, TokenTotals};
+use super::restore::Restorer;
 use crate::wiring::{House, Pinned};
 
 /// A request as it came in, before its body was looked at.
@@ -99,6 +100,8 @@ pub(super) struct Work {
     pub call: Call,
     /// Its notes.
     pub trace: Trace,
+    /// Puts back what was lifted out of its body.
+    pub restorer: Restorer,
     /// When it has to be over.
     pub deadline: Instant,
     /// Pictures that were asked of other servers so far.
@@ -117,6 +120,7 @@ impl Work {
         Self {
             call,
             trace,
+            restorer: Restorer::default(),
             deadline,
             fetched: 0,
             named_bytes: 0,
