@@ -9,7 +9,7 @@ use image::{DynamicImage, ImageFormat};
 use serde_json::{Value, json};
 
 use crate::chat::content;
-use crate::client::{chunks, joined};
+use crate::client::{Answer, chunks, joined};
 use crate::server::{Server, chat, data_url, fixture, pictures, shared, until, with};
 
 fn golden(name: &str) -> Vec<u8> {
@@ -199,6 +199,37 @@ fn a_bomb_is_refused_by_its_header() {
             .contains("60000x60000"),
         "{error}"
     );
+}
+
+/// With an answer of one letter, however long it might be.
+#[test]
+fn a_long_answer_costs_no_crops_and_is_refused_where_it_does_not_fit() {
+    let picture = data_url("image/png", &golden("sq_512"));
+    let ask = |count: usize, max_tokens: u64| {
+        let body = chat(&[pictures(&vec![picture.clone(); count], "what?")]);
+        let format = json!({"type": "regex", "regex": "x"});
+        let more = json!({"max_tokens": max_tokens, "response_format": format});
+        shared().chat(&with(body, more))
+    };
+    let prompt = |answer: &Answer| {
+        let tokens = answer.ok()["usage"]["prompt_tokens"].as_u64();
+        tokens.expect("a count")
+    };
+    let tokens = prompt(&ask(1, 8));
+    let room = 4096 - tokens;
+    for max_tokens in [512, 513, 2000, room] {
+        assert_eq!(prompt(&ask(1, max_tokens)), tokens, "{max_tokens}");
+    }
+    for max_tokens in [room + 1, room + 20, 3500, 4000] {
+        let error = ask(1, max_tokens).error(400);
+        assert_eq!(error["param"], "max_tokens", "{error}");
+        let message = error["message"].as_str().expect("a message");
+        assert!(message.contains(&max_tokens.to_string()), "{message}");
+        assert!(message.contains(&tokens.to_string()), "{message}");
+    }
+    // Five have all their crops beside a short answer, and fewer beside a longer one.
+    let (short, longer) = (prompt(&ask(5, 8)), prompt(&ask(5, 400)));
+    assert!(longer < short && longer + 400 <= 4096, "{short} {longer}");
 }
 
 #[test]

@@ -339,6 +339,27 @@ fn messages_of_anthropic_use_tools() {
 }
 
 #[test]
+fn what_a_schema_says_beyond_us_is_left_out_unless_it_is_strict() {
+    let ask = |strict: bool| {
+        let parameters = json!({"type": "object", "properties": {"a": {"not": {"type": "null"}}}});
+        let function = json!({"name": "odd", "parameters": parameters, "strict": strict});
+        let tools = json!([{"type": "function", "function": function}]);
+        shared().chat(&asked(
+            json!("auto"),
+            json!({"tools": tools, "max_tokens": 4}),
+        ))
+    };
+    ask(false).ok();
+    let error = ask(true).error(400);
+    let message = error["message"].as_str().expect("a message");
+    assert!(
+        message.contains("`odd`") && message.contains("`not`"),
+        "{message}"
+    );
+    assert_eq!(error["param"], "tools[0].function.parameters");
+}
+
+#[test]
 fn chats_of_ollama_offer_tools() {
     let call = json!({"function": {"name": "weather", "arguments": {"unit": "C", "days": 1}}});
     let messages = json!([

@@ -3,6 +3,7 @@
 //! The template says what stands around calls ([`CallSyntax`]); a call itself is spelled here and nowhere else. `formats` makes a
 //! grammar of it, so that nothing else can be said; [`Reader`] turns the text of an answer into calls as they are completed.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use rand::RngCore;
@@ -17,6 +18,8 @@ pub struct Calls {
     pub syntax: CallSyntax,
     /// The tools, of which there is one at least.
     pub tools: Vec<ToolSpec>,
+    /// Numbers of those whose parameters are followed to the letter or refused. Of the others, what cannot be followed is left out.
+    pub strict: BTreeSet<usize>,
     /// Whether one is called.
     pub choice: ToolChoice,
     /// Most calls in one answer.
@@ -185,6 +188,7 @@ mod tests {
         Reader::new(Some(Arc::new(Calls {
             syntax,
             tools: Vec::new(),
+            strict: BTreeSet::new(),
             choice,
             count_max: 2,
         })))

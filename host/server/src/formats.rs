@@ -21,7 +21,7 @@ use llguidance::api::TopLevelGrammar;
 use serde_json::{Map, Value, json};
 use visor_engine::Grammar;
 use visor_model::Tokenizer;
-use visor_sandbox::OutputFormat;
+use visor_sandbox::{OutputFormat, ToolSpec};
 
 use crate::calls::Calls;
 use crate::config::FormatsConfig;
@@ -30,9 +30,8 @@ use kept::Kept;
 pub use kept::KeptStats;
 use vocabulary::Vocabulary;
 
-/// Blanks between two tokens of JSON, in bytes: enough to indent by, too few to get lost in.
-const BLANKS: &str = r"[\x20\x0A\x09]{1,32}";
-/// The same within a call, which nobody reads: a small model would put as many as it may.
+/// What may stand between two tokens of JSON: one blank, as after a colon. Of line breaks and indents a small model would put as many
+/// as it may, and each takes a token; who wants them can have them from any printer.
 const BLANK: &str = r"\x20";
 /// Least common multiple of all `multipleOf` in a schema, decimal points left out: what a number leaves when it is divided is kept
 /// track of digit by digit, and the library's limits on work do not count that.
@@ -67,10 +66,12 @@ pub enum FormatError {
     #[error("the format does not allow what the answer is to begin with")]
     Beginning,
     /// The parameters of a tool.
-    #[error("the parameters of the tool cannot be used: {why}")]
+    #[error("the parameters of the tool `{name}` cannot be used: {why}")]
     Tool {
         /// Its number.
         index: usize,
+        /// Its name.
+        name: String,
         /// What is wrong with them.
         why: String,
     },
@@ -78,14 +79,15 @@ pub enum FormatError {
 
 impl FormatError {
     /// The same, of the parameters of a tool.
-    fn of_tool(self, index: usize) -> Self {
+    fn of_tool(self, index: usize, tool: &ToolSpec) -> Self {
         let why = match self {
             Self::Unusable(why) | Self::Tool { why, .. } => why,
             Self::TooLarge { .. } | Self::Slow { .. } | Self::Busy | Self::Beginning => {
                 self.to_string()
             }
         };
-        Self::Tool { index, why }
+        let name = tool.name.clone();
+        Self::Tool { index, name, why }
     }
 }
 
@@ -223,13 +225,22 @@ fn grammar(format: &OutputFormat) -> Result<TopLevelGrammar, FormatError> {
 /// The schema of a format that is JSON.
 fn json_schema(format: &OutputFormat) -> Result<Map<String, Value>, FormatError> {
     match format {
-        OutputFormat::JsonSchema(text) => schema(text, BLANKS),
-        _ => schema(r#"{"type": "object"}"#, BLANKS),
+        OutputFormat::JsonSchema(text) => schema(text, Follow::Strictly),
+        _ => schema(r#"{"type": "object"}"#, Follow::Strictly),
     }
 }
 
+/// How a schema is followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Follow {
+    /// To the letter: what cannot be followed makes it unusable.
+    Strictly,
+    /// As far as it can be.
+    Leniently,
+}
+
 /// A schema with our options, which are not the client's to set.
-fn schema(text: &str, blanks: &str) -> Result<Map<String, Value>, FormatError> {
+fn schema(text: &str, follow: Follow) -> Result<Map<String, Value>, FormatError> {
     let unusable = |what: String| FormatError::Unusable(what);
     let schema = serde_json::from_str(text)
         .map_err(|error| unusable(format!("the schema is no JSON: {error}")))?;
@@ -247,7 +258,7 @@ fn schema(text: &str, blanks: &str) -> Result<Map<String, Value>, FormatError> {
     };
     schema.insert(
         "x-guidance".to_owned(),
-        json!({ "whitespace_pattern": blanks }),
+        json!({ "whitespace_pattern": BLANK, "lenient": follow == Follow::Leniently }),
     );
     Ok(schema)
 }
@@ -316,8 +327,18 @@ fn explained(message: &str) -> String {
     if message.contains("lexer_fuel") {
         return "it takes more work to compile than this server does".to_owned();
     }
+    if let Some(keys) = unknown_keys(message) {
+        return format!("it has keywords that cannot be followed here: {keys}");
+    }
     let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
     line[..line.floor_char_boundary(MESSAGE_BYTES_MAX)].to_owned()
+}
+
+/// The keywords that the library says it does not know, as it lists them.
+fn unknown_keys(message: &str) -> Option<String> {
+    let (_, list) = message.split_once("Unimplemented keys: [")?;
+    let (list, _) = list.split_once(']')?;
+    Some(list.replace('"', "`"))
 }
 
 #[cfg(test)]

@@ -19,6 +19,8 @@ pub struct Tool {
     pub description: String,
     /// The schema of its arguments, as the client wrote it.
     pub parameters: String,
+    /// Whether they have to fit all of it.
+    pub strict: bool,
     /// What the client calls the schema.
     pub param: String,
 }
@@ -57,7 +59,7 @@ impl Tool {
     pub fn read(tool: &Field, schema_key: &str, text: &str) -> Result<Self, Wrong> {
         let name = tool.object()?.get("name");
         check_name(&name)?;
-        tool.get("strict").flag()?;
+        let strict = tool.get("strict").flag()?;
         let schema = tool.get(schema_key);
         let parameters = match schema.clone().given() {
             None => NOTHING,
@@ -73,6 +75,7 @@ impl Tool {
             name: name.string()?.to_owned(),
             description: tool.get("description").text()?.unwrap_or_default(),
             parameters: parameters.to_owned(),
+            strict,
             param: schema.path,
         })
     }
@@ -132,10 +135,16 @@ impl Tools {
         })
     }
 
-    /// What the host is told about the names of the schemas.
+    /// What the host is told about the schemas: their names, and which are strict.
     pub fn hints(&self) -> impl Iterator<Item = (String, String)> {
         let tools = self.tools.iter().enumerate();
-        tools.map(|(index, tool)| (format!("tool.{index}.param"), tool.param.clone()))
+        tools.flat_map(|(index, tool)| {
+            let strict = tool
+                .strict
+                .then(|| (format!("tool.{index}.strict"), "true".to_owned()));
+            let named = (format!("tool.{index}.param"), tool.param.clone());
+            [named].into_iter().chain(strict)
+        })
     }
 }
 
@@ -173,7 +182,7 @@ mod tests {
     fn tools_are_read_with_their_schemas_as_they_were_written() {
         let schema = r#"{ "type": "object", "properties": {"z": {}, "a": {}} }"#;
         let body = format!(
-            r#"{{"tools": [{{"name": "a", "description": "does a"}}, {{"schema": {schema}, "name": "b-2_C"}}]}}"#
+            r#"{{"tools": [{{"name": "a", "description": "does a"}}, {{"schema": {schema}, "name": "b-2_C", "strict": true}}]}}"#
         );
         let tools = read(&body, Choice::Named("b-2_C".to_owned())).unwrap();
         let [a, b] = &tools.tools[..] else {
@@ -192,6 +201,8 @@ mod tests {
             hints[1],
             ("tool.1.param".to_owned(), "tools[1].schema".to_owned())
         );
+        let strict = ("tool.1.strict".to_owned(), "true".to_owned());
+        assert_eq!(hints[2..], [strict]);
     }
 
     #[test]

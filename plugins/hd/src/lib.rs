@@ -268,8 +268,9 @@ fn choose(
     } else {
         ""
     };
+    let crops = if least == 1 { "crop" } else { "crops" };
     let message = format!(
-        "this image needs {needed} prompt tokens with {least} crops and {budget} are left{hint}"
+        "this image needs {needed} prompt tokens with {least} {crops} and {budget} are left{hint}"
     );
     Err(Error {
         code: ErrorCode::ContextOverflow,

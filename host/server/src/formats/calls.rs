@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Map, Value, json};
-use visor_sandbox::{OutputFormat, ToolChoice, ToolSpec};
+use visor_sandbox::{OutputFormat, ToolChoice};
 
-use super::{BLANK, FormatError, json_schema, schema, whole};
+use super::{Follow, FormatError, json_schema, schema, whole};
 use crate::calls::{Calls, call_begin};
 
 /// Where a schema says about its members what its list of properties does not.
@@ -41,7 +41,7 @@ pub(super) fn grammar(
     let mut lark = format!("calls: {open} call{more} {close}\n");
     let mut names = Vec::new();
     for (index, tool) in calls.offered() {
-        let schema = arguments(tool).map_err(|error| error.of_tool(index))?;
+        let schema = arguments(calls, index).map_err(|error| error.of_tool(index, tool))?;
         let (begin, schema) = (literal(&call_begin(&tool.name)), Value::Object(schema));
         names.push(format!("call_{index}"));
         // Writing into a string cannot fail.
@@ -70,10 +70,15 @@ fn answer(format: &OutputFormat, open: &str) -> Result<String, FormatError> {
     ))
 }
 
-/// The schema of a tool's arguments. They are an object, and one that lists its properties has no others: what a tool does not
-/// declare it does not take.
-fn arguments(tool: &ToolSpec) -> Result<Map<String, Value>, FormatError> {
-    let mut schema = schema(&tool.parameters, BLANK)?;
+/// The schema of the arguments of the tool with that number. They are an object, and one that lists its properties has no others:
+/// what a tool does not declare it does not take.
+pub(super) fn arguments(calls: &Calls, index: usize) -> Result<Map<String, Value>, FormatError> {
+    let follow = if calls.strict.contains(&index) {
+        Follow::Strictly
+    } else {
+        Follow::Leniently
+    };
+    let mut schema = schema(&calls.tools[index].parameters, follow)?;
     match schema.get("type") {
         None => schema.insert("type".to_owned(), json!("object")),
         Some(kind) if kind == "object" => None,

@@ -135,11 +135,19 @@ fn blame(
         count_max: 1,
         ..calls.clone()
     };
+    let bare = |index: usize| {
+        let schema = serde_json::Value::Object(calls::arguments(calls, index)?);
+        let grammar = TopLevelGrammar::from_json_schema(schema);
+        build(vocabulary, grammar, Bounds::default(), limits)
+    };
     let mut offered = calls.offered().take_while(|_| !abandoned.load(Relaxed));
     let failing = offered.find_map(|(index, tool)| {
-        let grammar = calls::grammar(&alone(&tool.name), &OutputFormat::Text);
-        let built = grammar.and_then(|g| build(vocabulary, g, Bounds::default(), limits));
-        Some(built.err()?.of_tool(index))
+        // Outside of a call, all that the library can complain of is what the client wrote.
+        let built = bare(index).and_then(|_| {
+            let grammar = calls::grammar(&alone(&tool.name), &OutputFormat::Text)?;
+            build(vocabulary, grammar, Bounds::default(), limits)
+        });
+        Some(built.err()?.of_tool(index, tool))
     });
     failing.unwrap_or(error)
 }

@@ -196,6 +196,7 @@ fn json_is_an_object() {
     assert!(!texts.is_empty());
     for text in texts {
         assert!(serde_json::from_str::<Value>(&text).unwrap().is_object());
+        assert!(!text.contains(['\n', '\t']), "indented: {text}");
     }
 }
 
@@ -346,6 +347,7 @@ fn calls(choice: ToolChoice, count_max: u32) -> Calls {
             tool("weather", &weather),
             tool("the_time", &json!({ "type": "object", "properties": {} })),
         ],
+        strict: std::collections::BTreeSet::new(),
         choice,
         count_max,
     }
@@ -470,14 +472,33 @@ fn a_tool_that_cannot_be_called_is_named() {
             let mut calls = calls(choice, 2);
             calls.tools[1].parameters = parameters.to_string();
             let error = compile_calls(&calls, &OutputFormat::Text).expect_err("refused");
-            let FormatError::Tool { index: 1, why } = &error else {
+            let FormatError::Tool { index: 1, why, .. } = &error else {
                 panic!("{error}: {parameters}");
             };
-            assert!(why.len() < 500, "{why}");
+            assert!(why.len() < 500 && !why.contains("start:"), "{why}");
         }
     }
     let wrong = compile_calls(&calls(ToolChoice::Auto, 2), &regex("(")).unwrap_err();
     assert!(matches!(wrong, FormatError::Unusable(_)), "{wrong}");
+}
+
+#[test]
+fn what_cannot_be_followed_of_a_tool_is_left_out_unless_it_is_strict() {
+    let mut calls = calls(ToolChoice::Named("the_time".to_owned()), 1);
+    let a = json!({ "type": "integer", "minimum": 7, "maximum": 9, "not": { "const": 8 } });
+    let parameters = json!({ "properties": { "a": a }, "required": ["a"] });
+    calls.tools[1].parameters = parameters.to_string();
+    let (texts, _) = said_within(&compile_calls(&calls, &OutputFormat::Text).unwrap());
+    assert!(!texts.is_empty());
+    for text in texts {
+        assert!(text.contains(['7', '8', '9']), "{text}");
+    }
+    calls.strict.insert(1);
+    let error = compile_calls(&calls, &OutputFormat::Text).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the parameters of the tool `the_time` cannot be used: it has keywords that cannot be followed here: `not`"
+    );
 }
 
 #[test]

@@ -88,7 +88,7 @@ impl AnswerKey<'_> {
     /// SHA-256 over all of it, every part with its length before it.
     pub(super) fn digest(&self) -> [u8; 32] {
         let mut sha = Sha256::new();
-        sha.update(b"visor answer 4\0");
+        sha.update(b"visor answer 5\0");
         let pinned = self.pinned;
         for plugin in [&pinned.adapter, &pinned.template, &pinned.image_policy] {
             text(&mut sha, plugin.revision());
@@ -151,7 +151,8 @@ fn shape(sha: &mut Sha256, format: &OutputFormat) {
 fn tools(sha: &mut Sha256, calls: Option<&Calls>) {
     count(sha, calls.map_or(0, |calls| calls.tools.len()));
     let Some(calls) = calls else { return };
-    for tool in &calls.tools {
+    for (index, tool) in calls.tools.iter().enumerate() {
+        sha.update([u8::from(calls.strict.contains(&index))]);
         text(sha, &tool.name);
         text(sha, &tool.description);
         text(sha, &tool.parameters);

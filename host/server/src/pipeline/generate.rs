@@ -1,7 +1,7 @@
 //! One generation, from the adapter's plan to the engine's queue: decode, policy, template, count,
 //! cache, crops, submit. Everything a client can have done wrong is found before the queue.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -18,7 +18,7 @@ use super::cached::{self, Answer, AnswerKey, Sharing};
 use super::failure::Failure;
 use super::plan::{self, Wish};
 use super::prompt::{self, Task};
-use super::vision::{self, Planned, Rendered};
+use super::vision::{self, Decoded, Planned, Rendered};
 use super::work::{Stop, Work};
 use crate::calls::Calls;
 use crate::formats::{Bounds, FormatError};
@@ -130,28 +130,29 @@ fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
     let model = Arc::clone(&work.call.house.model);
     let wish = plan::check(&generation, &config, &model)?;
     let sources = vision::decode(work, &generation.images, &generation.extensions)?;
-    let budget_tokens = prompt_budget(work, &wish);
     let tokens_max = plan::prompt_tokens_max(&config, &model);
     let text_tokens = prompt::text_tokens(work, &generation.input, tokens_max);
-    let image_budget = budget_tokens.saturating_sub(text_tokens);
-    let planned = vision::plan(work, sources, &generation.extensions, image_budget)?;
-    let image_tokens = planned
-        .iter()
-        .fold(0_u32, |sum, image| sum.saturating_add(image.tokens));
-    plan::check_least(&generation.input, text_tokens, image_tokens, tokens_max)?;
-    work.check()?;
+    plan::check_least(&generation.input, text_tokens, tokens_max)?;
     let names = Names::read(&generation.extensions);
-    let task = Task {
+    let mut task = Task {
         input: generation.input,
         tools: generation.tools.clone(),
-        image_tokens: planned.iter().map(|image| image.tokens).collect(),
-        budget_tokens,
+        image_tokens: vec![1; sources.len()],
+        budget_tokens: prompt_budget(work, &wish),
         extensions: generation.extensions.clone(),
     };
+    let planned = pictures(work, sources, &task, tokens_max)?;
+    task.image_tokens = planned.iter().map(|image| image.tokens).collect();
+    work.check()?;
     let rendered = prompt::render(work, task)?;
     let wanted = (generation.tool_choice, generation.parallel_tools);
     let calls_max = config.formats.calls_max;
-    let calls = calls((generation.tools, rendered.calls), wanted, calls_max)?;
+    let strict = names.strict.clone();
+    let calls = calls(
+        (generation.tools, strict, rendered.calls),
+        wanted,
+        calls_max,
+    )?;
     Ok(Counted {
         tokens_max: plan::output_tokens(&rendered.prompt, &wish, &config, &model)?,
         planned,
@@ -168,9 +169,28 @@ fn count(work: &mut Work, generation: Generation) -> Result<Counted, Stop> {
     })
 }
 
+/// Asks the policy about the pictures. What the prompt takes beside them is known for certain when it is rendered, so it is, with
+/// pictures of a token each.
+fn pictures(
+    work: &mut Work,
+    sources: Vec<Decoded>,
+    task: &Task,
+    tokens_max: u32,
+) -> Result<Vec<Planned>, Stop> {
+    if sources.is_empty() {
+        return Ok(Vec::new());
+    }
+    let bare = prompt::render(work, task.clone())?.prompt;
+    let length = u32::try_from(bare.ids.len()).unwrap_or(u32::MAX);
+    let text_tokens = length.saturating_sub(bare.image_tokens);
+    let left = task.budget_tokens.saturating_sub(text_tokens);
+    let most = tokens_max.saturating_sub(text_tokens);
+    vision::plan(work, sources, &task.extensions, (left, most))
+}
+
 /// What the model may call, if it is offered tools.
 fn calls(
-    (tools, syntax): (Vec<ToolSpec>, Option<CallSyntax>),
+    (tools, strict, syntax): (Vec<ToolSpec>, BTreeSet<usize>, Option<CallSyntax>),
     (choice, parallel): (ToolChoice, bool),
     calls_max: u32,
 ) -> Result<Option<Arc<Calls>>, Failure> {
@@ -184,6 +204,7 @@ fn calls(
     Ok(Some(Arc::new(Calls {
         syntax,
         tools,
+        strict,
         choice,
         count_max: if once { 1 } else { calls_max },
     })))
@@ -194,22 +215,27 @@ struct Names {
     format: String,
     /// By number; those that were not named are missing.
     tools: BTreeMap<usize, String>,
+    /// Numbers of the tools that are strict.
+    strict: BTreeSet<usize>,
 }
 
 impl Names {
     fn read(extensions: &Extensions) -> Self {
-        let number = |key: &str| {
-            let number = key.strip_prefix("tool.")?.strip_suffix(".param")?;
+        let number = |key: &str, of: &str| {
+            let number = key.strip_prefix("tool.")?.strip_suffix(of)?;
             number.parse().ok()
         };
         let tools = extensions.iter();
-        let tools = tools.filter_map(|(key, name)| Some((number(key)?, name.clone())));
+        let tools = tools.filter_map(|(key, name)| Some((number(key, ".param")?, name.clone())));
+        let strict = extensions.iter().filter(|(_, value)| value == "true");
+        let strict = strict.filter_map(|(key, _)| number(key, ".strict"));
         let mut format = extensions.iter().filter(|(key, _)| key == "format.param");
         Self {
             format: format
                 .next()
                 .map_or_else(|| "response_format".to_owned(), |(_, name)| name.clone()),
             tools: tools.collect(),
+            strict: strict.collect(),
         }
     }
 
@@ -313,11 +339,12 @@ fn submit(
     submitted.collect()
 }
 
-/// Tokens a prompt may take: the limit less the answer asked for.
+/// Tokens a prompt should take: the limit, less room for the answer.
 fn prompt_budget(work: &Work, wish: &Wish) -> u32 {
     let prompt_max = plan::prompt_tokens_max(&work.call.pinned.config, &work.call.house.model);
     let context = work.call.house.model.context_tokens;
-    let beside_answer = context.saturating_sub(wish.tokens_wanted.unwrap_or(1));
+    let answer = plan::answer_room(wish, &work.call.pinned.config);
+    let beside_answer = context.saturating_sub(answer);
     prompt_max.min(beside_answer).max(1)
 }
 

@@ -21,8 +21,8 @@ const PARTS_MAX: usize = 4096;
 /// Tokens that a message takes beside its text: something opens it and something closes it.
 const MESSAGE_TOKENS_MIN: u32 = 2;
 /// Most stop strings a client may give; the engine takes more, for those of the template. No key: the text is searched for each of
-/// them, and OpenAI's API has four.
-const STOPS_MAX: usize = 8;
+/// them, and no API of ours asks for as many.
+const STOPS_MAX: usize = 64;
 /// Longest stop string in bytes: that much text is held back while it may still match.
 const STOP_BYTES_MAX: usize = 1024;
 
@@ -33,9 +33,14 @@ pub(super) struct Wish {
     pub sampling: Sampling,
     /// Output tokens the client asked for, if it did.
     pub tokens_wanted: Option<u32>,
+    /// Whether an answer that does not fit is to be cut rather than refused.
+    pub cut: bool,
     /// Strings that end the output.
     pub stop: Vec<String>,
 }
+
+/// Hint of an adapter: its clients give the most an answer may be, whatever fits.
+const CUT: (&str, &str) = ("max-tokens", "at-most");
 
 /// Checks a generation; refuses what would otherwise be left out silently.
 pub(super) fn check(
@@ -58,9 +63,11 @@ pub(super) fn check(
     check_images(generation.images.len(), config)?;
     check_stops(&generation.stop)?;
     check_conversation(&generation.input)?;
+    let mut extensions = generation.extensions.iter();
     Ok(Wish {
         sampling: sampling::check(&generation.sampling, &config.generation, model)?,
         tokens_wanted: generation.tokens_max,
+        cut: extensions.any(|(key, value)| (key.as_str(), value.as_str()) == CUT),
         stop: generation.stop.clone(),
     })
 }
@@ -153,28 +160,28 @@ pub(super) fn prompt_tokens_max(config: &Config, model: &ServedModel) -> u32 {
     }
 }
 
+/// Tokens to be left for the answer when pictures are cut into crops: what is asked for, and no more than one that does not say
+/// gets. Who asks for a long answer does not mean to see less.
+pub(super) fn answer_room(wish: &Wish, config: &Config) -> u32 {
+    let wanted = wish.tokens_wanted.unwrap_or(1);
+    wanted.min(config.generation.max_tokens).max(1)
+}
+
 /// Refuses an input that cannot fit however it is rendered, before a template is bothered with it.
 ///
 /// # Errors
 /// More tokens than a prompt may have; all numbers are in the message.
-pub(super) fn check_least(
-    input: &Input,
-    text_tokens: u32,
-    image_tokens: u32,
-    tokens_max: u32,
-) -> Result<(), Failure> {
+pub(super) fn check_least(input: &Input, text_tokens: u32, tokens_max: u32) -> Result<(), Failure> {
     let messages = match input {
         Input::Chat(messages) => u32::try_from(messages.len()).unwrap_or(u32::MAX),
         Input::Text(_) => 0,
     };
-    let text_tokens = text_tokens.saturating_add(messages.saturating_mul(MESSAGE_TOKENS_MIN));
-    let least = text_tokens.saturating_add(image_tokens);
+    let least = text_tokens.saturating_add(messages.saturating_mul(MESSAGE_TOKENS_MIN));
     if least <= tokens_max {
         return Ok(());
     }
     let message = format!(
-        "the prompt is too long: at least {least} tokens ({image_tokens} of images, {text_tokens} of text); \
-         {tokens_max} fit beside one token of answer"
+        "the prompt is too long: at least {least} tokens of text, without those of images; {tokens_max} fit beside one token of answer"
     );
     Err(Failure::new(ErrorCode::ContextOverflow, message).at("messages"))
 }
@@ -192,13 +199,14 @@ pub(super) fn output_tokens(
     let prompt_tokens = u32::try_from(prompt.ids.len()).unwrap_or(u32::MAX);
     let text_tokens = prompt_tokens.saturating_sub(prompt.image_tokens);
     let sizes = format!(
-        "it is {prompt_tokens} tokens ({} of images, {text_tokens} of text)",
+        "{prompt_tokens} tokens ({} of images, {text_tokens} of text)",
         prompt.image_tokens
     );
     let prompt_max = prompt_tokens_max(config, model);
     if prompt_tokens > prompt_max {
-        let message =
-            format!("the prompt is too long: {sizes}; {prompt_max} fit beside one token of answer");
+        let message = format!(
+            "the prompt is too long: it is {sizes}; {prompt_max} fit beside one token of answer"
+        );
         return Err(Failure::new(ErrorCode::ContextOverflow, message).at("messages"));
     }
     let room = model.context_tokens - prompt_tokens;
@@ -207,11 +215,14 @@ pub(super) fn output_tokens(
         return Ok(config.generation.max_tokens.min(limit).min(room).max(1));
     };
     let granted = wanted.min(limit);
+    if granted > room && wish.cut {
+        return Ok(room);
+    }
     if granted > room {
         let context = model.context_tokens;
         let message = format!(
-            "this model's maximum context length is {context} tokens, prompt and answer together; the prompt, \
-             {sizes}, and {wanted} tokens of answer were asked for"
+            "this model's maximum context length is {context} tokens, prompt and answer together; the prompt is \
+             {sizes}, and {wanted} tokens of answer were asked for where {room} are possible"
         );
         return Err(Failure::new(ErrorCode::ContextOverflow, message).at("max_tokens"));
     }

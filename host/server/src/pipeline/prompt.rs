@@ -60,6 +60,7 @@ fn texts(message: &Message) -> impl Iterator<Item = &str> {
 }
 
 /// What the template is asked to render.
+#[derive(Clone)]
 pub(super) struct Task {
     /// Messages, or text to be used as it is.
     pub input: Input,

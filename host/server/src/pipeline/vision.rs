@@ -6,7 +6,9 @@ use std::time::Instant;
 use visor_model::image::{
     Cost, Normalization, PixelValues, SourceImage, ViewPlan, image_tokens, render_view,
 };
-use visor_sandbox::{ErrorCode, Extensions, ImageContext, ModelFacts, Source, View};
+use visor_sandbox::{
+    CallError, ErrorCode, Extensions, ImageContext, ModelFacts, Plugin, Source, View,
+};
 
 use super::cached::Sharing;
 use super::failure::Failure;
@@ -156,15 +158,20 @@ fn hints(index: usize, extensions: &Extensions) -> Extensions {
     hints
 }
 
-/// Asks the image policy about every picture. `tokens_left` is what the prompt has for all of them.
+/// Asks the image policy about every picture. The prompt has tokens for all of them: so many `left` beside the answer, and so many
+/// at `most`. A picture that does not fit beside the answer at all takes of these: it is the answer that is too long then, and
+/// whoever counts all of it says so.
 pub(super) fn plan(
     work: &mut Work,
     sources: Vec<Decoded>,
     extensions: &Extensions,
-    mut tokens_left: u32,
+    (mut left, mut most): (u32, u32),
 ) -> Result<Vec<Planned>, Stop> {
     let count = u32::try_from(sources.len()).unwrap_or(u32::MAX);
     let mut planned = Vec::with_capacity(sources.len());
+    let policy = Arc::clone(&work.call.pinned.image_policy);
+    let request_id = work.call.incoming.id.clone();
+    let model = Arc::clone(&work.call.house.model);
     for (position, decoded) in sources.into_iter().enumerate() {
         work.check()?;
         let Decoded {
@@ -172,17 +179,16 @@ pub(super) fn plan(
             room,
         } = decoded;
         let index = u32::try_from(position).unwrap_or(u32::MAX);
-        let context = ImageContext {
+        let context = |tokens: u32| ImageContext {
             index,
             count,
-            budget_tokens: tokens_left / (count - index).max(1),
+            budget_tokens: tokens / (count - index).max(1),
             extensions: hints(position, extensions),
-            model: Arc::clone(&work.call.house.model) as Arc<dyn ModelFacts>,
-            request_id: work.call.incoming.id.clone(),
+            model: Arc::clone(&model) as Arc<dyn ModelFacts>,
+            request_id: request_id.clone(),
         };
-        let policy = Arc::clone(&work.call.pinned.image_policy);
         let began = Instant::now();
-        let view = policy.prepare(Arc::new(HostImage(Arc::clone(&source))), context);
+        let view = prepare(&policy, &source, (left, most), context);
         work.trace.stages.add(Stage::ImagePolicy, began.elapsed());
         let view = view.map_err(|error| {
             let failure = Failure::from(error);
@@ -196,7 +202,8 @@ pub(super) fn plan(
         let cost = check_work(&source, &plan, work_mpx_max)
             .map_err(|why| Failure::nonsense(policy.id(), &why))?;
         let tokens = image_tokens(plan.columns, plan.rows);
-        tokens_left = tokens_left.saturating_sub(tokens);
+        left = left.saturating_sub(tokens);
+        most = most.saturating_sub(tokens);
         let key = plan.key(&source.digest);
         planned.push(Planned {
             source,
@@ -208,6 +215,25 @@ pub(super) fn plan(
         });
     }
     Ok(planned)
+}
+
+/// The view of a picture beside the answer, or else the one that the prompt alone has room for.
+fn prepare(
+    policy: &Plugin,
+    source: &Arc<SourceImage>,
+    (left, most): (u32, u32),
+    context: impl Fn(u32) -> ImageContext,
+) -> Result<View, CallError> {
+    let within =
+        |tokens: u32| policy.prepare(Arc::new(HostImage(Arc::clone(source))), context(tokens));
+    match within(left) {
+        Err(CallError::Refused(error))
+            if error.code == ErrorCode::ContextOverflow && left < most =>
+        {
+            within(most)
+        }
+        view => view,
+    }
 }
 
 /// What a view costs, before any of it is run; one that would take the host too long is refused.

@@ -54,6 +54,7 @@ fn wish(tokens_wanted: Option<u32>) -> Wish {
     Wish {
         sampling: Sampling::default(),
         tokens_wanted,
+        cut: false,
         stop: Vec::new(),
     }
 }
@@ -77,7 +78,7 @@ fn what_cannot_be_fulfilled_names_its_key() {
     }
     assert_eq!(refused(&|g| g.stop = vec![String::new()]), invalid("stop"));
     assert_eq!(
-        refused(&|g| g.stop = vec!["x".to_owned(); 9]),
+        refused(&|g| g.stop = vec!["x".to_owned(); 65]),
         invalid("stop")
     );
 }
@@ -185,6 +186,14 @@ fn an_answer_gets_what_was_asked_or_what_the_context_leaves() {
     assert_eq!(granted(900, None).expect("fits"), 100);
     assert_eq!(granted(999, None).expect("fits"), 1);
     assert_eq!(granted(900, Some(100)).expect("fits"), 100);
+    let at_most = Wish {
+        cut: true,
+        ..wish(Some(3000))
+    };
+    let cut = output_tokens(&prompt(900, 0), &at_most, &config, &model);
+    assert_eq!(cut.expect("cut"), 100);
+    let rooms = [None, Some(0), Some(7), Some(9999)].map(|w| answer_room(&wish(w), &config));
+    assert_eq!(rooms, [1, 1, 7, config.generation.max_tokens]);
 }
 
 #[test]
@@ -202,10 +211,10 @@ fn an_overflow_is_told_with_all_its_numbers() {
         "{whole}"
     );
     let together = message(901, 0, Some(100));
-    assert!(
-        together.contains("901 tokens")
-            && together.contains("100 tokens of answer")
-            && together.contains("1000")
+    assert_eq!(
+        together,
+        "this model's maximum context length is 1000 tokens, prompt and answer together; the prompt is 901 tokens \
+         (0 of images, 901 of text), and 100 tokens of answer were asked for where 99 are possible"
     );
 }
 
@@ -246,13 +255,13 @@ fn a_conversation_of_countless_pieces_is_too_large() {
 #[test]
 fn what_cannot_fit_is_refused_before_it_is_rendered() {
     let input = conversation(10, 1);
-    assert!(check_least(&input, 50, 30, 100).is_ok());
-    let failure = check_least(&input, 51, 30, 100).expect_err("101 tokens");
+    assert!(check_least(&input, 80, 100).is_ok());
+    let failure = check_least(&input, 81, 100).expect_err("101 tokens");
     assert_eq!(failure.error.code, ErrorCode::ContextOverflow);
     assert!(
         failure
             .error
             .message
-            .contains("101 tokens (30 of images, 71 of text); 100 fit")
+            .contains("at least 101 tokens of text, without those of images; 100 fit")
     );
 }
