@@ -22,7 +22,10 @@ fn fragment(file: &str, prefix: &str) -> BTreeSet<(String, String)> {
     let document: Value = serde_json::from_slice(&text).expect("JSON");
     let below = operations(&document).into_iter();
     below
-        .map(|(method, path)| (method, format!("{prefix}{}", path.trim_end_matches('/'))))
+        .map(|(method, path)| match prefix {
+            "" => (method, path),
+            _ => (method, format!("{prefix}{}", path.trim_end_matches('/'))),
+        })
         .collect()
 }
 

@@ -1,8 +1,12 @@
 //! Everything a client can get wrong, and the proper answer to it.
 
+use std::io::Write;
+use std::net::TcpStream;
+use std::time::Instant;
+
 use serde_json::{Value, json};
 
-use crate::client::{self, Request};
+use crate::client::{self, Incoming, Request};
 use crate::server::{Server, chat, shared, text, with};
 
 fn post(server: &Server, body: &[u8]) -> client::Answer {
@@ -164,17 +168,51 @@ fn a_huge_body_is_413() {
     server.chat(&chat(&[text("still there")])).ok();
 }
 
+/// By a server that waits ten seconds for the rest of a body.
+#[test]
+fn a_body_that_is_announced_too_large_is_413_at_once() {
+    let server = Server::start_with("[server]\nrequest_body_bytes_max = 1048576\n");
+    for (expect, sent) in [("", ""), ("expect: 100-continue\r\n", ""), ("", "{")] {
+        let began = Instant::now();
+        let mut stream = TcpStream::connect(server.address).expect("the server accepts");
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n{expect}content-length: 1048577\r\n\r\n{sent}"
+        );
+        stream.write_all(head.as_bytes()).expect("sent");
+        Incoming::read_head(stream).finish().error(413);
+        assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
+    }
+}
+
+#[test]
+fn a_body_in_a_coding_is_415() {
+    let request = Request {
+        method: "POST",
+        path: "/v1/chat/completions",
+        headers: &[
+            ("content-type", "application/json"),
+            ("content-encoding", "gzip"),
+        ],
+        body: b"\x1f\x8b",
+    };
+    let error = client::send(shared().address, &request).error(415);
+    let message = error["message"].as_str().expect("a message");
+    assert!(message.contains("Content-Encoding: gzip"), "{message}");
+}
+
 #[test]
 fn a_head_that_is_too_large_is_431() {
     let server = shared();
-    let long = "x".repeat(200_000);
-    let request = Request {
-        method: "GET",
-        path: "/v1/models",
-        headers: &[("x-long", &long)],
-        body: b"",
-    };
-    assert_eq!(client::send(server.address, &request).status, 431);
+    for length in [70_000, 100_000, 200_000] {
+        let long = "x".repeat(length);
+        let request = Request {
+            method: "GET",
+            path: "/v1/models",
+            headers: &[("x-long", &long)],
+            body: b"",
+        };
+        assert_eq!(client::send(server.address, &request).status, 431);
+    }
 }
 
 #[test]
@@ -222,7 +260,6 @@ fn unknown_paths_are_404_and_wrong_methods_405() {
         "/v1/nothing",
         "/v1",
         "/v2/chat/completions",
-        "/",
         "/v1/chat/completions/",
     ] {
         server.get(path).error(404);
@@ -231,6 +268,15 @@ fn unknown_paths_are_404_and_wrong_methods_405() {
     wrong.error(405);
     assert_eq!(wrong.header("allow"), Some("POST"));
     server.send("DELETE", "/v1/models", b"").error(405);
+    let wrong = server.send("POST", "/health", b"");
+    wrong.error(405);
+    assert_eq!(wrong.header("allow"), Some("GET, HEAD"));
+}
+
+#[test]
+fn clients_of_ollama_are_greeted() {
+    let answer = shared().get("/");
+    assert_eq!((answer.status, answer.text()), (200, "Ollama is running"));
 }
 
 /// Whatever a client piles up, it is the client that is told: no plugin is made to fail by it.

@@ -180,7 +180,11 @@ fn a_body_that_comes_too_slowly_is_sent_away_before_its_time() {
     );
     let stream = begun(&server, (100, 10_000));
     let answer = Incoming::read_head(stream).finish();
-    let message = answer.error(504)["message"].to_string();
+    let error = answer.error(408);
+    assert_eq!(error["type"], "invalid_request_error");
+    let outcomes = server.stats()["requests"]["outcomes"].clone();
+    assert_eq!(outcomes["client_error"], 1, "{outcomes}");
+    let message = error["message"].to_string();
     assert!(
         message.contains("slower than 1000 bytes a second"),
         "{message}"

@@ -108,6 +108,7 @@ fn broken_framing_is_refused_and_the_next_client_served() {
     for broken in [
         "\r\n\r\n\r\n\r\nnonsense\r\n\r\n".to_owned(),
         "GET /health\r\n\r\n".to_owned(),
+        "GET /health HTTP/1.1\r\n\r\n".to_owned(),
         "GET /health HTTP/9.9\r\n\r\n".to_owned(),
         "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(),
         "\u{16}\u{3}\u{1}\u{2}\0\u{1}\0\u{1}\u{fc}\u{3}\u{3}".to_owned(),

@@ -10,6 +10,7 @@ mod cors;
 pub mod error;
 pub mod form;
 pub mod gate;
+mod head;
 pub mod keys;
 mod openapi;
 mod page;

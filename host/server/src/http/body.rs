@@ -15,9 +15,11 @@ use super::arrivals::Arriving;
 use super::gate::Permit;
 use crate::pipeline::{CancelOnDrop, Failure, Piece, ReplyBody, ReplyHead};
 
-/// A body that is too long is read on and thrown away up to this many times its limit, so that a
-/// client which writes before it reads still sees why it was refused.
+/// Of a body that is too long, this many times its limit is read on and thrown away, while the answer is on its way: a client
+/// which writes before it reads still sees why it was refused.
 const DISCARD_FACTOR: u64 = 4;
+/// The status of a client that is too slow: its own doing, unlike a 504.
+const REQUEST_TIMEOUT: u16 = 408;
 /// Seconds after which a client that met no room for its body may come back.
 const RETRY_AFTER_S: u32 = 1;
 /// Room for a body before the first of it is here, bytes.
@@ -36,6 +38,8 @@ pub struct Pace {
     pub bytes_per_s_min: u64,
     /// What all bodies on their way may have here, in bytes.
     pub arriving_bytes_max: u64,
+    /// Whether the client sends nothing before it is told to go on.
+    pub waits: bool,
 }
 
 impl Pace {
@@ -52,7 +56,7 @@ impl Pace {
             let least = self.bytes_per_s_min;
             format!("the body comes slower than {least} bytes a second")
         };
-        Failure::new(ErrorCode::Timeout, message)
+        Failure::invalid(message).with_status(REQUEST_TIMEOUT)
     }
 }
 
@@ -68,8 +72,8 @@ pub async fn read(mut body: Body, pace: &Pace, arriving: &mut Arriving) -> Resul
         let message = format!("the body is larger than {bytes_max} bytes");
         Failure::new(ErrorCode::TooLarge, message)
     };
-    let discard_max = bytes_max.saturating_mul(DISCARD_FACTOR);
-    if announced > discard_max {
+    if announced > bytes_max {
+        discard_behind(body, pace);
         return Err(too_long());
     }
     let mut whole = Vec::new();
@@ -82,12 +86,9 @@ pub async fn read(mut body: Body, pace: &Pace, arriving: &mut Arriving) -> Resul
         };
         let piece = piece.map_err(|_| Failure::invalid("the body was cut off"))?;
         seen = seen.saturating_add(piece.len() as u64);
-        if seen > discard_max {
-            break;
-        }
-        if seen > bytes_max || announced > bytes_max {
-            whole = Vec::new();
-            continue;
+        if seen > bytes_max {
+            discard_behind(body, pace);
+            return Err(too_long());
         }
         if !arriving.grow(piece.len() as u64, pace.arriving_bytes_max) {
             let message = "the bodies on their way take all the memory there is for them, or for those of one key";
@@ -101,10 +102,16 @@ pub async fn read(mut body: Body, pace: &Pace, arriving: &mut Arriving) -> Resul
         }
         whole.extend_from_slice(&piece);
     }
-    if seen > bytes_max {
-        Err(too_long())
-    } else {
-        Ok(Bytes::from(whole))
+    Ok(Bytes::from(whole))
+}
+
+/// Takes the rest of a body that is too long behind the answer, for as long as a body may take before it is measured. One that is
+/// so long that nobody would wait for its end is left where it is.
+fn discard_behind(body: Body, pace: &Pace) {
+    let bytes_max = pace.bytes_max.saturating_mul(DISCARD_FACTOR);
+    // Asked for any of it, who waits would be told to send it.
+    if !pace.waits && HttpBody::size_hint(&body).lower() <= bytes_max {
+        tokio::spawn(discard(body, bytes_max, pace.grace));
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use axum::Router;
+use axum::middleware;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -17,6 +18,7 @@ use tokio_util::task::TaskTracker;
 
 use super::arrivals::Arrivals;
 use super::gate::{Gate, Permit};
+use super::head;
 use super::patience::{Patience, Patient};
 use crate::config::ServerConfig;
 use crate::wiring::House;
@@ -128,7 +130,10 @@ impl Connections {
     fn new(router: Router, tls: Option<TlsAcceptor>, house: Arc<House>) -> Self {
         let server = &house.config().server;
         Self {
-            router,
+            router: router.layer(middleware::from_fn_with_state(
+                server.request_head_bytes_max,
+                head::check,
+            )),
             tls,
             handshake: Duration::from_secs(server.head_read_timeout_s),
             write: Patience {

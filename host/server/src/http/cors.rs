@@ -11,7 +11,8 @@ use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 /// What a page may send, whatever the adapters serve.
 const METHODS: HeaderValue = HeaderValue::from_static("GET, POST, PUT, PATCH, DELETE");
 /// What a page may read of an answer's head.
-const EXPOSED: HeaderValue = HeaderValue::from_static("retry-after, x-request-id, x-visor-plugins");
+const EXPOSED: HeaderValue =
+    HeaderValue::from_static("retry-after, request-id, x-request-id, x-visor-plugins");
 /// Seconds that a browser may keep the answer to its question.
 const MAX_AGE_S: HeaderValue = HeaderValue::from_static("600");
 /// Longest list of headers that is granted, in bytes.

@@ -10,6 +10,9 @@ pub fn status_of(failure: &Failure) -> u16 {
     if !failure.allow.is_empty() {
         return 405;
     }
+    if let Some(status) = failure.status {
+        return status;
+    }
     match failure.error.code {
         ErrorCode::InvalidRequest | ErrorCode::Unsupported | ErrorCode::ContextOverflow => 400,
         ErrorCode::NotFound => 404,
@@ -84,7 +87,8 @@ pub fn fallback_response(failure: &Failure) -> Response {
 pub fn completed(mut response: Response, failure: &Failure) -> Response {
     let code = failure.error.code;
     let ours = matches!(code, ErrorCode::Unauthorized | ErrorCode::RateLimited);
-    if ours || !failure.allow.is_empty() || !(400..=599).contains(&response.status) {
+    let named = !failure.allow.is_empty() || failure.status.is_some();
+    if ours || named || !(400..=599).contains(&response.status) {
         response.status = status_of(failure);
     }
     for (name, value) in headers_of(failure) {
@@ -141,6 +145,9 @@ mod tests {
         let busy = Failure::new(ErrorCode::RateLimited, "too many").retry_after(3);
         let response = completed(rendered(503), &busy);
         assert_eq!((response.status, response.headers.len()), (429, 1));
+        let slow = Failure::invalid("too slow").with_status(408);
+        assert_eq!(completed(rendered(400), &slow).status, 408);
+        assert_eq!(fallback_response(&slow).status, 408);
         let missing = Failure::new(ErrorCode::NotFound, "no such thing");
         assert_eq!(completed(rendered(410), &missing).status, 410);
         assert_eq!(completed(rendered(302), &missing).status, 404);

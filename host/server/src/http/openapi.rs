@@ -7,6 +7,7 @@
 use serde_json::{Value, json};
 use visor_sandbox::{Origin, Plugin, Route};
 
+use super::routes;
 use crate::config::Config;
 use crate::services::ServedModel;
 use crate::wiring::{WiredRoute, Wiring};
@@ -58,6 +59,9 @@ pub(super) fn document(wiring: &Wiring, model: &ServedModel) -> Value {
             let methods = paths.entry(path).or_insert_with(|| json!({}));
             methods[method] = operation;
         }
+    }
+    if !routes::greets(wiring) {
+        paths.remove("/");
     }
     if !wiring.config.access.stats_need_key {
         for page in ["/stats", "/metrics"] {

@@ -1,4 +1,4 @@
-//! From a path to who serves it: five native pages, and the adapters below their prefixes.
+//! From a path to who serves it: six native pages, and the adapters below their prefixes.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,13 +22,19 @@ use super::{cors, error, openapi, paths, trace};
 use crate::config::ServerConfig;
 use crate::metrics::{OPENMETRICS, PROMETHEUS};
 use crate::pipeline::{self, Call, CancelOnDrop, Failure, Incoming, Reply, ReplyReceiver};
-use crate::wiring::{House, Pinned};
+use crate::wiring::{House, Pinned, Wiring};
 
 /// Refusals rendered by a plugin at once; beyond, the host speaks itself.
 const REFUSALS_MAX: usize = 8;
 /// Longest request id taken over from a client, in bytes.
 const REQUEST_ID_BYTES_MAX: usize = 128;
+/// The adapter whose clients look for a greeting.
+const OLLAMA: &str = "ollama";
 const JSON: &str = "application/json";
+/// The status of a body in a coding that is not undone.
+const UNSUPPORTED_MEDIA_TYPE: u16 = 415;
+/// Longest piece of a coding's name that is repeated, in characters.
+const CODING_SHOWN_CHARS: usize = 60;
 /// Seconds after which a client that met a full server may come back.
 const RETRY_AFTER_S: u32 = 1;
 
@@ -62,11 +68,13 @@ pub fn router(
         is_local,
     };
     Router::new()
+        .route("/", get(greeting))
         .route("/health", get(health))
         .route("/ready", get(ready))
         .route("/stats", get(stats))
         .route("/metrics", get(metrics))
         .route("/openapi.json", get(described))
+        .method_not_allowed_fallback(wrong_method)
         .fallback(exchange)
         .layer(middleware::from_fn_with_state(http.clone(), pages))
         .with_state(http)
@@ -95,6 +103,28 @@ async fn pages(State(http): State<Http>, request: Request<Body>, next: Next) -> 
     };
     cors::grant(&mut response, origin);
     response
+}
+
+/// What clients of Ollama look for before they ask anything, where its API is mounted.
+async fn greeting(State(http): State<Http>, request: Request<Body>) -> Response<Body> {
+    if greets(&http.house.wiring()) {
+        return page("Ollama is running".into(), "text/plain; charset=utf-8");
+    }
+    exchange(State(http), request).await
+}
+
+/// Whether there are clients of Ollama to greet.
+pub(super) fn greets(wiring: &Wiring) -> bool {
+    let mut routes = wiring.routes.iter();
+    routes.any(|route| route.adapter.id() == OLLAMA)
+}
+
+/// One of the server's own pages, by a method that none of them has.
+async fn wrong_method(request: Request<Body>) -> Response<Body> {
+    let (method, path) = (request.method().as_str(), request.uri().path());
+    let allowed = vec!["GET".to_owned(), "HEAD".to_owned()];
+    let failure = Failure::method_not_allowed(method, path, allowed);
+    whole(error::fallback_response(&failure))
 }
 
 /// Alive: the process answers.
@@ -206,7 +236,10 @@ async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<
             whole(error::fallback_response(&failure))
         }
     };
-    body::add_header(&mut response, "x-request-id", &id);
+    // The second is where clients of Anthropic look.
+    for name in ["x-request-id", "request-id"] {
+        body::add_header(&mut response, name, &id);
+    }
     response
 }
 
@@ -232,15 +265,21 @@ async fn serve(
         return refuse(http, pinned, incoming, failure).await;
     }
     let mut arriving = http.arrivals.begin(key.as_deref().map(Key::arriving));
+    let unreadable = unreadable(&incoming);
     let checked = match paths::find(pinned.adapter.routes(), &incoming.method, &incoming.path) {
         paths::Match::Found {
             params,
             body_bytes_max,
-        } => {
+        } if unreadable.is_none() => {
             incoming.params = params;
-            let pace = pace(&config.server, body_bytes_max);
+            let waits = incoming.header("expect").is_some();
+            let pace = Pace {
+                waits,
+                ..pace(&config.server, body_bytes_max)
+            };
             body::read(body, &pace, &mut arriving).await
         }
+        paths::Match::Found { .. } => Err(unreadable.unwrap_or_else(Failure::internal)),
         paths::Match::WrongMethod(allowed) => Err(Failure::method_not_allowed(
             &incoming.method,
             &incoming.full_path,
@@ -272,6 +311,18 @@ fn enter(http: &Http, in_flight_max: usize, key: Option<&Key>) -> Result<Permit,
     Ok(own.into_iter().fold(permit, Permit::with))
 }
 
+/// A body that is not as it says it is: none is unpacked here, for a small one may unpack to any size.
+fn unreadable(incoming: &Incoming) -> Option<Failure> {
+    let coding = incoming.header("content-encoding")?;
+    let coded = !["", "identity"].contains(&coding.trim().to_ascii_lowercase().as_str());
+    coded.then(|| {
+        let shown: String = coding.chars().take(CODING_SHOWN_CHARS).collect();
+        let message =
+            format!("a body with `Content-Encoding: {shown}` is not read; send it as it is");
+        Failure::invalid(message).with_status(UNSUPPORTED_MEDIA_TYPE)
+    })
+}
+
 fn full(in_flight_max: usize) -> Failure {
     let message = format!("{in_flight_max} requests are in flight already");
     Failure::new(ErrorCode::Overloaded, message).retry_after(RETRY_AFTER_S)
@@ -286,6 +337,7 @@ fn pace(server: &ServerConfig, route_bytes_max: Option<u64>) -> Pace {
         grace: Duration::from_secs(server.head_read_timeout_s),
         bytes_per_s_min: server.body_bytes_per_s_min,
         arriving_bytes_max: server.arriving_bytes_max,
+        waits: false,
     }
 }
 

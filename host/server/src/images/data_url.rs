@@ -51,10 +51,14 @@ pub fn parse(text: &str) -> Result<DataUrl, DataUrlError> {
     let mut fields = head.split(';').map(str::trim);
     let media_type = fields.next().unwrap_or("").to_ascii_lowercase();
     let is_base64 = fields.any(|field| field.eq_ignore_ascii_case("base64"));
-    let bytes = if is_base64 {
-        decode_base64(data)?
-    } else {
-        percent_decode(data)?
+    let bytes = match (is_base64, data.contains('%')) {
+        (true, false) => decode_base64(data)?,
+        // A plus and a slash may be escaped in a URL.
+        (true, true) => {
+            let unescaped = percent_decode(data)?;
+            decode_base64(&String::from_utf8_lossy(&unescaped))?
+        }
+        (false, _) => percent_decode(data)?,
     };
     let content_type = if media_type.is_empty() {
         sniff(&bytes).to_owned()
@@ -163,6 +167,7 @@ mod tests {
             "data:image/png;name=a.png;base64,iVBORw",
             "data:image/png;base64,iVBO\n Rw==\n",
             "data:image/png,%89PNG",
+            "data:image/png;base64,iVBOR%77%3d%3D",
         ] {
             let parsed = parse(url).expect(url);
             assert_eq!(&parsed.bytes[..], b"\x89PNG", "{url}");
@@ -188,6 +193,7 @@ mod tests {
             ),
             ("data:image/png;base64,A", "not valid base64"),
             ("data:image/png;base64,AA=A", "not valid base64"),
+            ("data:image/png;base64,iV%zz", "percent escape at offset 2"),
             ("data:image/png,%8", "percent escape at offset 0"),
             ("data:image/png,%+1", "percent escape at offset 0"),
         ] {

@@ -11,6 +11,8 @@ pub struct Failure {
     pub error: GuestError,
     /// The methods a path does have, when the request came with another one.
     pub allow: Vec<String>,
+    /// The status of a request that HTTP has a word for and no dialect: 408, 415, 431.
+    pub status: Option<u16>,
     /// How metrics count it.
     pub outcome: Outcome,
 }
@@ -83,6 +85,13 @@ impl Failure {
         self
     }
 
+    /// The same, with a status of its own.
+    #[must_use]
+    pub fn with_status(mut self, status: u16) -> Self {
+        self.status = Some(status);
+        self
+    }
+
     /// The same, saying when a retry makes sense.
     #[must_use]
     pub fn retry_after(mut self, seconds: u32) -> Self {
@@ -101,6 +110,7 @@ impl From<GuestError> for Failure {
         Self {
             error,
             allow: Vec::new(),
+            status: None,
             outcome,
         }
     }
