@@ -92,6 +92,40 @@ fn a_message_is_answered_whole_streamed_and_counted() {
 }
 
 #[test]
+fn a_message_is_held_to_a_schema_and_says_which_request_it_answers() {
+    let schema = json!({"type": "object", "properties": {"a": {"enum": [7]}}, "required": ["a"], "additionalProperties": false});
+    let format = json!({"format": {"type": "json_schema", "schema": schema}});
+    let answer = post("/v1/messages", &claude(json!({"output_config": format})));
+    let said = answer.ok()["content"][0]["text"].clone();
+    let said: Value = serde_json::from_str(said.as_str().expect("text")).expect("JSON");
+    assert_eq!(said, json!({"a": 7}));
+    assert_eq!(answer.header("request-id"), answer.header("x-request-id"));
+    assert!(answer.header("request-id").is_some());
+}
+
+#[test]
+fn options_of_ollama_are_taken_as_it_takes_them() {
+    let options = json!({"top_k": -1, "top_p": 0, "num_predict": 100_000, "temperature": 0});
+    let body =
+        json!({"model": model(), "messages": [text("x")], "stream": false, "options": options});
+    let body = with(body, json!({"format": {"enum": [7]}}));
+    for _ in 0..2 {
+        let answer = post("/api/chat", &body).ok();
+        for duration in ["total_duration", "prompt_eval_duration", "eval_duration"] {
+            assert!(answer[duration].as_u64() > Some(0), "{answer}");
+        }
+    }
+    let running = shared().get("/api/ps").ok();
+    assert_eq!(running["models"][0]["name"], model());
+}
+
+#[test]
+fn what_is_at_fault_is_named_as_responses_name_it() {
+    let long = json!({"input": "word ".repeat(6000)});
+    assert_eq!(post("/v1/responses", &long).error(400)["param"], "input");
+}
+
+#[test]
 fn errors_of_messages_are_in_their_dialect() {
     for (body, status, kind, says) in [
         (

@@ -63,7 +63,7 @@ impl Default for EngineOptions {
             prefill_chunk_tokens: 128,
             slice: Duration::from_millis(500),
             draft_tokens_max: 7,
-            stop_strings_max: 16,
+            stop_strings_max: 80,
             model_digest: String::new(),
         }
     }

@@ -91,7 +91,7 @@ impl GuestExchange for Messages {
             sampling: wanted.sampling,
             max_tokens: Some(wanted.max_tokens),
             stop: wanted.stop,
-            format: OutputFormat::Text,
+            format: wanted.format.into(),
             tools: wanted.tools.tools.into_iter().map(ToolSpec::from).collect(),
             tool_choice: wanted.tools.choice.into(),
             parallel_tools: wanted.tools.parallel,
@@ -143,6 +143,7 @@ fn find(name: &str) -> Result<model::Handle, Error> {
     })
 }
 
+into_bindings!(Format);
 into_bindings!(Tool);
 into_bindings!(Choice);
 into_bindings!(Wrong);

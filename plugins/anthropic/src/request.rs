@@ -4,14 +4,14 @@
 //! image is.
 
 use serde_json::Value;
-use visor_plugin_body::{Field, IsNeutral, Picture, Place, Tools, Wrong, lifted};
+use visor_plugin_body::{Field, Format, IsNeutral, Picture, Place, Tools, Wrong, lifted};
 
 use crate::exports::visor::plugin::adapter::Sampling;
 use crate::tools;
 use crate::visor::plugin::types::{Extensions, Message, Part, Role};
 
 /// Strings that may end an answer; the host takes as many.
-const STOPS_MAX: usize = 8;
+const STOPS_MAX: usize = 64;
 
 /// A request as far as it can be understood without the host.
 #[derive(Debug)]
@@ -26,6 +26,8 @@ pub(crate) struct MessagesRequest {
     pub(crate) stop: Vec<String>,
     pub(crate) stream: bool,
     pub(crate) tools: Tools,
+    /// `output_config.format`
+    pub(crate) format: Format,
     /// Hints for the other plugins.
     pub(crate) extensions: Extensions,
 }
@@ -49,6 +51,7 @@ pub(crate) fn parse(text: &str, marker: &str, counts: bool) -> Result<MessagesRe
     messages.extend(reader.messages(&body.get("messages"))?);
     let tools = tools::parse(&body, text)?;
     reader.extensions.extend(tools.hints());
+    let format = format(&body, text, &mut reader.extensions)?;
     Ok(MessagesRequest {
         model: body.get("model").string()?.to_owned(),
         messages,
@@ -62,8 +65,27 @@ pub(crate) fn parse(text: &str, marker: &str, counts: bool) -> Result<MessagesRe
         stop: body.get("stop_sequences").strings(STOPS_MAX)?,
         stream: body.get("stream").flag()?,
         tools,
+        format,
         extensions: reader.extensions,
     })
+}
+
+/// What the answer is held to. Where it stood at first, it is still said by some.
+fn format(body: &Field, text: &str, hints: &mut Extensions) -> Result<Format, Wrong> {
+    let config = body.get("output_config");
+    if config.value().is_some() {
+        config.object()?;
+    }
+    let older = body.get("output_format");
+    let Some(field) = config.get("format").given().or_else(|| older.given()) else {
+        return Ok(Format::Text);
+    };
+    let kind = field.object()?.get("type");
+    if kind.string()? != "json_schema" {
+        return Err(kind.wrong_value("json_schema"));
+    }
+    hints.push(("format.param".to_owned(), field.path.clone()));
+    Format::schema(&field.get("schema"), text)
 }
 
 /// A string, or blocks of text.
@@ -216,8 +238,8 @@ fn sampling(body: &Field) -> Result<Sampling, Wrong> {
         temperature: number("temperature", "a number from 0 to 1", |t| {
             (0.0..=1.0).contains(&t)
         })?,
-        top_p: number("top_p", "a number above 0, at most 1", |p| {
-            p > 0.0 && p <= 1.0
+        top_p: number("top_p", "a number from 0 to 1", |p| {
+            (0.0..=1.0).contains(&p)
         })?,
         top_k: body.get("top_k").optional_count(0)?,
         min_p: None,
@@ -231,14 +253,13 @@ fn sampling(body: &Field) -> Result<Sampling, Wrong> {
 }
 
 fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
-    let table: [(&str, &str, IsNeutral); 3] = [
+    let table: [(&str, &str, IsNeutral); 2] = [
         ("mcp_servers", "tools are the client's to run", |field| {
             field.is_empty()
         }),
         ("thinking", "the model answers at once", |field| {
             field.get("type").is_one_of(&["disabled", "adaptive"])
         }),
-        ("output_format", "answers are text", |_| false),
     ];
     body.refuse(&table)
 }
@@ -365,6 +386,26 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_can_be_held_to_a_schema() {
+        let format = json!({ "type": "json_schema", "schema": { "type": "object" } });
+        let config = json!({ "effort": "low", "format": format });
+        for (body, place) in [
+            (with("output_config", config), "output_config.format"),
+            (with("output_format", format), "output_format"),
+        ] {
+            let read = parsed(&body).unwrap();
+            assert_eq!(
+                read.format,
+                Format::Schema(r#"{"type":"object"}"#.to_owned())
+            );
+            let hint = ("format.param".to_owned(), place.to_owned());
+            assert!(read.extensions.contains(&hint));
+        }
+        let effort = with("output_config", json!({ "effort": "low" }));
+        assert_eq!(parsed(&effort).unwrap().format, Format::Text);
+    }
+
+    #[test]
     fn counting_needs_no_length() {
         let body = json!({ "model": "m", "messages": [{ "role": "user", "content": "hi" }] });
         assert_eq!(
@@ -394,6 +435,19 @@ mod tests {
                 with("stop_sequences", json!([""])),
                 invalid,
                 "stop_sequences[0]",
+            ),
+            (
+                with("output_config", json!({ "format": { "type": "xml" } })),
+                invalid,
+                "output_config.format.type",
+            ),
+            (
+                with(
+                    "output_config",
+                    json!({ "format": { "type": "json_schema" } }),
+                ),
+                invalid,
+                "output_config.format.schema",
             ),
             (
                 with("thinking", json!({ "type": "enabled" })),

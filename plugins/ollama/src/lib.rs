@@ -35,6 +35,9 @@ use visor::plugin::{clock, model};
 /// What clients of Ollama put behind a name that says no version.
 const LATEST: &str = ":latest";
 
+/// As long as a model stays loaded, in milliseconds: a hundred years.
+const AGE_MS: u64 = 100 * 365 * 86_400_000;
+
 /// The type the exports hang on.
 struct Ollama;
 
@@ -72,6 +75,7 @@ impl adapter::Guest for Ollama {
             route("POST", "/generate"),
             route("POST", "/show"),
             route("GET", "/tags"),
+            route("GET", "/ps"),
             route("GET", "/version"),
         ]
     }
@@ -82,15 +86,21 @@ impl adapter::Guest for Ollama {
 }
 
 /// One request and the answer to it; `None` is one that was answered at once.
-struct Answer(RefCell<Option<Reply>>);
+struct Answer {
+    reply: RefCell<Option<Reply>>,
+    /// Nanoseconds of the clock when it came.
+    began_ns: u64,
+}
 
 impl GuestExchange for Answer {
     fn start(request: Request) -> Result<(Exchange, Step), Error> {
+        let began_ns = clock::monotonic();
         let respond = |body: &Value| (None, Step::Respond(json_response(200, body)));
         let path = request.path();
         let (reply, step) = match path.as_str() {
             "/version" => respond(&json!({ "version": env!("CARGO_PKG_VERSION") })),
             "/tags" => respond(&tags()),
+            "/ps" => respond(&running()),
             "/show" => respond(&show(&request)?),
             "/chat" => {
                 let wanted = request::parse_chat(&request.text()?, &request.marker())?;
@@ -101,12 +111,14 @@ impl GuestExchange for Answer {
                 answer(Shape::Generate, wanted, &request)?
             }
         };
-        Ok((Exchange::new(Self(RefCell::new(reply))), step))
+        let reply = RefCell::new(reply);
+        Ok((Exchange::new(Self { reply, began_ns }), step))
     }
 
     fn advance(&self, events: Vec<Event>) -> Result<Progress, Error> {
-        let mut reply = self.0.borrow_mut();
+        let mut reply = self.reply.borrow_mut();
         let reply = reply.as_mut().expect("only generations have events");
+        reply.spent_ns = clock::monotonic().saturating_sub(self.began_ns);
         reply.advance(events, &time::rfc3339(clock::now()))
     }
 
@@ -167,6 +179,17 @@ fn tags() -> Value {
         })
     };
     json!({ "models": model::available().iter().map(tag).collect::<Value>() })
+}
+
+/// What is loaded: every model there is, for good.
+fn running() -> Value {
+    let mut models = tags()["models"].take();
+    for model in models.as_array_mut().into_iter().flatten() {
+        let for_good = clock::now().saturating_add(AGE_MS);
+        model["expires_at"] = json!(time::rfc3339(for_good));
+        model["size_vram"] = json!(0);
+    }
+    json!({ "models": models })
 }
 
 fn show(request: &Request) -> Result<Value, Error> {

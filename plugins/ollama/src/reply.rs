@@ -25,6 +25,8 @@ pub(crate) struct Reply {
     pub(crate) stream: bool,
     /// Whether tokens are told with their probabilities.
     pub(crate) logprobs: bool,
+    /// Nanoseconds since the request came, when it was last told of anything.
+    pub(crate) spent_ns: u64,
     /// Whether the first line is out.
     begun: bool,
     /// All text and tokens so far, when the answer is one piece.
@@ -43,6 +45,7 @@ impl Reply {
             model,
             stream,
             logprobs,
+            spent_ns: 0,
             begun: false,
             text: String::new(),
             tokens: Vec::new(),
@@ -140,19 +143,25 @@ impl Reply {
         })
     }
 
-    /// What the last piece has beside the others. Times are nanoseconds.
+    /// What the last piece has beside the others. Times are nanoseconds, and clients divide by them: where nothing was computed for an
+    /// answer that is kept from before, all there is is how long it took.
     fn sum_up(&self, piece: &mut Value, total: &Total) {
         let nanos = |micros: u64| micros.saturating_mul(1000);
         let all = total.queue_micros.saturating_add(total.prefill_micros);
         let all = all.saturating_add(total.decode_micros);
         piece["done"] = json!(true);
         piece["done_reason"] = json!(self.reason);
-        piece["total_duration"] = json!(nanos(all));
+        let all = nanos(all).max(self.spent_ns).max(1);
+        let of_all = |micros: u64| match nanos(micros) {
+            0 => all,
+            part => part,
+        };
+        piece["total_duration"] = json!(all);
         piece["load_duration"] = json!(0);
         piece["prompt_eval_count"] = json!(total.usage.prompt_tokens);
-        piece["prompt_eval_duration"] = json!(nanos(total.prefill_micros));
+        piece["prompt_eval_duration"] = json!(of_all(total.prefill_micros));
         piece["eval_count"] = json!(total.usage.completion_tokens);
-        piece["eval_duration"] = json!(nanos(total.decode_micros));
+        piece["eval_duration"] = json!(of_all(total.decode_micros));
     }
 
     /// The answer to a request that only wants the model to be there.

@@ -11,7 +11,7 @@ use crate::tools::{self, Pending};
 use crate::visor::plugin::types::{Extensions, Message, Part, Role};
 
 /// Strings that may end an answer; the host takes as many.
-const STOPS_MAX: usize = 8;
+const STOPS_MAX: usize = 64;
 /// Most alternatives per token.
 const TOP_LOGPROBS_MAX: u8 = 20;
 
@@ -126,6 +126,9 @@ fn wanted(
         let hint = ("format.param".to_owned(), "format".to_owned());
         pictures.extensions.push(hint);
     }
+    // `num_predict` is the most there may be, whatever the prompt leaves room for.
+    let at_most = ("max-tokens".to_owned(), "at-most".to_owned());
+    pictures.extensions.push(at_most);
     Ok(Wanted {
         model: model(body)?,
         input,
@@ -244,10 +247,9 @@ fn sampling(options: &Field, logprobs: Option<u8>) -> Result<Sampling, Wrong> {
     let penalty = |key| number(key, "a number from -2 to 2", |p| (-2.0..=2.0).contains(&p));
     Ok(Sampling {
         temperature: number("temperature", "a number of at least 0", |t| t >= 0.0)?,
-        top_p: number("top_p", "a number above 0, at most 1", |p| {
-            p > 0.0 && p <= 1.0
-        })?,
-        top_k: options.get("top_k").optional_count(0)?,
+        // Ollama brings what is out of range into it.
+        top_p: number("top_p", "a number", |_| true)?.map(|p| p.clamp(0.0, 1.0)),
+        top_k: top_k(&options.get("top_k"))?,
         min_p: number("min_p", "a number from 0 to 1", |p| {
             (0.0..=1.0).contains(&p)
         })?,
@@ -269,6 +271,15 @@ fn logprobs(body: &Field) -> Result<Option<u8>, Wrong> {
         .get("top_logprobs")
         .optional_count_to(TOP_LOGPROBS_MAX)?;
     Ok(wanted.then_some(count.unwrap_or(0)))
+}
+
+/// What is not above zero keeps all tokens, as in Ollama.
+fn top_k(field: &Field) -> Result<Option<u32>, Wrong> {
+    let boundless = |n: f64| n <= 0.0 && n.fract() == 0.0;
+    match field.value().and_then(Value::as_f64) {
+        Some(number) if boundless(number) => Ok(Some(0)),
+        _ => field.optional_count(0),
+    }
 }
 
 /// What is not above zero leaves it to the server, as in Ollama, which stops at a number above zero only.

@@ -350,7 +350,7 @@ fn error_event(error: &Error, sequence: u64) -> Vec<u8> {
         "type": "error",
         "code": code.unwrap_or(kind),
         "message": error.message,
-        "param": error.param,
+        "param": param(error),
         "sequence_number": sequence,
     });
     format!("event: error\ndata: {data}\n\n").into_bytes()
@@ -372,12 +372,21 @@ pub(crate) fn render_error(error: &Error, mid_stream: bool) -> Response {
     let mut headers = headers("application/json");
     headers.extend(retry_after);
     let object = json!({ "error": {
-        "message": error.message, "type": kind, "param": error.param, "code": code,
+        "message": error.message, "type": kind, "param": param(error), "code": code,
     }});
     Response {
         status,
         headers,
         body: object.to_string().into_bytes(),
+    }
+}
+
+/// What is at fault, as this API calls it: the host names it as chats do.
+fn param(error: &Error) -> Option<&str> {
+    match error.param.as_deref() {
+        Some("messages") => Some("input"),
+        Some("max_tokens") => Some("max_output_tokens"),
+        param => param,
     }
 }
 

@@ -96,6 +96,25 @@ fn a_whole_answer_is_one_object_with_counts_and_times() {
 }
 
 #[test]
+fn nobody_divides_by_nothing() {
+    let mut kept = reply(Shape::Chat, false);
+    kept.spent_ns = 7;
+    let mut total = match done() {
+        Event::Done(total) => total,
+        other => panic!("{other:?}"),
+    };
+    (
+        total.queue_micros,
+        total.prefill_micros,
+        total.decode_micros,
+    ) = (0, 0, 0);
+    let last = &lines(kept, vec![delta("x"), Event::Done(total)])[0];
+    for duration in ["total_duration", "prompt_eval_duration", "eval_duration"] {
+        assert_eq!(last[duration], 7, "{last}");
+    }
+}
+
+#[test]
 fn a_stream_is_a_line_for_each_piece_and_one_that_sums_up() {
     for shape in [Shape::Chat, Shape::Generate] {
         let lines = lines(reply(shape, true), answer());

@@ -190,6 +190,25 @@ fn what_is_wrong_is_named() {
 }
 
 #[test]
+fn options_out_of_range_are_brought_into_it() {
+    let with = |options: Value| json!({ "model": "m", "messages": [], "options": options });
+    let options =
+        json!({ "top_k": -1, "top_p": 0, "num_predict": 1_000_000, "stop": vec!["x"; 20] });
+    let wanted = chat(&with(options)).unwrap();
+    let Sampling { top_k, top_p, .. } = wanted.sampling;
+    assert_eq!((top_k, top_p), (Some(0), Some(0.0)));
+    assert_eq!(
+        (wanted.max_tokens, wanted.stop.len()),
+        (Some(1_000_000), 20)
+    );
+    let hint = ("max-tokens".to_owned(), "at-most".to_owned());
+    assert!(wanted.extensions.contains(&hint));
+    let beyond = chat(&with(json!({ "top_p": 1.5 }))).unwrap();
+    assert_eq!(beyond.sampling.top_p, Some(1.0));
+    assert!(chat(&with(json!({ "top_k": -0.5 }))).is_err());
+}
+
+#[test]
 fn a_format_is_a_word_or_a_schema() {
     let text = r#"{ "model": "m", "messages": [], "format": { "z": 1, "a": 2 } }"#;
     let schema = Format::Schema(r#"{ "z": 1, "a": 2 }"#.to_owned());
