@@ -169,9 +169,13 @@ impl<'a> Field<'a> {
     fn whole(&self) -> Result<f64, Wrong> {
         let certain =
             |number: f64| number.fract() == 0.0 && number.abs() <= 9_007_199_254_740_992.0;
-        let value = self.value.filter(|value| {
-            value.is_u64() || value.is_i64() || value.as_f64().is_some_and(certain)
-        });
+        let number = self.value.and_then(Value::as_f64);
+        let value = self
+            .value
+            .filter(|value| value.is_u64() || value.is_i64() || number.is_some_and(certain));
+        if value.is_none() && number.is_some_and(|number| number.fract() == 0.0) {
+            return Err(self.wrong_value("an integer of 64 bits"));
+        }
         value
             .and_then(Value::as_f64)
             .ok_or_else(|| self.wrong_type("an integer"))
@@ -410,8 +414,11 @@ mod tests {
         ] {
             assert!(count(wrong.clone()).is_err(), "{wrong}");
         }
-        for wrong in [json!(1.5), json!(1e30), json!("7")] {
-            assert!(seed(wrong.clone()).is_err(), "{wrong}");
+        let says = |value: Value| seed(value).unwrap_err().message;
+        assert!(says(json!(1.5)).contains("got a number"));
+        assert!(says(json!("7")).contains("got a string"));
+        for large in [json!(1e30), json!(18_446_744_073_709_551_616_f64)] {
+            assert!(says(large).ends_with("expected an integer of 64 bits."));
         }
     }
 }

@@ -54,8 +54,8 @@ fn sampling(body: &Field, logprobs: Option<u8>) -> Result<Sampling, Wrong> {
         temperature: number("temperature", "a number from 0 to 2", |t| {
             (0.0..=2.0).contains(&t)
         })?,
-        top_p: number("top_p", "a number above 0, at most 1", |p| {
-            p > 0.0 && p <= 1.0
+        top_p: number("top_p", "a number from 0 to 1", |p| {
+            (0.0..=1.0).contains(&p)
         })?,
         top_k: body.get("top_k").optional_count(0)?,
         min_p: number("min_p", "a number from 0 to 1", |p| {

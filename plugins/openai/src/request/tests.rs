@@ -218,7 +218,7 @@ fn wrong_values_are_named() {
     let wrong = [
         ("temperature", json!(2.1), "temperature"),
         ("temperature", json!("hot"), "temperature"),
-        ("top_p", json!(0), "top_p"),
+        ("top_p", json!(-0.1), "top_p"),
         ("top_p", json!(1.5), "top_p"),
         ("seed", json!(1.5), "seed"),
         ("presence_penalty", json!(3), "presence_penalty"),
