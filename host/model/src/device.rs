@@ -49,7 +49,9 @@ impl DeviceChoice {
     /// # Errors
     /// [`ModelError::Device`], which says how to build it.
     pub fn check_built(self) -> Result<(), ModelError> {
-        self.kinds().into_iter().try_for_each(DeviceKind::check_built)
+        self.kinds()
+            .into_iter()
+            .try_for_each(DeviceKind::check_built)
     }
 }
 

@@ -14,12 +14,9 @@ use crate::http::tls;
 pub(super) fn check(file: &Path) -> Result<u8, Failure> {
     let text = Config::read(file).map_err(Failure::usage)?;
     let config = Arc::new(Config::parse(&text, file).map_err(Failure::usage)?);
-    let mut issues = surroundings(&config);
+    let issues = [surroundings(&config), plugin::strangers(&config)].concat();
     let problems = match plugin::load(&config) {
-        Ok(loaded) => {
-            issues.extend(loaded.strangers(&config));
-            loaded.problems()
-        }
+        Ok(loaded) => loaded.problems(),
         Err(failure) => vec![format!("{:#}", failure.error)],
     };
     let issues = (!issues.is_empty()).then(|| ConfigError::semantic(&text, file, issues));

@@ -1,5 +1,6 @@
 //! `visor plugin`: the server's own checks, without the server.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -92,28 +93,36 @@ pub(super) struct Loaded {
 }
 
 impl Loaded {
-    /// Tables of the configuration that are about no plugin there is: nobody reads them, so a name is mistaken or a file missing.
-    pub(super) fn strangers(&self, config: &Config) -> Vec<Issue> {
-        let set = self.registry.current();
-        let bad = self.folder.status().last_errors;
-        let known = |id: &str| set.get(id).is_some() || bad.iter().any(|error| error.id == id);
-        let ids: Vec<&str> = set.plugins.keys().map(String::as_str).collect();
-        let allowed = format!("the id of a plugin there is: {}", ids.join(", "));
-        let strange = config.plugins.by_id.keys().filter(|id| !known(id));
-        let folder = config.plugins.folder.display();
-        let issue = |id| {
-            let message = format!("no plugin `{id}` is in {folder} or in the binary");
-            Issue::at_key(format!("plugins.{id}"), message, &allowed)
-        };
-        strange.map(issue).collect()
-    }
-
     /// Everything that is wrong with it.
     pub(super) fn problems(self) -> Vec<String> {
         let files = self.folder.status().last_errors.into_iter();
         let files = files.map(|error| format!("{}: {}", error.path.display(), error.message));
         self.problem.into_iter().chain(files).collect()
     }
+}
+
+/// Tables of the configuration that are about no plugin there is, whether it loads or not: nobody reads them, so a name is mistaken or
+/// a file missing.
+pub(super) fn strangers(config: &Config) -> Vec<Issue> {
+    let folder = &config.plugins.folder;
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let files = files.map(|entry| entry.path());
+    let files = files.filter(|path| path.extension().is_some_and(|end| end == "wasm"));
+    let files = files.filter_map(|path| Some(path.file_stem()?.to_string_lossy().into_owned()));
+    let shipped = shipped::plugins().into_iter();
+    let shipped = shipped.map(|shipped| shipped.id.to_owned());
+    let ids: BTreeSet<String> = shipped.chain(files).collect();
+    let list = ids.iter().map(String::as_str).collect::<Vec<_>>();
+    let allowed = format!("the id of a plugin there is: {}", list.join(", "));
+    let strange = config.plugins.by_id.keys().filter(|id| !ids.contains(*id));
+    let issue = |id| {
+        let message = format!(
+            "no plugin `{id}` is in {} or in the binary",
+            folder.display()
+        );
+        Issue::at_key(format!("plugins.{id}"), message, &allowed)
+    };
+    strange.map(issue).collect()
 }
 
 /// Loads what a server with this configuration would load.

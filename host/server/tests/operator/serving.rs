@@ -168,6 +168,12 @@ fn the_second_interrupt_stops_at_once() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_closed_terminal_drains_as_ctrl_c_does_and_may_say_so_twice() {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let ignored = status.lines().find(|line| line.starts_with("SigIgn:"));
+    if ignored.is_some_and(|mask| mask.ends_with(['1', '3', '5', '7', '9', 'b', 'd', 'f'])) {
+        eprintln!("not tested: SIGHUP is ignored here, and so it is by what is started here");
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let mut served = Served::start(folder.path());
     let mut answer = stream(&served, 64);
