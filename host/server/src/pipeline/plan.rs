@@ -33,6 +33,8 @@ pub(super) struct Wish {
     pub sampling: Sampling,
     /// Output tokens the client asked for, if it did.
     pub tokens_wanted: Option<u32>,
+    /// What an error about the input's length names.
+    pub input: &'static str,
     /// Whether an answer that does not fit is to be cut rather than refused.
     pub cut: bool,
     /// Strings that end the output.
@@ -67,9 +69,18 @@ pub(super) fn check(
     Ok(Wish {
         sampling: sampling::check(&generation.sampling, &config.generation, model)?,
         tokens_wanted: generation.tokens_max,
+        input: input_param(&generation.input),
         cut: extensions.any(|(key, value)| (key.as_str(), value.as_str()) == CUT),
         stop: generation.stop.clone(),
     })
+}
+
+/// What an input is called; an adapter whose clients call it otherwise says so in their words.
+fn input_param(input: &Input) -> &'static str {
+    match input {
+        Input::Chat(_) => "messages",
+        Input::Text(_) => "prompt",
+    }
 }
 
 /// Refuses more tools than the operator allows, and those that cannot be told apart.
@@ -183,7 +194,7 @@ pub(super) fn check_least(input: &Input, text_tokens: u32, tokens_max: u32) -> R
     let message = format!(
         "the prompt is too long: at least {least} tokens of text, without those of images; {tokens_max} fit beside one token of answer"
     );
-    Err(Failure::new(ErrorCode::ContextOverflow, message).at("messages"))
+    Err(Failure::new(ErrorCode::ContextOverflow, message).at(input_param(input)))
 }
 
 /// Output tokens a prompt leaves room for: what was asked, or the operator's default cut to fit.
@@ -207,7 +218,7 @@ pub(super) fn output_tokens(
         let message = format!(
             "the prompt is too long: it is {sizes}; {prompt_max} fit beside one token of answer"
         );
-        return Err(Failure::new(ErrorCode::ContextOverflow, message).at("messages"));
+        return Err(Failure::new(ErrorCode::ContextOverflow, message).at(wish.input));
     }
     let room = model.context_tokens - prompt_tokens;
     let limit = config.generation.max_tokens_limit;

@@ -54,6 +54,7 @@ fn wish(tokens_wanted: Option<u32>) -> Wish {
     Wish {
         sampling: Sampling::default(),
         tokens_wanted,
+        input: "messages",
         cut: false,
         stop: Vec::new(),
     }
@@ -257,6 +258,9 @@ fn what_cannot_fit_is_refused_before_it_is_rendered() {
     let input = conversation(10, 1);
     assert!(check_least(&input, 80, 100).is_ok());
     let failure = check_least(&input, 81, 100).expect_err("101 tokens");
+    assert_eq!(failure.error.param.as_deref(), Some("messages"));
+    let text = check_least(&Input::Text("much".to_owned()), 101, 100).expect_err("101 tokens");
+    assert_eq!(text.error.param.as_deref(), Some("prompt"));
     assert_eq!(failure.error.code, ErrorCode::ContextOverflow);
     assert!(
         failure
