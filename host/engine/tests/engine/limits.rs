@@ -68,8 +68,8 @@ fn a_request_that_contradicts_itself_is_refused() {
     );
     check(refused(&engine, |r| r.sampling.top_p = 0.0), "top_p");
     check(
-        refused(&engine, |r| r.stop_strings = vec!["x".into(); 17]),
-        "16 stop strings",
+        refused(&engine, |r| r.stop_strings = vec!["x".into(); 81]),
+        "80 stop strings",
     );
     assert_eq!(engine.stats().submitted, 0);
 }
