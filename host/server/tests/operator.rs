@@ -12,19 +12,22 @@ mod serving;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+/// What the binary reads of its environment, behind `VISOR_`.
+const VARIABLES: [&str; 7] = [
+    "LISTEN",
+    "MODEL",
+    "DEVICE",
+    "QUANTIZATION",
+    "CONFIG",
+    "PLUGINS",
+    "LOG",
+];
+
 /// The binary under test in an empty folder, with nothing of this machine's environment.
 fn visor(folder: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_visor"));
     command.args(args).current_dir(folder);
-    for name in [
-        "LISTEN",
-        "MODEL",
-        "DEVICE",
-        "QUANTIZATION",
-        "CONFIG",
-        "PLUGINS",
-        "LOG",
-    ] {
+    for name in VARIABLES {
         command.env_remove(format!("VISOR_{name}"));
     }
     command

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{repository, run, text, visor};
+use super::{VARIABLES, repository, run, text, visor};
 
 fn json(bytes: &[u8]) -> Value {
     serde_json::from_slice(bytes).expect("one JSON document")
@@ -447,15 +447,7 @@ fn what_never_ends_is_not_read_for_ever() {
 fn an_empty_variable_is_none() {
     let folder = tempfile::tempdir().unwrap();
     let mut command = visor(folder.path(), &["config", "show"]);
-    for name in [
-        "LISTEN",
-        "MODEL",
-        "DEVICE",
-        "QUANTIZATION",
-        "CONFIG",
-        "PLUGINS",
-        "LOG",
-    ] {
+    for name in VARIABLES {
         command.env(format!("VISOR_{name}"), "");
     }
     let out = command.output().unwrap();

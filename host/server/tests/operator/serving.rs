@@ -122,6 +122,18 @@ fn a_changed_file_is_applied_a_bad_one_refused_and_both_are_told() {
     assert!(served.stats()["config"]["last_error"].is_null());
 }
 
+/// Reads a stream to its end while the server drains: it is not torn, and the server then ends well.
+#[cfg(unix)]
+fn ends_with_its_stream_whole(mut served: Served, mut answer: impl Read) {
+    let mut text = String::new();
+    answer
+        .read_to_string(&mut text)
+        .expect("the stream is not torn");
+    assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
+    drop(answer);
+    assert_eq!(served.child.wait().expect("it ends").code(), Some(0));
+}
+
 /// Starts a long streaming answer and returns its reader once the head is there.
 #[cfg(unix)]
 fn stream(served: &Served, tokens: u32) -> impl Read + use<> {
@@ -141,16 +153,10 @@ fn stream(served: &Served, tokens: u32) -> impl Read + use<> {
 fn the_first_interrupt_drains_and_lets_streams_finish() {
     let folder = tempfile::tempdir().unwrap();
     let mut served = Served::start(folder.path());
-    let mut answer = stream(&served, 64);
+    let answer = stream(&served, 64);
     served.interrupt();
     served.wait_for("draining");
-    let mut text = String::new();
-    answer
-        .read_to_string(&mut text)
-        .expect("the stream is not torn");
-    assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
-    drop(answer);
-    assert_eq!(served.child.wait().expect("it ends").code(), Some(0));
+    ends_with_its_stream_whole(served, answer);
 }
 
 #[cfg(unix)]
@@ -176,17 +182,11 @@ fn a_closed_terminal_drains_as_ctrl_c_does_and_may_say_so_twice() {
     }
     let folder = tempfile::tempdir().unwrap();
     let mut served = Served::start(folder.path());
-    let mut answer = stream(&served, 64);
+    let answer = stream(&served, 64);
     served.signal("HUP");
     served.wait_for("draining");
     served.signal("HUP");
-    let mut text = String::new();
-    answer
-        .read_to_string(&mut text)
-        .expect("the stream is not torn");
-    assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
-    drop(answer);
-    assert_eq!(served.child.wait().expect("it ends").code(), Some(0));
+    ends_with_its_stream_whole(served, answer);
 }
 
 #[cfg(unix)]

@@ -18,6 +18,7 @@ const PAIRS_AT_ONCE: usize = 8;
 const ONE_PAIR_ROWS: usize = 64;
 /// Blocks of weights unpacked at a time: two panels of 16 are 16 KiB, half of the first-level cache.
 const BLOCKS_AT_ONCE: usize = 16;
+
 /// Many rows: weights are unpacked once for a chunk of them. A stretch of blocks of the chunk's activations is read from the
 /// second-level cache for every pair of panels in turn; with few rows it is in the first-level cache anyway, and pairs are
 /// taken one by one, so that weights are read in their order.
