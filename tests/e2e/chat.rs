@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::server::{chat, data_url, fixture, pictures, shared, text, with};
+use crate::server::{chat, data_url, fixture, pictures, shared, text, until, with};
 
 /// What the model said.
 #[track_caller]
@@ -298,17 +298,9 @@ fn repeated_requests_hit_the_caches() {
     for cache in ["pixels", "features", "responses", "prefixes"] {
         assert!(stats.contains(cache), "{cache} is in /stats: {stats}");
     }
-    let metrics = server.get("/metrics");
-    let total = |name: &str| -> f64 {
-        let lines = metrics.text().lines().filter(|line| line.starts_with(name));
-        lines
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-            .sum()
-    };
-    assert!(
-        total("vllm:mm_cache_hits_total") >= 1.0,
-        "{}",
-        metrics.text()
-    );
-    assert!(total("vllm:prompt_tokens_total") > 0.0);
+    // The record of a request is written just after its last byte.
+    until("the last request is counted", || {
+        (server.metric("vllm:mm_cache_hits_total") >= 1.0).then_some(())
+    });
+    assert!(server.metric("vllm:prompt_tokens_total") > 0.0);
 }

@@ -21,14 +21,6 @@ fn long(number: u64) -> Value {
     )
 }
 
-fn metric(server: &Server, name: &str) -> f64 {
-    let metrics = server.get("/metrics");
-    let lines = metrics.text().lines().filter(|line| line.starts_with(name));
-    lines
-        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-        .sum()
-}
-
 /// Waits until one abort is counted, by the server at once and by the engine after the step it is in, and checks that
 /// the engine gave the work up halfway.
 #[track_caller]
@@ -105,10 +97,10 @@ fn a_client_that_leaves_mid_stream_frees_the_engine_and_is_counted() {
     let server = Server::start();
     let mut stream = server.open_chat(&long(2));
     stream.piece().expect("it has begun");
-    assert!(metric(&server, "vllm:num_requests_running") >= 1.0);
+    assert!(server.metric("vllm:num_requests_running") >= 1.0);
     drop(stream);
     until("the engine is free", || {
-        (metric(&server, "vllm:num_requests_running") == 0.0).then_some(())
+        (server.metric("vllm:num_requests_running") == 0.0).then_some(())
     });
     assert_given_up(&server);
     server.chat(&chat(&[text("still there")])).ok();
@@ -125,11 +117,11 @@ fn a_client_that_leaves_while_waiting_for_a_whole_answer_is_noticed_too() {
     let mut stream = std::net::TcpStream::connect(server.address).expect("the server accepts");
     std::io::Write::write_all(&mut stream, (head + &body).as_bytes()).expect("sent");
     until("it runs", || {
-        (metric(&server, "vllm:num_requests_running") >= 1.0).then_some(())
+        (server.metric("vllm:num_requests_running") >= 1.0).then_some(())
     });
     drop(stream);
     assert_given_up(&server);
-    assert_eq!(metric(&server, "vllm:num_requests_running"), 0.0);
+    assert_eq!(server.metric("vllm:num_requests_running"), 0.0);
 }
 
 #[test]

@@ -203,6 +203,15 @@ impl Server {
         self.get("/stats").ok()
     }
 
+    /// The sum of all series of a metric in `/metrics`.
+    pub fn metric(&self, name: &str) -> f64 {
+        let metrics = self.get("/metrics");
+        let lines = metrics.text().lines().filter(|line| line.starts_with(name));
+        lines
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum()
+    }
+
     /// Sends a signal by name (`TERM`, `INT`).
     pub fn signal(&self, name: &str) {
         let done = Command::new("kill")
