@@ -102,6 +102,8 @@ pub struct Int4Rows<'a> {
     biases: &'a [u8],
     group: usize,
     columns: usize,
+    rows: usize,
+    scale_bytes: usize, // of a row
     scale_type: ScaleType,
 }
 
@@ -124,11 +126,9 @@ impl<'a> Int4Rows<'a> {
             )));
         }
         let rows = weight.len() / (columns / 2);
-        let scale_bytes = (columns / group)
-            .checked_mul(scale_type.bytes())
-            .and_then(|row| row.checked_mul(rows));
+        let scale_bytes = (columns / group).saturating_mul(scale_type.bytes());
         if weight.len() % (columns / 2) != 0
-            || scale_bytes != Some(scales.len())
+            || scale_bytes.checked_mul(rows) != Some(scales.len())
             || scales.len() != biases.len()
         {
             return Err(ShapeError(format!(
@@ -144,13 +144,15 @@ impl<'a> Int4Rows<'a> {
             biases,
             group,
             columns,
+            rows,
+            scale_bytes,
             scale_type,
         })
     }
 
     /// Rows held.
     pub fn rows(&self) -> usize {
-        self.weight.len() / (self.columns / 2)
+        self.rows
     }
 
     /// Values per row.
@@ -171,11 +173,10 @@ impl<'a> Int4Rows<'a> {
     /// The parts of one row: its codes, its scales and its biases.
     pub(crate) fn row(&self, row: usize) -> [&'a [u8]; 3] {
         let part = |bytes: &'a [u8], width: usize| &bytes[row * width..(row + 1) * width];
-        let scale_bytes = self.columns / self.group * self.scale_type.bytes();
         [
             part(self.weight, self.columns / 2),
-            part(self.scales, scale_bytes),
-            part(self.biases, scale_bytes),
+            part(self.scales, self.scale_bytes),
+            part(self.biases, self.scale_bytes),
         ]
     }
 

@@ -63,6 +63,7 @@ struct Panel<'a> {
     rows: [[&'a [u8]; 3]; PANEL], // codes, scales, biases
     /// Blocks that each of the rows has.
     blocks: usize,
+    block_bytes: [usize; 3], // of codes, scales, biases that a block of all rows has
     lines: Vec<[__m256; 2]>, // (blocks): scale and bias of each row
 }
 
@@ -71,6 +72,7 @@ impl<'a> Panel<'a> {
         Self {
             rows: [[&[]; 3]; PANEL],
             blocks: 0,
+            block_bytes: [0; 3],
             lines: Vec::new(),
         }
     }
@@ -82,6 +84,8 @@ impl<'a> Panel<'a> {
             *row = weights.row((panel * PANEL + index).min(last));
         }
         self.blocks = weights.columns() / BLOCK;
+        let scales = self.rows[0][1].len() * PANEL / self.blocks;
+        self.block_bytes = [BLOCK / 2 * PANEL, scales, scales];
         let bytes = self.blocks * BLOCK / 2;
         let whole = self.rows.iter().all(|[codes, ..]| codes.len() >= bytes);
         assert!(whole, "a row is whole blocks");
@@ -299,18 +303,19 @@ fn accumulate(value: __m256, dot: __m256, [scale, bias]: [__m256; 2], x: [f32; 2
     _mm256_fmadd_ps(dot, scale, value)
 }
 
-/// Asks for what follows `panels` panels in memory, as far on as this block is in them: rows lie one behind the other, so the
-/// requests of all blocks run through the next panels from beginning to end.
+/// Asks for what follows `panels` panels in memory, codes, scales and biases, as far on as this block is in them: rows lie one
+/// behind the other, so the requests of all blocks run through the next panels from beginning to end.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn prefetch_after(first: &Panel<'_>, block: usize, panels: usize) {
-    let step = panels * PANEL * BLOCK / 2;
-    let codes = first.rows[0][0];
-    let next = codes
-        .as_ptr()
-        .wrapping_add(codes.len() * PANEL * panels + block * step);
-    for line in 0..step / 64 {
-        _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64 * line).cast());
+    for (part, bytes) in first.rows[0].into_iter().zip(first.block_bytes) {
+        let step = bytes * panels;
+        let next = part
+            .as_ptr()
+            .wrapping_add(part.len() * PANEL * panels + block * step);
+        for line in 0..step.div_ceil(64) {
+            _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64 * line).cast());
+        }
     }
 }
 
