@@ -8,7 +8,7 @@ use visor_kernels::{AttentionInput, AttentionShape, HalfRows, HeadRows, Kernel, 
 
 fn main() {
     // On a thread of the pool, as the engine is.
-    rayon::scope(|_| {
+    visor_kernels::on_pool(|| {
         measure(
             "a crop of the tower",
             AttentionShape {

@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, multiply};
+use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, multiply, on_pool};
 
 /// Rows and columns of the products of a decoder layer, then of a layer of the vision tower.
 const SHAPES: [(usize, usize); 7] = [
@@ -18,8 +18,7 @@ const SHAPES: [(usize, usize); 7] = [
 ];
 
 fn main() {
-    // On a thread of the pool, as the engine is.
-    rayon::scope(|_| measure());
+    on_pool(measure);
 }
 
 fn measure() {

@@ -159,7 +159,8 @@ pub fn attend(kernel: Kernel, shape: AttentionShape, input: &AttentionInput<'_>,
     }
     let group = shape.heads / shape.kv_heads;
     let out = HeadColumns(out.as_mut_ptr(), out.len());
-    (0..shape.heads).into_par_iter().for_each(|index| {
+    let heads = (0..shape.heads).into_par_iter().with_max_len(1);
+    heads.for_each(|index| {
         let [keys, values] = (input.key_values)(index / group);
         let head = Head {
             queries: &input.queries[index * shape.head_dim..],

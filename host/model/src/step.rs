@@ -38,8 +38,7 @@ impl Phi3V {
         keep_going: &(dyn Fn() -> bool + Sync),
     ) -> Result<Vec<Option<Vec<f32>>>, ModelError> {
         if self.device() == DeviceKind::Cpu {
-            // On a thread of the pool: from outside, each of the hundreds of parallel steps would wait to be woken.
-            return rayon::scope(|_| self.step_here(parts, keep_going));
+            return visor_kernels::on_pool(|| self.step_here(parts, keep_going));
         }
         self.step_here(parts, keep_going)
     }

@@ -1,7 +1,7 @@
 //! The tower on the CPU with activations of eight bits: plain rows between integer products, attention in f32.
 //! The float path above says what this computes.
 
-use visor_kernels::{AttentionInput, AttentionShape, HeadRows, Kernel, attend};
+use visor_kernels::{AttentionInput, AttentionShape, HeadRows, Kernel, attend, on_pool};
 
 use super::{HalfDone, Layer, LayerNorm, PATCHES, Tower};
 use crate::config::LAYER_NORM_EPS;
@@ -38,7 +38,7 @@ impl Tower {
         keep_going: &(dyn Fn() -> bool + Sync),
     ) -> Result<(), ModelError> {
         let mut hidden = Rows::of(&half.hidden)?;
-        rayon::scope(|_| {
+        on_pool(|| {
             for layer in &self.layers[half.layers..] {
                 self.run_layer_rows(kernel, layer, &mut hidden, scratch)?;
                 half.layers += 1;
