@@ -4,34 +4,36 @@
 use std::time::Instant;
 
 use half::f16;
-use visor_kernels::{AttentionInput, AttentionShape, HalfRows, HeadRows, Kernel, attend};
+use visor_kernels::{AttentionInput, AttentionShape, HalfRows, HeadRows, Kernel, Way, attend};
 
 fn main() {
-    // On a thread of the pool, as the engine is.
     visor_kernels::on_pool(|| {
-        measure(
-            "a crop of the tower",
-            AttentionShape {
-                heads: 16,
-                kv_heads: 16,
-                head_dim: 64,
-                causal: false,
-            },
-            (577, 577),
-        );
+        let tower = AttentionShape {
+            heads: 16,
+            kv_heads: 16,
+            head_dim: 64,
+            causal: false,
+        };
+        measure("a crop of the tower", tower, (577, 577), Way::Rounded);
+        measure("the same in f32", tower, (577, 577), Way::Tiled);
         let decoder = AttentionShape {
             heads: 32,
             kv_heads: 32,
             head_dim: 96,
             causal: true,
         };
-        measure("prefill of 757", decoder, (757, 757));
-        measure("prefill of 512 behind 1997", decoder, (512, 2509));
-        measure("decode behind 757", decoder, (1, 758));
+        measure("prefill of 757", decoder, (757, 757), Way::Tiled);
+        measure(
+            "prefill of 512 behind 1997",
+            decoder,
+            (512, 2509),
+            Way::Tiled,
+        );
+        measure("decode behind 757", decoder, (1, 758), Way::Alone);
     });
 }
 
-fn measure(name: &str, shape: AttentionShape, (rows, keys): (usize, usize)) {
+fn measure(name: &str, shape: AttentionShape, (rows, keys): (usize, usize), way: Way) {
     let kernel = Kernel::detect().unwrap_or(Kernel::Scalar);
     let width = shape.heads * shape.head_dim;
     let queries: Vec<f32> = (0..rows * width)
@@ -61,7 +63,7 @@ fn measure(name: &str, shape: AttentionShape, (rows, keys): (usize, usize)) {
             query_stride: width,
             rows,
             keys,
-            tiled: rows > 1,
+            way,
             key_values: &rows_of,
         };
         let start = Instant::now();

@@ -28,6 +28,18 @@ pub struct AttentionShape {
     pub causal: bool,
 }
 
+/// How queries go through their keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// Each reads all of its keys by itself: decoding.
+    Alone,
+    /// They share tiles of keys: a prompt.
+    Tiled,
+    /// As [`Self::Tiled`], in whole numbers of thirteen or fourteen bits where the processor is faster with them and every query sees
+    /// every key: a picture.
+    Rounded,
+}
+
 /// Rows of one head: row i starts at `i * stride`.
 #[derive(Debug, Clone, Copy)]
 pub enum HeadRows<'a> {
@@ -100,9 +112,8 @@ pub struct AttentionInput<'a> {
     pub rows: usize,
     /// Keys and values seen in all.
     pub keys: usize,
-    /// Queries share tiles of keys: the way of prompts and pictures. Otherwise each reads all of its keys by itself: the way of
-    /// decoding. What a query gives depends, in its last bits, on the way, and never on the queries beside it.
-    pub tiled: bool,
+    /// What a query gives depends, in its last bits, on the way, and never on the queries beside it.
+    pub way: Way,
     /// Keys and values of a key head.
     pub key_values: &'a (dyn Fn(usize) -> [HeadRows<'a>; 2] + Sync),
 }
@@ -117,7 +128,7 @@ pub(crate) struct Head<'a> {
     pub(crate) count: usize,
     pub(crate) head_dim: usize,
     pub(crate) causal: bool,
-    pub(crate) tiled: bool,
+    pub(crate) way: Way,
 }
 
 impl Head<'_> {
@@ -171,7 +182,7 @@ pub fn attend(kernel: Kernel, shape: AttentionShape, input: &AttentionInput<'_>,
             count: input.keys,
             head_dim: shape.head_dim,
             causal: shape.causal,
-            tiled: input.tiled,
+            way: input.way,
         };
         kernel.attend(&head, &mut |row, values| {
             let at = row * width + index * shape.head_dim;

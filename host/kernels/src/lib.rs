@@ -26,7 +26,7 @@ pub mod widen;
 mod x86_64;
 
 pub use activations::QuantizedRows;
-pub use attention::{AttentionInput, AttentionShape, HalfRows, HeadRows, attend};
+pub use attention::{AttentionInput, AttentionShape, HalfRows, HeadRows, Way, attend};
 pub use encode::{EncodeError, EncodedRows, SquaredError, encode_rows};
 pub use int4::{Int4Rows, ScaleType};
 pub use kernel::Kernel;

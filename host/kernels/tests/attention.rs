@@ -3,16 +3,19 @@
 use std::ops::Range;
 
 use half::f16;
-use visor_kernels::{AttentionInput, AttentionShape, HalfRows, HeadRows, Kernel, attend};
+use visor_kernels::{AttentionInput, AttentionShape, HalfRows, HeadRows, Kernel, Way, attend};
 
 /// Sums of f32 in another order, and an exponential within 2e-7.
 const TOLERANCE: f32 = 2e-5;
+/// The same where numbers below 1 are rounded to 4095 steps and weights to 8191, of queries that are so large: scores of d columns
+/// err by 2 sqrt(d) log2(e) / 8190 at most, and by a tenth of it as a rule.
+const ROUNDED_TOLERANCE: f32 = 2e-4;
 
 struct Case {
     shape: AttentionShape,
     rows: usize,
     keys: usize,
-    tiled: bool,
+    way: Way,
 }
 
 /// Rows that a page of f16 holds: neither one nor a tile's.
@@ -82,7 +85,7 @@ impl Case {
             query_stride: stride,
             rows: asked.len(),
             keys: self.keys - unseen,
-            tiled: self.tiled,
+            way: self.way,
             key_values: &rows_of,
         };
         let mut out = vec![f32::NAN; asked.len() * heads * head_dim];
@@ -131,7 +134,7 @@ fn every_kernel_attends_as_the_specification_does() {
                 (64, 64),
                 (70, 257),
             ] {
-                for tiled in [false, true] {
+                for way in [Way::Alone, Way::Tiled, Way::Rounded] {
                     check(&Case {
                         shape: AttentionShape {
                             heads,
@@ -141,7 +144,7 @@ fn every_kernel_attends_as_the_specification_does() {
                         },
                         rows,
                         keys,
-                        tiled,
+                        way,
                     });
                 }
             }
@@ -161,15 +164,19 @@ fn check(case: &Case) {
         shape, rows, keys, ..
     } = case;
     for (half, size) in [(false, 1.0), (true, 1.0), (false, 40.0)] {
+        let tolerance = match case.way {
+            Way::Rounded if !shape.causal => ROUNDED_TOLERANCE * size,
+            _ => TOLERANCE,
+        };
         let want = case.run(Kernel::Scalar, half, size);
         for kernel in kernels() {
             let got = case.run(kernel, half, size);
             for (got, want) in got.iter().zip(&want) {
                 assert!(
-                    (got - want).abs() < TOLERANCE,
-                    "{} {shape:?}, {rows} of {keys}, tiled {}, half {half}: {got} {want}",
+                    (got - want).abs() < tolerance,
+                    "{} {shape:?}, {rows} of {keys}, {:?}, half {half}: {got} {want}",
                     kernel.name(),
-                    case.tiled
+                    case.way
                 );
             }
         }
@@ -179,7 +186,7 @@ fn check(case: &Case) {
 /// To the bit: how a prompt is cut into chunks, or which sequences run together, changes no value.
 #[test]
 fn a_query_gives_the_same_alone_and_among_others() {
-    let case = |tiled| Case {
+    let case = |way| Case {
         shape: AttentionShape {
             heads: 3,
             kv_heads: 3,
@@ -188,10 +195,14 @@ fn a_query_gives_the_same_alone_and_among_others() {
         },
         rows: 150,
         keys: 190,
-        tiled,
+        way,
     };
     for kernel in kernels() {
-        for (case, half) in [(case(true), true), (case(true), false), (case(false), true)] {
+        for (case, half) in [
+            (case(Way::Tiled), true),
+            (case(Way::Tiled), false),
+            (case(Way::Alone), true),
+        ] {
             let whole = case.run(kernel, half, 3.0);
             for size in [1, 5, 6, 7, 64, 100] {
                 let starts = (0..case.rows).step_by(size);
@@ -213,25 +224,28 @@ fn a_query_gives_the_same_alone_and_among_others() {
 
 #[test]
 fn what_is_not_finite_stays_so() {
-    let case = Case {
-        shape: AttentionShape {
-            heads: 1,
-            kv_heads: 1,
-            head_dim: 16,
-            causal: true,
-        },
-        rows: 8,
-        keys: 8,
-        tiled: true,
-    };
-    for kernel in kernels() {
-        assert!(
-            case.run(kernel, false, f32::NAN)
-                .iter()
-                .all(|value| value.is_nan()),
-            "{}",
-            kernel.name()
-        );
+    for (causal, way) in [(true, Way::Tiled), (false, Way::Rounded)] {
+        let case = Case {
+            shape: AttentionShape {
+                heads: 1,
+                kv_heads: 1,
+                head_dim: 16,
+                causal,
+            },
+            rows: 8,
+            keys: 8,
+            way,
+        };
+        for kernel in kernels() {
+            for size in [f32::NAN, f32::INFINITY] {
+                let out = case.run(kernel, false, size);
+                assert!(
+                    out.iter().all(|value| value.is_nan()),
+                    "{} {way:?} {size}",
+                    kernel.name()
+                );
+            }
+        }
     }
 }
 
@@ -257,7 +271,7 @@ fn keys_that_are_no_numbers_are_not_lost() {
             query_stride: DIM,
             rows,
             keys: 200,
-            tiled: rows > 1,
+            way: if rows > 1 { Way::Tiled } else { Way::Alone },
             key_values: &rows_of,
         };
         let shape = AttentionShape {
@@ -277,6 +291,62 @@ fn keys_that_are_no_numbers_are_not_lost() {
                     kernel.name()
                 );
             }
+        }
+    }
+}
+
+/// Rounded, a row of keys or a column of values that has something in it that is no number is none throughout, and zeros are zeros.
+#[test]
+fn rounding_loses_no_broken_numbers_and_divides_by_no_zero() {
+    const DIM: usize = 32;
+    let shape = AttentionShape {
+        heads: 1,
+        kv_heads: 1,
+        head_dim: DIM,
+        causal: false,
+    };
+    let run = |kernel, keys: &[f32], values: &[f32]| {
+        let queries = numbers(9 * DIM, 1);
+        let rows_of = |_| [HeadRows::F32(keys, DIM), HeadRows::F32(values, DIM)];
+        let input = AttentionInput {
+            queries: &queries,
+            query_stride: DIM,
+            rows: 9,
+            keys: 100,
+            way: Way::Rounded,
+            key_values: &rows_of,
+        };
+        let mut out = vec![f32::INFINITY; 9 * DIM];
+        attend(kernel, shape, &input, &mut out);
+        out
+    };
+    for kernel in kernels() {
+        let (keys, values) = (numbers(100 * DIM, 2), numbers(100 * DIM, 3));
+        let zeros = vec![0.0; 100 * DIM];
+        assert_eq!(
+            run(kernel, &keys, &zeros),
+            [0.0; 9 * DIM],
+            "{}",
+            kernel.name()
+        );
+        let means = run(kernel, &zeros, &values);
+        for column in 0..DIM {
+            let mean = (0..100).map(|key| values[key * DIM + column]).sum::<f32>() / 100.0;
+            assert!((means[column] - mean).abs() < ROUNDED_TOLERANCE, "{mean}");
+        }
+        let mut broken = keys.clone();
+        broken[70 * DIM + 5] = f32::NAN;
+        let lost = run(kernel, &broken, &values);
+        assert!(lost.iter().all(|value| value.is_nan()), "{}", kernel.name());
+        broken.clone_from(&values);
+        broken[70 * DIM + 5] = f32::INFINITY;
+        for (index, value) in run(kernel, &keys, &broken).iter().enumerate() {
+            assert_eq!(
+                value.is_finite(),
+                index % DIM != 5,
+                "{}: {index}",
+                kernel.name()
+            );
         }
     }
 }

@@ -5,7 +5,7 @@ use std::arch::aarch64::*;
 use half::f16;
 
 use super::{Neon, load_f32, store_f32};
-use crate::attention::{HalfRows, Head, HeadRows};
+use crate::attention::{HalfRows, Head, HeadRows, Way};
 
 /// Queries of a strip and columns of a panel: 8 * 2 registers of sums, 2 of a panel's row, 2 of the queries' values. Sixteen
 /// multiplications for four loads; as many are under way at once in four units of four cycles.
@@ -20,7 +20,7 @@ type Pair = [float32x4_t; 2];
 impl Neon {
     /// `out(row, values)` once for each query.
     pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
-        if !head.tiled {
+        if head.way == Way::Alone {
             // SAFETY: `self` exists, so `detect` saw the feature.
             unsafe { few(head, out) };
         } else {

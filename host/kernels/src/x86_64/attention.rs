@@ -1,5 +1,6 @@
 //! Attention of one head with AVX2 and FMA. [`crate::attention`] specifies it.
 
+mod rounded;
 mod wide;
 
 use std::arch::x86_64::*;
@@ -7,7 +8,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::{Avx2, load_f32};
-use crate::attention::{HalfRows, Head, HeadRows};
+use crate::attention::{HalfRows, Head, HeadRows, Way};
 
 /// Queries of a strip and columns of a panel: 6 x 2 registers of sums, 2 of a panel's row, 1 of a query's value.
 const STRIP: usize = 6;
@@ -19,11 +20,11 @@ const TILE: usize = 64;
 impl Avx2 {
     /// `out(row, values)` once for each query.
     pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
-        if !head.tiled {
+        if head.way == Way::Alone {
             // SAFETY: `self` exists, so `detect` saw the features.
             unsafe { few(head, out) };
         } else {
-            let see = |strip: &mut Strip, packed: &Packed, visible| {
+            let see = |strip: &mut Strip<f32>, packed: &Packed, visible| {
                 // SAFETY: `self` exists, so `detect` saw the features.
                 unsafe { strip.see(head.head_dim, packed, visible) };
             };
@@ -313,10 +314,10 @@ fn widen(rows: &HeadRows<'_>, index: usize, out: &mut [f32]) {
 }
 
 /// Six queries and what they have gathered.
-struct Strip {
-    queries: Vec<[f32; STRIP]>, // (head_dim), scaled
-    mixed: Vec<Line>,           // (columns / PANEL, STRIP)
-    most: [f32; LANES],         // the first STRIP of them
+struct Strip<Q> {
+    queries: Vec<[Q; STRIP]>, // (head_dim), scaled
+    mixed: Vec<Line>,         // (columns / PANEL, STRIP)
+    most: [f32; LANES],       // the first STRIP of them
     sum: [f32; STRIP],
 }
 
@@ -324,10 +325,10 @@ struct Strip {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn many(
     head: &Head<'_>,
-    see: impl Fn(&mut Strip, &Packed, [usize; STRIP]),
+    see: impl Fn(&mut Strip<f32>, &Packed, [usize; STRIP]),
     out: &mut dyn FnMut(usize, &[f32]),
 ) {
-    let mut strips: Vec<Strip> = (0..head.rows)
+    let mut strips: Vec<_> = (0..head.rows)
         .step_by(STRIP)
         .map(|first| Strip::new(head, first))
         .collect();
@@ -347,6 +348,12 @@ fn many(
             }
         }
     }
+    finish(head, &strips, out);
+}
+
+/// Hands over what the strips have gathered, each query's weights divided by their sum.
+fn finish<Q>(head: &Head<'_>, strips: &[Strip<Q>], out: &mut dyn FnMut(usize, &[f32])) {
+    let mut row = vec![0.0; head.head_dim];
     for (index, strip) in strips.iter().enumerate() {
         for offset in 0..STRIP.min(head.rows - index * STRIP) {
             for (panel, values) in row.chunks_mut(PANEL).enumerate() {
@@ -362,21 +369,16 @@ fn many(
     }
 }
 
-impl Strip {
+impl Strip<f32> {
     fn new(head: &Head<'_>, first: usize) -> Self {
-        let mut queries = vec![[0.0; STRIP]; head.head_dim];
+        let mut strip = Self::empty(head.head_dim, head.head_dim);
         let scale = scale(head);
         for offset in 0..STRIP.min(head.rows - first) {
-            for (scaled, value) in queries.iter_mut().zip(head.query(first + offset)) {
+            for (scaled, value) in strip.queries.iter_mut().zip(head.query(first + offset)) {
                 scaled[offset] = value * scale;
             }
         }
-        Self {
-            queries,
-            mixed: vec![Line([0.0; PANEL]); head.head_dim.div_ceil(PANEL) * STRIP],
-            most: [f32::NEG_INFINITY; LANES],
-            sum: [0.0; STRIP],
-        }
+        strip
     }
 
     /// Takes in a tile, of which each query sees the first few keys.
@@ -414,6 +416,18 @@ impl Strip {
             for (mixed, sums) in mixed.iter_mut().zip(sums) {
                 write_panel(&mut mixed.0, sums);
             }
+        }
+    }
+}
+
+impl<Q: Copy + Default> Strip<Q> {
+    /// Queries of zeros, so many numbers each, that have gathered nothing.
+    fn empty(head_dim: usize, numbers: usize) -> Self {
+        Self {
+            queries: vec![[Q::default(); STRIP]; numbers],
+            mixed: vec![Line([0.0; PANEL]); head_dim.div_ceil(PANEL) * STRIP],
+            most: [f32::NEG_INFINITY; LANES],
+            sum: [0.0; STRIP],
         }
     }
 

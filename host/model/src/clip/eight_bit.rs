@@ -1,7 +1,7 @@
-//! The tower on the CPU with activations of eight bits: plain rows between integer products, attention in f32.
+//! The tower on the CPU with activations of eight bits: plain rows between integer products, attention in f32 or in whole numbers of 13 bits.
 //! The float path above says what this computes.
 
-use visor_kernels::{AttentionInput, AttentionShape, HeadRows, Kernel, attend, on_pool};
+use visor_kernels::{AttentionInput, AttentionShape, HeadRows, Kernel, Way, attend, on_pool};
 
 use super::{HalfDone, Layer, LayerNorm, PATCHES, Tower};
 use crate::config::LAYER_NORM_EPS;
@@ -104,7 +104,7 @@ impl Tower {
                 query_stride: self.width,
                 rows: 1 + PATCHES,
                 keys: 1 + PATCHES,
-                tiled: true,
+                way: Way::Rounded,
                 key_values: &|head| {
                     [key, value].map(|rows| {
                         HeadRows::F32(

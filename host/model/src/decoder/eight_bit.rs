@@ -2,7 +2,7 @@
 //! The float path above says what this computes.
 
 use rayon::prelude::*;
-use visor_kernels::{AttentionInput, Kernel, attend};
+use visor_kernels::{AttentionInput, Kernel, Way, attend};
 
 use super::{Decoder, Layer, Run};
 use crate::error::ModelError;
@@ -101,16 +101,16 @@ impl Decoder {
         let pages = run.cache.pages();
         let width = shape.heads * shape.head_dim;
         let parts = [
-            (0..run.prompt_rows, true),
-            (run.prompt_rows..run.count, false),
+            (0..run.prompt_rows, Way::Tiled),
+            (run.prompt_rows..run.count, Way::Alone),
         ];
-        for (rows, tiled) in parts.into_iter().filter(|(rows, _)| !rows.is_empty()) {
+        for (rows, way) in parts.into_iter().filter(|(rows, _)| !rows.is_empty()) {
             let input = AttentionInput {
                 queries: &qkv[rows.start * columns..rows.end * columns],
                 query_stride: columns,
                 rows: rows.len(),
                 keys: run.cache.len() + rows.end,
-                tiled,
+                way,
                 key_values: &|head| run.cache.head_rows(&pages, layer, head),
             };
             let out = &mut out[rows.start * width..rows.end * width];

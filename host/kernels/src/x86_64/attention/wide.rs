@@ -2,8 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use super::{Line, PANEL, Packed, STRIP, Scores, Strip, TILE, exp2_parts, few, many};
-use crate::attention::Head;
+use super::{Line, PANEL, Packed, STRIP, Scores, Strip, TILE, exp2_parts, few, many, rounded};
+use crate::attention::{Head, Way};
 use crate::x86_64::Avx512;
 
 /// Panels taken together: 6 x 2 registers of sums, as many as two units of four cycles take and half as many again.
@@ -12,11 +12,15 @@ const PAIR: usize = 2;
 impl Avx512 {
     /// `out(row, values)` once for each query.
     pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
-        if !head.tiled {
+        let whole = head.head_dim.is_multiple_of(2) && head.head_dim <= rounded::HEAD_DIM_MAX;
+        if head.way == Way::Alone {
             // SAFETY: `self` exists, so `detect` saw the features, AVX2's among them.
             unsafe { few(head, out) };
+        } else if head.way == Way::Rounded && !head.causal && whole {
+            // SAFETY: as above.
+            unsafe { rounded::attend(head, out) };
         } else {
-            let see = |strip: &mut Strip, packed: &Packed, visible| {
+            let see = |strip: &mut Strip<f32>, packed: &Packed, visible| {
                 // SAFETY: `self` exists, so `detect` saw the features.
                 unsafe { see(strip, (head.head_dim, packed), visible) };
             };
@@ -28,7 +32,7 @@ impl Avx512 {
 
 /// Takes in a tile, of which each query sees the first few keys.
 #[target_feature(enable = "avx512f,avx2,fma")]
-fn see(strip: &mut Strip, (head_dim, packed): (usize, &Packed), visible: [usize; STRIP]) {
+fn see(strip: &mut Strip<f32>, (head_dim, packed): (usize, &Packed), visible: [usize; STRIP]) {
     let seen = visible.into_iter().fold(0, usize::max);
     let mut scores = Scores([[0f32; TILE]; STRIP]);
     let pairs = packed.keys.chunks_exact(PAIR * head_dim);
@@ -110,7 +114,7 @@ fn add_product<const W: usize>(sums: &mut [__m512; W], value: f32, row: [__m512;
 
 /// The largest of whole panels of scores; which, when one is NaN, does not matter.
 #[target_feature(enable = "avx512f")]
-fn largest(scores: &[f32]) -> f32 {
+pub(super) fn largest(scores: &[f32]) -> f32 {
     let mut most = _mm512_set1_ps(f32::NEG_INFINITY);
     for panel in scores.as_chunks().0 {
         most = _mm512_max_ps(most, load(panel));
@@ -120,7 +124,7 @@ fn largest(scores: &[f32]) -> f32 {
 
 /// Whole panels of scores become `2^(score - most)`, whose sum is returned.
 #[target_feature(enable = "avx512f")]
-fn weights(scores: &mut [f32], most: f32) -> f32 {
+pub(super) fn weights(scores: &mut [f32], most: f32) -> f32 {
     let mut sum = _mm512_setzero_ps();
     for panel in scores.as_chunks_mut().0 {
         let weight = exp2(_mm512_sub_ps(load(panel), _mm512_set1_ps(most)));
@@ -154,14 +158,14 @@ fn exp2(x: __m512) -> __m512 {
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn load(panel: &[f32; PANEL]) -> __m512 {
+pub(super) fn load(panel: &[f32; PANEL]) -> __m512 {
     // SAFETY: sixteen values, and the load needs no alignment.
     unsafe { _mm512_loadu_ps(panel.as_ptr()) }
 }
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn store(value: __m512) -> [f32; PANEL] {
+pub(super) fn store(value: __m512) -> [f32; PANEL] {
     let mut out = [0.0; PANEL];
     // SAFETY: sixteen values, and the store needs no alignment.
     unsafe { _mm512_storeu_ps(out.as_mut_ptr(), value) };
