@@ -35,8 +35,8 @@ pub enum Way {
     Alone,
     /// They share tiles of keys: a prompt.
     Tiled,
-    /// As [`Self::Tiled`], in whole numbers of thirteen or fourteen bits where the processor is faster with them and every query sees
-    /// every key: a picture.
+    /// As [`Self::Tiled`], in whole numbers of thirteen or fourteen bits with AVX-512 where every query sees every key: a picture. The
+    /// same as [`Self::Tiled`] elsewhere.
     Rounded,
 }
 
@@ -112,7 +112,8 @@ pub struct AttentionInput<'a> {
     pub rows: usize,
     /// Keys and values seen in all.
     pub keys: usize,
-    /// What a query gives depends, in its last bits, on the way, and never on the queries beside it.
+    /// How queries go through their keys. What one gives depends on that, in its last bits or as far as it rounds, and never on the
+    /// queries beside it.
     pub way: Way,
     /// Keys and values of a key head.
     pub key_values: &'a (dyn Fn(usize) -> [HeadRows<'a>; 2] + Sync),
@@ -170,6 +171,7 @@ pub fn attend(kernel: Kernel, shape: AttentionShape, input: &AttentionInput<'_>,
     }
     let group = shape.heads / shape.kv_heads;
     let out = HeadColumns(out.as_mut_ptr(), out.len());
+    // One by one: rayon would stop cutting, and run several in a row while other threads have none.
     let heads = (0..shape.heads).into_par_iter().with_max_len(1);
     heads.for_each(|index| {
         let [keys, values] = (input.key_values)(index / group);

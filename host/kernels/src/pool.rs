@@ -1,5 +1,6 @@
 //! Work on the pool's threads that has many short parallel parts.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,23 +9,26 @@ use rayon::Yield;
 
 /// The other threads are waited for this long at most: on a machine that is shared they may not get to run.
 const START_MAX: Duration = Duration::from_micros(100);
-/// A thread that finds nothing to do for so long goes to sleep after all: longer than any task of a product takes.
+/// A thread that finds nothing to do for so long goes to sleep after all; few tasks take as long.
 const IDLE_MAX: Duration = Duration::from_millis(10);
 
-/// Runs `work` on a thread of the pool, the others staying awake until it is over.
+/// Runs `work` on a thread of the pool, while the others stay awake for its parallel parts.
 ///
-/// From outside, each parallel part would wait to be taken up. From inside, a thread that finds nothing between two parts is
-/// asleep within some ten microseconds, and waking it takes as long again: with hundreds of parts in a token that was a
-/// tenth of a step. Awake, they give way to whoever else wants to run after every look around.
+/// From outside, each part would wait to be taken up. From inside, a thread that finds nothing between two parts is asleep within
+/// some ten microseconds, and waking it costs the one that wakes some five and the work some twenty: the second of two threads
+/// missed an eighth of a token of eight sequences. Awake, they give way to whoever else wants to run after every look around.
+/// Meant for one caller at a time, as the engine is: others that come meanwhile may get no thread but their own.
 pub fn on_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
-    let watch = Watch::default();
-    rayon::scope(|scope| {
+    rayon::scope(|_| {
+        let watch = Arc::new(Watch::default());
+        let _over = Over(&watch);
         let others = rayon::current_num_threads() - 1;
         for _ in 0..others {
-            scope.spawn(|_| watch.stay_awake());
+            let watch = Arc::clone(&watch);
+            // Nobody waits for its end: when the work is over it may not be its turn to run for a while.
+            rayon::spawn(move || watch.stay_awake());
         }
         watch.wait_for(others);
-        let _over = Over(&watch.over);
         work()
     })
 }
@@ -33,7 +37,7 @@ pub fn on_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
 #[derive(Default)]
 struct Watch {
     awake: AtomicUsize,
-    /// Nobody may begin any more: within another job a thread that stayed awake would keep that job from its end.
+    /// Nobody may begin any more: within another job's wait a thread that stayed awake would keep that job from its end.
     begun: AtomicBool,
     over: AtomicBool,
 }
@@ -63,11 +67,11 @@ impl Watch {
 }
 
 /// Says that the work is over, however it ends.
-struct Over<'a>(&'a AtomicBool);
+struct Over<'a>(&'a Watch);
 
 impl Drop for Over<'_> {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
+        self.0.over.store(true, Ordering::Release);
     }
 }
 
@@ -97,16 +101,50 @@ mod tests {
         }
     }
 
+    /// Whoever began within a job's wait would keep that job, and the work, for `IDLE_MAX`.
     #[test]
-    fn several_at_once_do_not_wait_for_each_other() {
+    fn nobody_is_held_up_by_one_that_stays_awake() {
+        const TIMES: u32 = 200;
+        let began = Instant::now();
+        for _ in 0..TIMES {
+            on_pool(|| {
+                for _ in 0..5 {
+                    (0..64).into_par_iter().with_max_len(1).for_each(|_| {
+                        rayon::join(thread::yield_now, thread::yield_now);
+                    });
+                }
+            });
+        }
+        assert!(
+            began.elapsed() < TIMES * IDLE_MAX / 2,
+            "{:?}",
+            began.elapsed()
+        );
+    }
+
+    #[test]
+    fn a_thread_stays_awake_until_the_work_is_over_and_no_longer() {
+        let watch = Arc::new(Watch::default());
+        let staying = thread::spawn({
+            let watch = Arc::clone(&watch);
+            move || watch.stay_awake()
+        });
+        let started = Instant::now();
+        while watch.awake.load(Ordering::Acquire) == 0 {
+            assert!(started.elapsed() < Duration::from_secs(10), "never began");
+        }
+        drop(Over(&watch));
+        staying.join().unwrap();
+        watch.wait_for(0);
+        watch.stay_awake();
+        assert_eq!(watch.awake.load(Ordering::Acquire), 1, "too late to begin");
+    }
+
+    #[test]
+    fn several_at_once_all_end() {
+        let sum = || (0..1000).into_par_iter().sum::<u64>();
         let all: Vec<_> = (0..4)
-            .map(|_| {
-                thread::spawn(|| {
-                    (0..200)
-                        .map(|_| on_pool(|| (0..1000).into_par_iter().sum::<u64>()))
-                        .sum::<u64>()
-                })
-            })
+            .map(|_| thread::spawn(move || (0..200).map(|_| on_pool(sum)).sum::<u64>()))
             .collect();
         assert!(
             all.into_iter()

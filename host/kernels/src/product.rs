@@ -14,8 +14,8 @@ pub(crate) const PANEL: usize = 8;
 /// matrix a panel's values mean nothing.
 pub(crate) type Out<'a> = &'a mut dyn FnMut(usize, usize, &[[f32; PANEL]]);
 
-/// Panels of one parallel task for one row of activations: some tens of microseconds.
-const TASK_PANELS: usize = 8;
+/// Panels of one parallel task: some ten microseconds for a few rows of activations. What the kernels take together for many rows.
+pub(crate) const TASK_PANELS: usize = 8;
 
 /// `x` (m, columns) times the transposed weights (rows, columns), into `out` (m, rows), each row with `bias` (rows) added where
 /// there is one. `scalar.rs` says what a value is, to the bit, whatever the kernel, the number of rows and the number of threads.
@@ -52,7 +52,7 @@ pub fn multiply(
     let bias = bias.map(padded);
     (0..panels.div_ceil(task))
         .into_par_iter()
-        .with_max_len(1)
+        .with_max_len(1) // rayon would stop cutting, and run several tasks in a row while other threads have none
         .for_each(|index| {
             let range = index * task..((index + 1) * task).min(panels);
             let first = range.start;

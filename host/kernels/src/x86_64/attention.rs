@@ -315,7 +315,7 @@ fn widen(rows: &HeadRows<'_>, index: usize, out: &mut [f32]) {
 
 /// Six queries and what they have gathered.
 struct Strip<Q> {
-    queries: Vec<[Q; STRIP]>, // (head_dim), scaled
+    queries: Vec<[Q; STRIP]>, // (head_dim) of f32, scaled; (head_dim / 2) of pairs of whole numbers
     mixed: Vec<Line>,         // (columns / PANEL, STRIP)
     most: [f32; LANES],       // the first STRIP of them
     sum: [f32; STRIP],
@@ -421,10 +421,10 @@ impl Strip<f32> {
 }
 
 impl<Q: Copy + Default> Strip<Q> {
-    /// Queries of zeros, so many numbers each, that have gathered nothing.
-    fn empty(head_dim: usize, numbers: usize) -> Self {
+    /// Queries of `entries` zeros each that have gathered nothing.
+    fn empty(head_dim: usize, entries: usize) -> Self {
         Self {
-            queries: vec![[Q::default(); STRIP]; numbers],
+            queries: vec![[Q::default(); STRIP]; entries],
             mixed: vec![Line([0.0; PANEL]); head_dim.div_ceil(PANEL) * STRIP],
             most: [f32::NEG_INFINITY; LANES],
             sum: [0.0; STRIP],

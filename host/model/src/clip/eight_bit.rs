@@ -1,4 +1,4 @@
-//! The tower on the CPU with activations of eight bits: plain rows between integer products, attention in f32 or in whole numbers of 13 bits.
+//! The tower on the CPU with activations of eight bits: plain rows between integer products, attention in f32 or whole numbers.
 //! The float path above says what this computes.
 
 use visor_kernels::{AttentionInput, AttentionShape, HeadRows, Kernel, Way, attend, on_pool};

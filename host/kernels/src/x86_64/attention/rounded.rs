@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use super::wide::{largest, load, store, weights};
+use super::wide::{PAIR, largest, load, store, weights};
 use super::{Line, PANEL, STRIP, Scores, Strip, TILE, finish, scale, widen};
 use crate::attention::{Head, HeadRows};
 
@@ -14,18 +14,16 @@ const STEPS: f32 = 4095.0;
 const WEIGHT_STEPS: f32 = 8191.0;
 /// So many columns can be added up: 128 * 4095^2 = 2 146 435 200, and 2^31 - 1 = 2 147 483 647. So can the keys of a tile,
 /// 64 * 4095 * 8191 = 2 146 697 280.
-pub(super) const HEAD_DIM_MAX: usize = 128;
-/// What is smaller throughout is zeros: a step of it could not be divided by.
+const HEAD_DIM_MAX: usize = 128;
+/// What is smaller throughout is zeros: below 1.2e-35 its steps, `STEPS / largest`, would be infinite.
 const LARGEST_MIN: f32 = 1e-30;
-/// Panels taken together.
-const PAIR: usize = 2;
 
 /// A pair of 16-bit numbers a lane.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Words([i32; PANEL]);
 
-/// A tile of keys and values; zeros behind the last.
+/// A tile of keys and values. Behind the last there are zeros of values, and of keys what was there before.
 struct Packed {
     keys: Vec<Words>, // (TILE / PANEL, head_dim / 2), two columns of sixteen keys
     key_scales: [[f32; PANEL]; TILE / PANEL],
@@ -33,9 +31,13 @@ struct Packed {
     value_scales: Vec<[f32; PANEL]>, // (columns / PANEL)
 }
 
-/// `out(row, values)` once for each query, each of which sees all keys. Heads of an even number of columns, at most
-/// [`HEAD_DIM_MAX`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+/// Whether a head can be attended to so: every query sees every key, columns are pairs, and their products can be added up.
+pub(super) fn takes(head: &Head<'_>) -> bool {
+    !head.causal && head.head_dim.is_multiple_of(2) && head.head_dim <= HEAD_DIM_MAX
+}
+
+/// `out(row, values)` once for each query of a head that [`takes`] allows.
+#[target_feature(enable = "avx512f,avx512vnni,avx2,fma,f16c")]
 pub(super) fn attend(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
     let mut rounder = Rounder::new(head.head_dim);
     let mut strips: Vec<_> = (0..head.rows)
@@ -54,9 +56,10 @@ pub(super) fn attend(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
     finish(head, &strips, out);
 }
 
-/// Rounds a row at a time.
+/// Memory to round in.
 struct Rounder {
     row: Vec<[f32; PANEL]>,
+    tile: Vec<[f32; PANEL]>,        // (TILE, columns / PANEL), of values
     rounded: Vec<[i32; PANEL / 2]>, // pairs
 }
 
@@ -65,6 +68,7 @@ impl Rounder {
         let panels = head_dim.div_ceil(PANEL);
         Self {
             row: vec![[0.0; PANEL]; panels],
+            tile: vec![[0.0; PANEL]; panels * TILE],
             rounded: vec![[0; PANEL / 2]; panels],
         }
     }
@@ -78,16 +82,13 @@ impl Rounder {
             sizes.add(load(panel));
         }
         let most = _mm512_reduce_max_ps(sizes.most);
-        let steps = _mm512_set1_ps(if most < LARGEST_MIN {
-            0.0
-        } else {
-            STEPS / most
-        });
+        let large = most >= LARGEST_MIN;
+        let inverse = _mm512_set1_ps(if large { STEPS / most } else { 0.0 });
         for (panel, rounded) in self.row.iter().zip(&mut self.rounded) {
-            *rounded = narrow(_mm512_cvtps_epi32(_mm512_mul_ps(load(panel), steps)));
+            *rounded = narrow(_mm512_cvtps_epi32(_mm512_mul_ps(load(panel), inverse)));
         }
         let pairs = &self.rounded.as_flattened()[..head_dim / 2];
-        (pairs, most / STEPS + _mm512_reduce_add_ps(sizes.nothing))
+        (pairs, most / STEPS + _mm512_reduce_add_ps(sizes.not_finite))
     }
 
     /// Six queries, and what a step of each is worth, scaled.
@@ -107,10 +108,10 @@ impl Rounder {
     }
 }
 
-/// The largest absolute value of each lane, and nothing: 0 unless a value was not finite.
+/// The largest absolute value of each lane, and NaN where a value was not finite, else 0.
 struct Sizes {
     most: __m512,
-    nothing: __m512,
+    not_finite: __m512,
 }
 
 impl Sizes {
@@ -118,7 +119,7 @@ impl Sizes {
     fn new() -> Self {
         Self {
             most: _mm512_setzero_ps(),
-            nothing: _mm512_setzero_ps(),
+            not_finite: _mm512_setzero_ps(),
         }
     }
 
@@ -126,7 +127,7 @@ impl Sizes {
     #[inline]
     fn add(&mut self, values: __m512) {
         self.most = _mm512_max_ps(_mm512_abs_ps(values), self.most);
-        self.nothing = _mm512_fmadd_ps(values, _mm512_setzero_ps(), self.nothing);
+        self.not_finite = _mm512_fmadd_ps(values, _mm512_setzero_ps(), self.not_finite);
     }
 }
 
@@ -154,14 +155,15 @@ impl Packed {
             self.key_scales[key / PANEL][key % PANEL] = step;
         }
         let panels = self.value_scales.len();
-        let mut rows = vec![[0.0; PANEL]; panels * TILE]; // (TILE, columns)
-        for (key, row) in rows.chunks_exact_mut(panels).take(count).enumerate() {
+        let tile = &mut rounder.tile;
+        tile[count * panels..].fill([0.0; PANEL]);
+        for (key, row) in tile.chunks_exact_mut(panels).take(count).enumerate() {
             let row = &mut row.as_flattened_mut()[..head.head_dim];
             widen(&head.values, first + key, row);
         }
         for (panel, scales) in self.value_scales.iter_mut().enumerate() {
             let words = &mut self.values[panel * TILE / 2..][..TILE / 2];
-            *scales = round_columns(|key| load(&rows[key * panels + panel]), words);
+            *scales = round_columns(|key| load(&tile[key * panels + panel]), words);
         }
     }
 }
@@ -175,10 +177,10 @@ fn round_columns(values: impl Fn(usize) -> __m512, words: &mut [Words]) -> [f32;
         sizes.add(values(key));
     }
     let large = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(sizes.most, _mm512_set1_ps(LARGEST_MIN));
-    let steps = _mm512_maskz_div_ps(large, _mm512_set1_ps(STEPS), sizes.most);
+    let inverse = _mm512_maskz_div_ps(large, _mm512_set1_ps(STEPS), sizes.most);
     for (pair, words) in words.iter_mut().enumerate() {
         let [low, high] = [0, 1].map(|key| {
-            let value = _mm512_mul_ps(values(2 * pair + key), steps);
+            let value = _mm512_mul_ps(values(2 * pair + key), inverse);
             _mm512_cvtps_epi32(value)
         });
         let low = _mm512_and_si512(low, _mm512_set1_epi32(0xFFFF));
@@ -187,7 +189,21 @@ fn round_columns(values: impl Fn(usize) -> __m512, words: &mut [Words]) -> [f32;
         unsafe { _mm512_storeu_si512(words.0.as_mut_ptr().cast(), word) };
     }
     let step = _mm512_div_ps(sizes.most, _mm512_set1_ps(STEPS));
-    store(_mm512_add_ps(step, sizes.nothing))
+    store(_mm512_add_ps(step, sizes.not_finite))
+}
+
+/// Weights become whole numbers of steps, whose sum is returned: of the rounded ones, so that what is mixed is a mean.
+#[target_feature(enable = "avx512f")]
+fn round_weights(weights: &mut [f32]) -> f32 {
+    const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    let mut sum = _mm512_setzero_ps();
+    for panel in weights.as_chunks_mut().0 {
+        let steps = _mm512_mul_ps(load(panel), _mm512_set1_ps(WEIGHT_STEPS));
+        let steps = _mm512_roundscale_ps::<NEAREST>(steps);
+        *panel = store(steps);
+        sum = _mm512_add_ps(sum, steps);
+    }
+    _mm512_reduce_add_ps(sum)
 }
 
 /// Sixteen numbers of 16 bits, two beside each other.
@@ -226,15 +242,17 @@ fn see(strip: &mut Strip<i32>, query_scales: &[f32; STRIP], packed: &Packed, cou
     }
     let softmax = (
         |scores: &[f32]| largest(scores),
-        |scores: &mut [f32], most| weights(scores, most),
+        |scores: &mut [f32], most| {
+            weights(scores, most);
+            round_weights(scores)
+        },
     );
     let width = count.next_multiple_of(PANEL);
     let shrink = strip.weigh(&mut scores.0, [count; STRIP], width, softmax);
     let mut rounded = [[[0; PANEL / 2]; TILE / PANEL]; STRIP];
     for (rounded, weights) in rounded.iter_mut().zip(&scores.0) {
         for (rounded, weights) in rounded.iter_mut().zip(weights[..width].as_chunks().0) {
-            let steps = _mm512_mul_ps(load(weights), _mm512_set1_ps(WEIGHT_STEPS));
-            *rounded = narrow(_mm512_cvtps_epi32(steps));
+            *rounded = narrow(_mm512_cvtps_epi32(load(weights)));
         }
     }
     let weighted = |row: usize| (rounded[row].as_flattened(), shrink[row]);
@@ -269,12 +287,11 @@ fn mix<'a, const W: usize>(
             add_product(sums, weighted(row).0[pair], values);
         }
     }
-    let weight = _mm512_set1_ps(1.0 / WEIGHT_STEPS);
-    for ((mixed, scales), panel) in mixed.iter_mut().zip(scales).zip(0..) {
-        let step = _mm512_mul_ps(load(scales), weight);
+    for (panel, (mixed, scales)) in mixed.iter_mut().zip(scales).enumerate() {
+        let step = load(scales);
         for (row, mixed) in mixed.iter_mut().enumerate() {
             let shrunk = _mm512_mul_ps(load(&mixed.0), _mm512_set1_ps(weighted(row).1));
-            let sum = _mm512_cvtepi32_ps(sums[row][panel as usize]);
+            let sum = _mm512_cvtepi32_ps(sums[row][panel]);
             *mixed = Line(store(_mm512_fmadd_ps(sum, step, shrunk)));
         }
     }

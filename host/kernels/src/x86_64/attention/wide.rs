@@ -7,16 +7,15 @@ use crate::attention::{Head, Way};
 use crate::x86_64::Avx512;
 
 /// Panels taken together: 6 x 2 registers of sums, as many as two units of four cycles take and half as many again.
-const PAIR: usize = 2;
+pub(super) const PAIR: usize = 2;
 
 impl Avx512 {
     /// `out(row, values)` once for each query.
     pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
-        let whole = head.head_dim.is_multiple_of(2) && head.head_dim <= rounded::HEAD_DIM_MAX;
         if head.way == Way::Alone {
             // SAFETY: `self` exists, so `detect` saw the features, AVX2's among them.
             unsafe { few(head, out) };
-        } else if head.way == Way::Rounded && !head.causal && whole {
+        } else if head.way == Way::Rounded && rounded::takes(head) {
             // SAFETY: as above.
             unsafe { rounded::attend(head, out) };
         } else {

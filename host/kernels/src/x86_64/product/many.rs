@@ -6,14 +6,14 @@ use std::ops::Range;
 use super::{Panel, TILE_PANELS, accumulate, prefetch_after};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::int4::Int4Rows;
-use crate::product::{Out, PANEL};
+use crate::product::{Out, PANEL, TASK_PANELS};
 use crate::x86_64::store;
 
 /// Rows of activations whose values are gathered at a time, whole tiles: with a stretch of blocks 141 KB, their values 15 KB for
 /// a pair of panels, in the second-level cache.
 const ROWS_AT_ONCE: usize = 48 * TILE_ROWS;
-/// Pairs of panels that a chunk of rows meets before the next stretch of blocks.
-const PAIRS_AT_ONCE: usize = 8;
+/// Pairs of panels that a chunk of rows meets before the next stretch of blocks: a task's.
+const PAIRS_AT_ONCE: usize = TASK_PANELS / TILE_PANELS;
 /// Up to this many rows, pairs of panels are taken one by one.
 const ONE_PAIR_ROWS: usize = 64;
 /// Blocks of weights unpacked at a time: two panels of 16 are 16 KiB, half of the first-level cache.
