@@ -1,6 +1,5 @@
 //! Attention of one head with AVX2 and FMA. [`crate::attention`] specifies it.
 
-mod rounded;
 mod wide;
 
 use std::arch::x86_64::*;

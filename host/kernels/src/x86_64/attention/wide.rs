@@ -1,13 +1,15 @@
 //! Attention of many queries with AVX-512: AVX2's tiles and strips, two panels at a time, each in one register.
 
+mod rounded;
+
 use std::arch::x86_64::*;
 
-use super::{Line, PANEL, Packed, STRIP, Scores, Strip, TILE, exp2_parts, few, many, rounded};
+use super::{Line, PANEL, Packed, STRIP, Scores, Strip, TILE, exp2_parts, few, many};
 use crate::attention::{Head, Way};
 use crate::x86_64::Avx512;
 
 /// Panels taken together: 6 x 2 registers of sums, as many as two units of four cycles take and half as many again.
-pub(super) const PAIR: usize = 2;
+const PAIR: usize = 2;
 
 impl Avx512 {
     /// `out(row, values)` once for each query.
@@ -113,7 +115,7 @@ fn add_product<const W: usize>(sums: &mut [__m512; W], value: f32, row: [__m512;
 
 /// The largest of whole panels of scores; which, when one is NaN, does not matter.
 #[target_feature(enable = "avx512f")]
-pub(super) fn largest(scores: &[f32]) -> f32 {
+fn largest(scores: &[f32]) -> f32 {
     let mut most = _mm512_set1_ps(f32::NEG_INFINITY);
     for panel in scores.as_chunks().0 {
         most = _mm512_max_ps(most, load(panel));
@@ -123,7 +125,7 @@ pub(super) fn largest(scores: &[f32]) -> f32 {
 
 /// Whole panels of scores become `2^(score - most)`, whose sum is returned.
 #[target_feature(enable = "avx512f")]
-pub(super) fn weights(scores: &mut [f32], most: f32) -> f32 {
+fn weights(scores: &mut [f32], most: f32) -> f32 {
     let mut sum = _mm512_setzero_ps();
     for panel in scores.as_chunks_mut().0 {
         let weight = exp2(_mm512_sub_ps(load(panel), _mm512_set1_ps(most)));
@@ -157,14 +159,14 @@ fn exp2(x: __m512) -> __m512 {
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-pub(super) fn load(panel: &[f32; PANEL]) -> __m512 {
+fn load(panel: &[f32; PANEL]) -> __m512 {
     // SAFETY: sixteen values, and the load needs no alignment.
     unsafe { _mm512_loadu_ps(panel.as_ptr()) }
 }
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-pub(super) fn store(value: __m512) -> [f32; PANEL] {
+fn store(value: __m512) -> [f32; PANEL] {
     let mut out = [0.0; PANEL];
     // SAFETY: sixteen values, and the store needs no alignment.
     unsafe { _mm512_storeu_ps(out.as_mut_ptr(), value) };

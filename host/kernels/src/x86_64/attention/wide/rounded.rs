@@ -4,9 +4,9 @@
 
 use std::arch::x86_64::*;
 
-use super::wide::{PAIR, largest, load, store, weights};
-use super::{Line, PANEL, STRIP, Scores, Strip, TILE, finish, scale, widen};
+use super::{PAIR, largest, load, store, weights};
 use crate::attention::{Head, HeadRows};
+use crate::x86_64::attention::{Line, PANEL, STRIP, Scores, Strip, TILE, finish, scale, widen};
 
 /// Steps from 0 to the largest of a row of queries or keys, or of a column of values.
 const STEPS: f32 = 4095.0;
