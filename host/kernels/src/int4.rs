@@ -126,18 +126,18 @@ impl<'a> Int4Rows<'a> {
             )));
         }
         let rows = weight.len() / (columns / 2);
-        let scale_bytes = (columns / group).saturating_mul(scale_type.bytes());
-        if weight.len() % (columns / 2) != 0
-            || scale_bytes.checked_mul(rows) != Some(scales.len())
-            || scales.len() != biases.len()
-        {
+        let scale_bytes = (columns / group)
+            .checked_mul(scale_type.bytes())
+            .filter(|row| row.checked_mul(rows) == Some(scales.len()))
+            .filter(|_| weight.len() % (columns / 2) == 0 && scales.len() == biases.len());
+        let Some(scale_bytes) = scale_bytes else {
             return Err(ShapeError(format!(
                 "INT4 arrays of {}, {} and {} bytes are not rows of {columns} columns in groups of {group}",
                 weight.len(),
                 scales.len(),
                 biases.len()
             )));
-        }
+        };
         Ok(Self {
             weight,
             scales,

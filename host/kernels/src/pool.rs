@@ -15,8 +15,8 @@ const IDLE_MAX: Duration = Duration::from_millis(10);
 /// Runs `work` on a thread of the pool, while the others stay awake for its parallel parts.
 ///
 /// From outside, each part would wait to be taken up. From inside, a thread that finds nothing between two parts is asleep within
-/// some ten microseconds, and waking it costs the one that wakes some five and the work some twenty: the second of two threads
-/// missed an eighth of a token of eight sequences. Awake, they give way to whoever else wants to run after every look around.
+/// some ten microseconds and takes as long to wake: while sequences decoded, the second of two threads was off its core for an
+/// eighth of the time. Awake, they give way to whoever else wants to run after every look around.
 /// Meant for one caller at a time, as the engine is: others that come meanwhile may get no thread but their own.
 pub fn on_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| {

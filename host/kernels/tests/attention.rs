@@ -7,8 +7,8 @@ use visor_kernels::{AttentionInput, AttentionShape, HalfRows, HeadRows, Kernel, 
 
 /// Sums of f32 in another order, and an exponential within 2e-7.
 const TOLERANCE: f32 = 2e-5;
-/// The same where numbers below 1 are rounded to 4095 steps and weights to 8191, for each unit of the queries' size: what random
-/// numbers showed, and a half more. Scores of d columns err by 2 sqrt(d) log2(e) / 8190 at most.
+/// The same where numbers below 1 are rounded to 4095 steps and weights to 8191, for each unit of the queries' size: random
+/// numbers stay below it. Scores of d columns err by 2 sqrt(d) log2(e) / 8190 at most.
 const ROUNDED_TOLERANCE: f32 = 2e-4;
 
 struct Case {
@@ -109,6 +109,33 @@ fn pages(all: &[f32], heads: usize, head_dim: usize, rows: usize) -> Vec<Vec<f16
         page
     };
     (0..rows).step_by(PAGE_ROWS).map(page).collect()
+}
+
+/// One head whose rows lie one behind the other; as many queries and keys as there are rows of them.
+fn one_head(
+    kernel: Kernel,
+    (way, causal): (Way, bool),
+    head_dim: usize,
+    [queries, keys, values]: [&[f32]; 3],
+) -> Vec<f32> {
+    let rows_of = |_| [keys, values].map(|rows| HeadRows::F32(rows, head_dim));
+    let input = AttentionInput {
+        queries,
+        query_stride: head_dim,
+        rows: queries.len() / head_dim,
+        keys: keys.len() / head_dim,
+        way,
+        key_values: &rows_of,
+    };
+    let shape = AttentionShape {
+        heads: 1,
+        kv_heads: 1,
+        head_dim,
+        causal,
+    };
+    let mut out = vec![f32::INFINITY; queries.len()];
+    attend(kernel, shape, &input, &mut out);
+    out
 }
 
 #[test]
@@ -289,24 +316,10 @@ fn keys_that_are_no_numbers_are_not_lost() {
     ] {
         let mut keys = numbers(200 * DIM, 3);
         keys[broken.start * DIM..broken.end * DIM].fill(f32::NAN);
-        let rows_of = |_| [HeadRows::F32(&keys, DIM), HeadRows::F32(&values, DIM)];
-        let input = AttentionInput {
-            queries: &queries,
-            query_stride: DIM,
-            rows,
-            keys: 200,
-            way: if rows > 1 { Way::Tiled } else { Way::Alone },
-            key_values: &rows_of,
-        };
-        let shape = AttentionShape {
-            heads: 1,
-            kv_heads: 1,
-            head_dim: DIM,
-            causal: true,
-        };
+        let way = if rows > 1 { Way::Tiled } else { Way::Alone };
+        let given = [&queries[..rows * DIM], &keys, &values];
         for kernel in kernels() {
-            let mut out = vec![0.0; rows * DIM];
-            attend(kernel, shape, &input, &mut out);
+            let out = one_head(kernel, (way, true), DIM, given);
             for (row, out) in out.chunks_exact(DIM).enumerate() {
                 let sees = 200 - rows + row >= broken.start;
                 assert!(
@@ -323,26 +336,9 @@ fn keys_that_are_no_numbers_are_not_lost() {
 #[test]
 fn rounding_loses_no_broken_numbers_and_divides_by_no_zero() {
     const DIM: usize = 32;
-    let shape = AttentionShape {
-        heads: 1,
-        kv_heads: 1,
-        head_dim: DIM,
-        causal: false,
-    };
+    let queries = numbers(9 * DIM, 1);
     let run = |kernel, keys: &[f32], values: &[f32]| {
-        let queries = numbers(9 * DIM, 1);
-        let rows_of = |_| [HeadRows::F32(keys, DIM), HeadRows::F32(values, DIM)];
-        let input = AttentionInput {
-            queries: &queries,
-            query_stride: DIM,
-            rows: 9,
-            keys: 100,
-            way: Way::Rounded,
-            key_values: &rows_of,
-        };
-        let mut out = vec![f32::INFINITY; 9 * DIM];
-        attend(kernel, shape, &input, &mut out);
-        out
+        one_head(kernel, (Way::Rounded, false), DIM, [&queries, keys, values])
     };
     for kernel in kernels() {
         let (keys, values) = (numbers(100 * DIM, 2), numbers(100 * DIM, 3));
@@ -379,12 +375,6 @@ fn rounding_loses_no_broken_numbers_and_divides_by_no_zero() {
 #[test]
 fn rounded_weights_still_make_a_mean() {
     const DIM: usize = 16;
-    let shape = AttentionShape {
-        heads: 1,
-        kv_heads: 1,
-        head_dim: DIM,
-        causal: false,
-    };
     // The first key's weight is 1, that of the other 576 a little below and a little above half a step of 1 / 8191.
     for steps in [0.48f32, 0.52] {
         let score = (steps / 8191.0).ln() * (DIM as f32).sqrt();
@@ -394,18 +384,9 @@ fn rounded_weights_still_make_a_mean() {
         }
         let (values, mut queries) = (vec![1.0; 577 * DIM], vec![0.0; DIM]);
         queries[0] = 1.0;
-        let rows_of = |_| [HeadRows::F32(&keys, DIM), HeadRows::F32(&values, DIM)];
-        let input = AttentionInput {
-            queries: &queries,
-            query_stride: DIM,
-            rows: 1,
-            keys: 577,
-            way: Way::Rounded,
-            key_values: &rows_of,
-        };
         for kernel in kernels() {
-            let mut out = [0.0; DIM];
-            attend(kernel, shape, &input, &mut out);
+            let given = [&queries[..], &keys, &values];
+            let out = one_head(kernel, (Way::Rounded, false), DIM, given);
             let near = out.iter().all(|value| (value - 1.0).abs() < 1e-4);
             assert!(near, "{} {steps}: {out:?}", kernel.name());
         }

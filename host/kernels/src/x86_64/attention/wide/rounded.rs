@@ -40,19 +40,18 @@ pub(super) fn takes(head: &Head<'_>) -> bool {
 #[target_feature(enable = "avx512f,avx512vnni,avx2,fma,f16c")]
 pub(super) fn attend(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
     let mut rounder = Rounder::new(head.head_dim);
-    let mut strips: Vec<_> = (0..head.rows)
+    let (mut strips, scales): (Vec<_>, Vec<_>) = (0..head.rows)
         .step_by(STRIP)
         .map(|first| rounder.strip(head, first))
-        .collect();
+        .unzip();
     let mut packed = Packed::new(head.head_dim);
     for first in (0..head.count).step_by(TILE) {
         packed.fill(head, first, &mut rounder);
         let count = TILE.min(head.count - first);
-        for (strip, scales) in &mut strips {
+        for (strip, scales) in strips.iter_mut().zip(&scales) {
             see(strip, scales, &packed, count);
         }
     }
-    let strips: Vec<_> = strips.into_iter().map(|(strip, _)| strip).collect();
     finish(head, &strips, out);
 }
 
