@@ -13,7 +13,8 @@ const ON: &str = "[admin]\nlisten = \"127.0.0.1:0\"\n";
 /// A ready server with an admin listener, and where that is.
 fn administered(config: &str) -> (Server, SocketAddr) {
     let server = Server::start_with(config);
-    let log = server.logged();
+    // Written before the server is ready, and read here by a thread that may be behind.
+    let log = server.wait_logged("administered at http://");
     let (_, rest) = log.split_once("administered at http://").expect("told");
     let address = rest.split_whitespace().next().expect("an address");
     (server, address.parse().expect("an address"))

@@ -160,9 +160,10 @@ impl Server {
         .expect("it was there");
     }
 
-    /// Waits until the log has a text.
-    pub fn wait_logged(&self, text: &str) {
-        self.log.wait(text, |log| log.contains(text).then_some(()));
+    /// Waits until the log has a text, and returns what was logged so far.
+    pub fn wait_logged(&self, text: &str) -> String {
+        self.log
+            .wait(text, |log| log.contains(text).then(|| log.to_owned()))
     }
 
     /// GET.
