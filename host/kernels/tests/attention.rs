@@ -354,6 +354,14 @@ fn rounding_loses_no_broken_numbers_and_divides_by_no_zero() {
             let mean = (0..100).map(|key| values[key * DIM + column]).sum::<f32>() / 100.0;
             assert!((means[column] - mean).abs() < ROUNDED_TOLERANCE, "{mean}");
         }
+        let blind = [&[0.0; 9 * DIM][..], &keys, &values];
+        let blind = one_head(kernel, (Way::Rounded, false), DIM, blind);
+        assert_eq!(
+            blind,
+            means,
+            "{}: nothing asked, all the same",
+            kernel.name()
+        );
         let mut broken = keys.clone();
         broken[70 * DIM + 5] = f32::NAN;
         let lost = run(kernel, &broken, &values);
@@ -375,9 +383,9 @@ fn rounding_loses_no_broken_numbers_and_divides_by_no_zero() {
 #[test]
 fn rounded_weights_still_make_a_mean() {
     const DIM: usize = 16;
-    // The first key's weight is 1, that of the other 576 a little below and a little above half a step of 1 / 8191.
+    // The first key's weight is 1, that of the other 576 a little below and a little above half a step of 1 / 32767.
     for steps in [0.48f32, 0.52] {
-        let score = (steps / 8191.0).ln() * (DIM as f32).sqrt();
+        let score = (steps / 32767.0).ln() * (DIM as f32).sqrt();
         let mut keys = vec![0.0; 577 * DIM];
         for key in keys.chunks_exact_mut(DIM).skip(1) {
             key[0] = score;

@@ -23,7 +23,7 @@ impl Avx2 {
             // SAFETY: `self` exists, so `detect` saw the features.
             unsafe { few(head, out) };
         } else {
-            let see = |strip: &mut Strip<f32>, packed: &Packed, visible| {
+            let see = |strip: &mut Strip, packed: &Packed, visible| {
                 // SAFETY: `self` exists, so `detect` saw the features.
                 unsafe { strip.see(head.head_dim, packed, visible) };
             };
@@ -313,10 +313,10 @@ fn widen(rows: &HeadRows<'_>, index: usize, out: &mut [f32]) {
 }
 
 /// Six queries and what they have gathered.
-struct Strip<Q> {
-    queries: Vec<[Q; STRIP]>, // (head_dim) of f32, scaled; (head_dim / 2) of pairs of whole numbers
-    mixed: Vec<Line>,         // (columns / PANEL, STRIP)
-    most: [f32; LANES],       // the first STRIP of them
+struct Strip {
+    queries: Vec<[f32; STRIP]>, // (head_dim), scaled
+    mixed: Vec<Line>,           // (columns / PANEL, STRIP)
+    most: [f32; LANES],         // the first STRIP of them
     sum: [f32; STRIP],
 }
 
@@ -324,7 +324,7 @@ struct Strip<Q> {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn many(
     head: &Head<'_>,
-    see: impl Fn(&mut Strip<f32>, &Packed, [usize; STRIP]),
+    see: impl Fn(&mut Strip, &Packed, [usize; STRIP]),
     out: &mut dyn FnMut(usize, &[f32]),
 ) {
     let mut strips: Vec<_> = (0..head.rows)
@@ -351,7 +351,7 @@ fn many(
 }
 
 /// Hands over what the strips have gathered, each query's weights divided by their sum.
-fn finish<Q>(head: &Head<'_>, strips: &[Strip<Q>], out: &mut dyn FnMut(usize, &[f32])) {
+fn finish(head: &Head<'_>, strips: &[Strip], out: &mut dyn FnMut(usize, &[f32])) {
     let mut row = vec![0.0; head.head_dim];
     for (index, strip) in strips.iter().enumerate() {
         for offset in 0..STRIP.min(head.rows - index * STRIP) {
@@ -368,9 +368,14 @@ fn finish<Q>(head: &Head<'_>, strips: &[Strip<Q>], out: &mut dyn FnMut(usize, &[
     }
 }
 
-impl Strip<f32> {
+impl Strip {
     fn new(head: &Head<'_>, first: usize) -> Self {
-        let mut strip = Self::empty(head.head_dim, head.head_dim);
+        let mut strip = Self {
+            queries: vec![[0.0; STRIP]; head.head_dim],
+            mixed: vec![Line([0.0; PANEL]); head.head_dim.div_ceil(PANEL) * STRIP],
+            most: [f32::NEG_INFINITY; LANES],
+            sum: [0.0; STRIP],
+        };
         let scale = scale(head);
         for offset in 0..STRIP.min(head.rows - first) {
             for (scaled, value) in strip.queries.iter_mut().zip(head.query(first + offset)) {
@@ -415,18 +420,6 @@ impl Strip<f32> {
             for (mixed, sums) in mixed.iter_mut().zip(sums) {
                 write_panel(&mut mixed.0, sums);
             }
-        }
-    }
-}
-
-impl<Q: Copy + Default> Strip<Q> {
-    /// Queries of `entries` zeros each that have gathered nothing.
-    fn empty(head_dim: usize, entries: usize) -> Self {
-        Self {
-            queries: vec![[Q::default(); STRIP]; entries],
-            mixed: vec![Line([0.0; PANEL]); head_dim.div_ceil(PANEL) * STRIP],
-            most: [f32::NEG_INFINITY; LANES],
-            sum: [0.0; STRIP],
         }
     }
 

@@ -21,7 +21,7 @@ impl Avx512 {
             // SAFETY: as above.
             unsafe { rounded::attend(head, out) };
         } else {
-            let see = |strip: &mut Strip<f32>, packed: &Packed, visible| {
+            let see = |strip: &mut Strip, packed: &Packed, visible| {
                 // SAFETY: `self` exists, so `detect` saw the features.
                 unsafe { see(strip, (head.head_dim, packed), visible) };
             };
@@ -33,7 +33,7 @@ impl Avx512 {
 
 /// Takes in a tile, of which each query sees the first few keys.
 #[target_feature(enable = "avx512f,avx2,fma")]
-fn see(strip: &mut Strip<f32>, (head_dim, packed): (usize, &Packed), visible: [usize; STRIP]) {
+fn see(strip: &mut Strip, (head_dim, packed): (usize, &Packed), visible: [usize; STRIP]) {
     let seen = visible.into_iter().fold(0, usize::max);
     let mut scores = Scores([[0f32; TILE]; STRIP]);
     let pairs = packed.keys.chunks_exact(PAIR * head_dim);

@@ -1,64 +1,70 @@
 //! Attention in whole numbers with AVX-512 VNNI: `vpdpwssd` multiplies two pairs of 16 bits a lane where an instruction of f32
-//! multiplies one, and was 2.3 times as fast here. Queries and keys are rounded row by row, values column by column of a tile,
-//! weights against the largest so far; sums of products are exact.
+//! multiplies one. A head's keys and values are rounded once, queries and keys row by row, values column by column. A strip of
+//! queries sees all keys before its softmax, so that weights are rounded as finely as their sum allows; sums of products are exact.
+//!
+//! Keys come in groups of 32. Weights leave their registers two by two with `vpackssdw`, which puts pairs of neighbours into an order
+//! of its own; values lie in the same order.
 
 use std::arch::x86_64::*;
 
-use super::{PAIR, largest, load, store, weights};
+use super::{load, store};
 use crate::attention::{Head, HeadRows};
-use crate::x86_64::attention::{Line, PANEL, STRIP, Scores, Strip, TILE, finish, scale, widen};
+use crate::x86_64::attention::{PANEL, scale, widen};
 
+/// Queries taken together: with 2 registers of sums each, 2 of keys or values, and 1 of a query.
+const STRIP: usize = 12;
+/// Keys of a group: two registers of scores, sixteen pairs of weights.
+const GROUP: usize = 2 * PANEL;
 /// Steps from 0 to the largest of a row of queries or keys, or of a column of values.
 const STEPS: f32 = 4095.0;
-/// Steps from 0 to a weight of 1.
-const WEIGHT_STEPS: f32 = 8191.0;
-/// So many columns can be added up: 128 * 4095^2 = 2 146 435 200, and 2^31 - 1 = 2 147 483 647. So can the keys of a tile,
-/// 64 * 4095 * 8191 = 2 146 697 280.
+/// So many columns can be added up: 128 * 4095^2 = 2 146 435 200, and 2^31 - 1 = 2 147 483 647.
 const HEAD_DIM_MAX: usize = 128;
+/// Steps from 0 to the largest weight, at most: what 16 bits hold.
+const WEIGHT_STEPS: f32 = 32767.0;
+/// Steps of all weights of a query, at most, and keys that it may see. Rounding each may add a half: (520 192 + 8192 / 2) * 4095 =
+/// 2 146 959 360, and a sum of f32 may err by a part in 4000 before 2^31 - 1 is passed.
+const WEIGHTS_STEPS: f32 = 520_192.0;
+const KEYS_MAX: usize = 8192;
 /// What is smaller throughout is zeros: below 1.2e-35 its steps, `STEPS / largest`, would be infinite.
 const LARGEST_MIN: f32 = 1e-30;
+/// Rows ahead that memory is asked for: they lie pages apart, too far for the processor to ask by itself.
+const AHEAD_ROWS: usize = 8;
 
 /// A pair of 16-bit numbers a lane.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Words([i32; PANEL]);
 
-/// A tile of keys and values. Behind the last there are zeros of values, and of keys what was there before.
-struct Packed {
-    keys: Vec<Words>, // (TILE / PANEL, head_dim / 2), two columns of sixteen keys
-    key_scales: [[f32; PANEL]; TILE / PANEL],
-    values: Vec<Words>, // (columns / PANEL, TILE / 2), two keys' sixteen columns
-    value_scales: Vec<[f32; PANEL]>, // (columns / PANEL)
-}
+const ZEROS: Words = Words([0; PANEL]);
 
-/// Whether a head can be attended to so: every query sees every key, columns are pairs, and their products can be added up.
+/// Whether a head can be attended to so: every query sees every key, columns are pairs, and products can be added up.
 pub(super) fn takes(head: &Head<'_>) -> bool {
-    !head.causal && head.head_dim.is_multiple_of(2) && head.head_dim <= HEAD_DIM_MAX
+    let small = head.head_dim <= HEAD_DIM_MAX && head.count <= KEYS_MAX;
+    !head.causal && head.head_dim.is_multiple_of(2) && small
 }
 
 /// `out(row, values)` once for each query of a head that [`takes`] allows.
-#[target_feature(enable = "avx512f,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
 pub(super) fn attend(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
     let mut rounder = Rounder::new(head.head_dim);
-    let (mut strips, scales): (Vec<_>, Vec<_>) = (0..head.rows)
-        .step_by(STRIP)
-        .map(|first| rounder.strip(head, first))
-        .unzip();
-    let mut packed = Packed::new(head.head_dim);
-    for first in (0..head.count).step_by(TILE) {
-        packed.fill(head, first, &mut rounder);
-        let count = TILE.min(head.count - first);
-        for (strip, scales) in strips.iter_mut().zip(&scales) {
-            see(strip, scales, &packed, count);
+    let keys = Keys::new(head, &mut rounder);
+    let values = Values::new(head);
+    let mut strip = Strip::new(head);
+    for first in (0..head.rows).step_by(STRIP) {
+        strip.fill(head, first, &mut rounder);
+        strip.see(&keys);
+        strip.weigh(head.count);
+        strip.mix(&values);
+        let rows = first..head.rows.min(first + STRIP);
+        for (row, mixed) in rows.zip(strip.mixed.chunks_exact(values.steps.len())) {
+            out(row, &mixed.as_flattened()[..head.head_dim]);
         }
     }
-    finish(head, &strips, out);
 }
 
-/// Memory to round in.
+/// Memory to round a row in.
 struct Rounder {
     row: Vec<[f32; PANEL]>,
-    tile: Vec<[f32; PANEL]>,        // (TILE, columns / PANEL), of values
     rounded: Vec<[i32; PANEL / 2]>, // pairs
 }
 
@@ -67,7 +73,6 @@ impl Rounder {
         let panels = head_dim.div_ceil(PANEL);
         Self {
             row: vec![[0.0; PANEL]; panels],
-            tile: vec![[0.0; PANEL]; panels * TILE],
             rounded: vec![[0; PANEL / 2]; panels],
         }
     }
@@ -75,6 +80,7 @@ impl Rounder {
     /// A row in pairs of columns, and what a step is worth: not a number where one of the row is none.
     #[target_feature(enable = "avx512f,avx2,f16c")]
     fn round(&mut self, rows: &HeadRows<'_>, index: usize, head_dim: usize) -> (&[i32], f32) {
+        prefetch(rows, index + AHEAD_ROWS, head_dim);
         widen(rows, index, &mut self.row.as_flattened_mut()[..head_dim]);
         let mut sizes = Sizes::new();
         for panel in &self.row {
@@ -84,26 +90,25 @@ impl Rounder {
         let large = most >= LARGEST_MIN;
         let inverse = _mm512_set1_ps(if large { STEPS / most } else { 0.0 });
         for (panel, rounded) in self.row.iter().zip(&mut self.rounded) {
-            *rounded = narrow(_mm512_cvtps_epi32(_mm512_mul_ps(load(panel), inverse)));
+            let whole = _mm512_cvtps_epi32(_mm512_mul_ps(load(panel), inverse));
+            let whole = _mm512_cvtepi32_epi16(whole);
+            // SAFETY: eight words, and the store needs no alignment.
+            unsafe { _mm256_storeu_si256(rounded.as_mut_ptr().cast(), whole) };
         }
         let pairs = &self.rounded.as_flattened()[..head_dim / 2];
         (pairs, most / STEPS + _mm512_reduce_add_ps(sizes.not_finite))
     }
+}
 
-    /// Six queries, and what a step of each is worth, scaled.
-    #[target_feature(enable = "avx512f,avx2,f16c")]
-    fn strip(&mut self, head: &Head<'_>, first: usize) -> (Strip<i32>, [f32; STRIP]) {
-        let mut strip = Strip::empty(head.head_dim, head.head_dim / 2);
-        let mut scales = [0.0; STRIP];
-        let queries = HeadRows::F32(head.queries, head.stride);
-        for offset in 0..STRIP.min(head.rows - first) {
-            let (pairs, step) = self.round(&queries, first + offset, head.head_dim);
-            for (place, pair) in strip.queries.iter_mut().zip(pairs) {
-                place[offset] = *pair;
-            }
-            scales[offset] = step * scale(head);
+/// Asks for a row of f32.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn prefetch(rows: &HeadRows<'_>, index: usize, width: usize) {
+    if let HeadRows::F32(data, stride) = rows {
+        let row = data.as_ptr().wrapping_add(index * stride);
+        for line in 0..width.div_ceil(PANEL) {
+            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(PANEL * line).cast());
         }
-        (strip, scales)
     }
 }
 
@@ -130,178 +135,306 @@ impl Sizes {
     }
 }
 
-impl Packed {
-    fn new(head_dim: usize) -> Self {
-        let panels = head_dim.div_ceil(PANEL);
-        Self {
-            keys: vec![Words([0; PANEL]); TILE / PANEL * head_dim / 2],
-            key_scales: [[0.0; PANEL]; TILE / PANEL],
-            values: vec![Words([0; PANEL]); panels * TILE / 2],
-            value_scales: vec![[0.0; PANEL]; panels],
-        }
-    }
+/// A head's keys, zeros behind the last.
+struct Keys {
+    words: Vec<[Words; 2]>, // (keys / GROUP, head_dim / 2): two columns of 32 keys
+    steps: Vec<[[f32; PANEL]; 2]>, // (keys / GROUP): what a step of each key is worth
+}
 
+impl Keys {
     #[target_feature(enable = "avx512f,avx2,f16c")]
-    fn fill(&mut self, head: &Head<'_>, first: usize, rounder: &mut Rounder) {
-        let count = TILE.min(head.count - first);
-        // Of a tile that is not full, keys of the one before lie behind the last; their weight is 0.
-        for key in 0..count {
-            let (pairs, step) = rounder.round(&head.keys, first + key, head.head_dim);
-            let panel = &mut self.keys[key / PANEL * pairs.len()..][..pairs.len()];
-            for (place, pair) in panel.iter_mut().zip(pairs) {
-                place.0[key % PANEL] = *pair;
+    fn new(head: &Head<'_>, rounder: &mut Rounder) -> Self {
+        let (groups, columns) = (head.count.div_ceil(GROUP), head.head_dim / 2);
+        let mut words = vec![[ZEROS; 2]; groups * columns];
+        let mut steps = vec![[[0.0; PANEL]; 2]; groups];
+        for key in 0..head.count {
+            let (pairs, step) = rounder.round(&head.keys, key, head.head_dim);
+            let (group, panel, lane) = (key / GROUP, key / PANEL % 2, key % PANEL);
+            let places = &mut words[group * columns..][..columns];
+            for (place, pair) in places.iter_mut().zip(pairs) {
+                place[panel].0[lane] = *pair;
             }
-            self.key_scales[key / PANEL][key % PANEL] = step;
+            steps[group][panel][lane] = step;
         }
-        let panels = self.value_scales.len();
-        let tile = &mut rounder.tile;
-        tile[count * panels..].fill([0.0; PANEL]);
-        for (key, row) in tile.chunks_exact_mut(panels).take(count).enumerate() {
-            let row = &mut row.as_flattened_mut()[..head.head_dim];
-            widen(&head.values, first + key, row);
-        }
-        for (panel, scales) in self.value_scales.iter_mut().enumerate() {
-            let words = &mut self.values[panel * TILE / 2..][..TILE / 2];
-            *scales = round_columns(|key| load(&tile[key * panels + panel]), words);
-        }
+        Self { words, steps }
     }
 }
 
-/// Rounds a panel of columns of a tile of values, in pairs of keys; what a step of each column is worth.
+/// A head's values, zeros behind the last.
+struct Values {
+    /// (columns / PANEL, keys / GROUP): two keys' sixteen columns, in the order of [`packed_key`].
+    words: Vec<[Words; GROUP / 2]>,
+    steps: Vec<[f32; PANEL]>, // (columns / PANEL): what a step of each column is worth
+}
+
+impl Values {
+    #[target_feature(enable = "avx512f,avx2,f16c")]
+    fn new(head: &Head<'_>) -> Self {
+        let (panels, groups) = (head.head_dim.div_ceil(PANEL), head.count.div_ceil(GROUP));
+        let mut rows = vec![[0.0; PANEL]; panels * GROUP * groups];
+        for (key, row) in rows.chunks_exact_mut(panels).take(head.count).enumerate() {
+            prefetch(&head.values, key + AHEAD_ROWS, head.head_dim);
+            let row = &mut row.as_flattened_mut()[..head.head_dim];
+            widen(&head.values, key, row);
+        }
+        let mut words = vec![[ZEROS; GROUP / 2]; panels * groups];
+        let mut steps = vec![[0.0; PANEL]; panels];
+        let columns = words.chunks_exact_mut(groups).zip(&mut steps);
+        for (panel, (words, steps)) in columns.enumerate() {
+            *steps = round_columns(|key| load(&rows[key * panels + panel]), words);
+        }
+        Self { words, steps }
+    }
+}
+
+/// The first key of pair `pair` of a group, in the order in which `vpackssdw` leaves them: of each four lanes of both registers two
+/// pairs of the first, then two of the second.
+fn packed_key(pair: usize) -> usize {
+    4 * (pair / 4) + PANEL * (pair / 2 % 2) + 2 * (pair % 2)
+}
+
+/// Rounds a panel of columns, in pairs of keys; what a step of each column is worth.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn round_columns(values: impl Fn(usize) -> __m512, words: &mut [Words]) -> [f32; PANEL] {
+fn round_columns(
+    values: impl Fn(usize) -> __m512,
+    groups: &mut [[Words; GROUP / 2]],
+) -> [f32; PANEL] {
     let mut sizes = Sizes::new();
-    for key in 0..TILE {
+    for key in 0..GROUP * groups.len() {
         sizes.add(values(key));
     }
     let large = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(sizes.most, _mm512_set1_ps(LARGEST_MIN));
     let inverse = _mm512_maskz_div_ps(large, _mm512_set1_ps(STEPS), sizes.most);
-    for (pair, words) in words.iter_mut().enumerate() {
-        let [low, high] = [0, 1].map(|key| {
-            let value = _mm512_mul_ps(values(2 * pair + key), inverse);
-            _mm512_cvtps_epi32(value)
-        });
-        let low = _mm512_and_si512(low, _mm512_set1_epi32(0xFFFF));
-        let word = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
-        // SAFETY: sixteen words, and the store needs no alignment.
-        unsafe { _mm512_storeu_si512(words.0.as_mut_ptr().cast(), word) };
+    for (group, words) in groups.iter_mut().enumerate() {
+        for (pair, words) in words.iter_mut().enumerate() {
+            let first = GROUP * group + packed_key(pair);
+            let [low, high] = [first, first + 1].map(|key| {
+                let value = _mm512_mul_ps(values(key), inverse);
+                _mm512_cvtps_epi32(value)
+            });
+            let low = _mm512_and_si512(low, _mm512_set1_epi32(0xFFFF));
+            let word = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+            // SAFETY: sixteen words, and the store needs no alignment.
+            unsafe { _mm512_storeu_si512(words.0.as_mut_ptr().cast(), word) };
+        }
     }
     let step = _mm512_div_ps(sizes.most, _mm512_set1_ps(STEPS));
     store(_mm512_add_ps(step, sizes.not_finite))
 }
 
-/// Weights become whole numbers of steps, whose sum is returned: of the rounded ones, so that what is mixed is a mean.
-#[target_feature(enable = "avx512f")]
-fn round_weights(weights: &mut [f32]) -> f32 {
-    const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    let mut sum = _mm512_setzero_ps();
-    for panel in weights.as_chunks_mut().0 {
-        let steps = _mm512_mul_ps(load(panel), _mm512_set1_ps(WEIGHT_STEPS));
-        let steps = _mm512_roundscale_ps::<NEAREST>(steps);
-        *panel = store(steps);
-        sum = _mm512_add_ps(sum, steps);
+/// Some queries, and what becomes of them; memory that is used again.
+struct Strip {
+    queries: Vec<[i32; STRIP]>, // (head_dim / 2): pairs of columns
+    steps: [f32; STRIP],        // what a step of each query is worth, scaled
+    /// (keys / GROUP): scores, then in the first half of their place weights, pairs of keys in the order of [`packed_key`].
+    scores: Vec<[Scores; STRIP]>,
+    sums: [f32; STRIP],       // of weights
+    mixed: Vec<[f32; PANEL]>, // (STRIP, columns / PANEL)
+}
+
+/// Scores of a group, in steps of the query.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Scores([[f32; PANEL]; 2]);
+
+impl Strip {
+    fn new(head: &Head<'_>) -> Self {
+        Self {
+            queries: vec![[0; STRIP]; head.head_dim / 2],
+            steps: [0.0; STRIP],
+            scores: vec![[Scores([[0.0; PANEL]; 2]); STRIP]; head.count.div_ceil(GROUP)],
+            sums: [0.0; STRIP],
+            mixed: vec![[0.0; PANEL]; STRIP * head.head_dim.div_ceil(PANEL)],
+        }
     }
-    _mm512_reduce_add_ps(sum)
-}
 
-/// Sixteen numbers of 16 bits, two beside each other.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn narrow(values: __m512i) -> [i32; PANEL / 2] {
-    let values = _mm512_cvtepi32_epi16(values);
-    let mut pairs = [0; PANEL / 2];
-    // SAFETY: eight words, and the store needs no alignment.
-    unsafe { _mm256_storeu_si256(pairs.as_mut_ptr().cast(), values) };
-    pairs
-}
+    /// Takes up queries; of the last strip, which may have fewer, those of the one before stay, and nobody asks for them.
+    #[target_feature(enable = "avx512f,avx2,f16c")]
+    fn fill(&mut self, head: &Head<'_>, first: usize, rounder: &mut Rounder) {
+        let queries = HeadRows::F32(head.queries, head.stride);
+        for offset in 0..STRIP.min(head.rows - first) {
+            let (pairs, step) = rounder.round(&queries, first + offset, head.head_dim);
+            for (place, pair) in self.queries.iter_mut().zip(pairs) {
+                place[offset] = *pair;
+            }
+            self.steps[offset] = step * scale(head);
+        }
+    }
 
-/// Takes in a tile of so many keys.
-#[target_feature(enable = "avx512f,avx512vnni,avx2,fma")]
-fn see(strip: &mut Strip<i32>, query_scales: &[f32; STRIP], packed: &Packed, count: usize) {
-    let mut scores = Scores([[0f32; TILE]; STRIP]);
-    let pairs = packed.keys.chunks_exact(PAIR * strip.queries.len());
-    for (pair, keys) in pairs.take(count.div_ceil(PAIR * PANEL)).enumerate() {
-        let (first, second) = keys.split_at(strip.queries.len());
-        let mut sums = [[_mm512_setzero_si512(); PAIR]; STRIP];
-        for (queries, keys) in strip.queries.iter().zip(first.iter().zip(second)) {
-            let keys = [load_words(keys.0), load_words(keys.1)];
-            for (sums, query) in sums.iter_mut().zip(queries) {
-                add_product(sums, *query, keys);
+    /// Scores of all keys.
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn see(&mut self, keys: &Keys) {
+        let groups = keys.words.chunks_exact(self.queries.len()).zip(&keys.steps);
+        for (scores, (words, steps)) in self.scores.iter_mut().zip(groups) {
+            let mut sums = [[_mm512_setzero_si512(); 2]; STRIP];
+            for (queries, keys) in self.queries.iter().zip(words) {
+                add_products(
+                    &mut sums,
+                    queries,
+                    keys.each_ref().map(|words| load_words(words)),
+                );
+            }
+            let steps = steps.each_ref().map(|panel| load(panel));
+            for (scores, sums) in scores.iter_mut().zip(sums) {
+                for panel in 0..2 {
+                    let sum = _mm512_cvtepi32_ps(sums[panel]);
+                    scores.0[panel] = store(_mm512_mul_ps(sum, steps[panel]));
+                }
             }
         }
-        let key_scales = [2 * pair, 2 * pair + 1].map(|panel| load(&packed.key_scales[panel]));
+    }
+
+    /// Softmax of the first `count` scores, up to a division by the sum of the rounded weights, so that what is mixed is a mean.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn weigh(&mut self, count: usize) {
+        // Of the last group's lanes those that are keys.
+        let lanes = u32::MAX >> (GROUP - 1 - (count - 1) % GROUP);
+        let lanes = [lanes as __mmask16, (lanes >> PANEL) as __mmask16];
+        for row in 0..STRIP {
+            let (last, whole) = self.scores.split_last_mut().expect("there are keys");
+            let nothing = _mm512_set1_ps(f32::NEG_INFINITY);
+            let mut most = nothing;
+            for scores in whole.iter() {
+                let scores = scores[row].0.each_ref().map(|panel| load(panel));
+                most = _mm512_max_ps(most, _mm512_max_ps(scores[0], scores[1]));
+            }
+            for (scores, lanes) in last[row].0.iter().zip(lanes) {
+                most = _mm512_max_ps(most, _mm512_mask_mov_ps(nothing, lanes, load(scores)));
+            }
+            let mut softmax = Softmax {
+                most: _mm512_set1_ps(_mm512_reduce_max_ps(most)),
+                step: _mm512_set1_ps(self.steps[row]),
+                sum: _mm512_setzero_ps(),
+            };
+            for scores in whole {
+                softmax.take(&mut scores[row], [__mmask16::MAX; 2]);
+            }
+            softmax.take(&mut last[row], lanes);
+            let sum = _mm512_reduce_add_ps(softmax.sum);
+            let whole_sum = self.round_weights(row, (WEIGHTS_STEPS / sum).min(WEIGHT_STEPS));
+            self.sums[row] = if sum.is_nan() { sum } else { whole_sum };
+        }
+    }
+
+    /// Rounds a query's weights to steps of which one weight of 1 has so many; their sum.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    #[inline]
+    fn round_weights(&mut self, row: usize, steps: f32) -> f32 {
+        let steps = _mm512_set1_ps(steps);
+        let mut sum = _mm512_setzero_si512();
+        for scores in &mut self.scores {
+            let [low, high] = scores[row].0.each_ref().map(|weights| {
+                let weights = _mm512_mul_ps(load(weights), steps);
+                _mm512_cvtps_epi32(weights)
+            });
+            sum = _mm512_add_epi32(sum, _mm512_add_epi32(low, high));
+            let pairs = _mm512_packs_epi32(low, high);
+            scores[row].0[0] = store(_mm512_castsi512_ps(pairs));
+        }
+        _mm512_reduce_add_epi32(sum) as f32
+    }
+
+    /// Means of the values.
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn mix(&mut self, values: &Values) {
+        let groups = self.scores.len();
+        for (index, words) in values.words.chunks(2 * groups).enumerate() {
+            let (first, second) = words.split_at(groups);
+            if second.is_empty() {
+                self.mix_panels(values, 2 * index, [first]);
+            } else {
+                self.mix_panels(values, 2 * index, [first, second]);
+            }
+        }
+    }
+
+    /// The same of W panels of columns.
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    #[inline]
+    fn mix_panels<const W: usize>(
+        &mut self,
+        values: &Values,
+        first: usize,
+        words: [&[[Words; GROUP / 2]]; W],
+    ) {
+        let mut sums = [[_mm512_setzero_si512(); W]; STRIP];
+        for (group, scores) in self.scores.iter().enumerate() {
+            let words = words.map(|words| &words[group]);
+            for pair in 0..GROUP / 2 {
+                let weights = scores
+                    .each_ref()
+                    .map(|row| row.0[0][pair].to_bits().cast_signed());
+                add_products(
+                    &mut sums,
+                    &weights,
+                    words.map(|words| load_words(&words[pair])),
+                );
+            }
+        }
+        let panels = values.steps.len();
         for (row, sums) in sums.into_iter().enumerate() {
-            let places = scores.0[row][pair * PAIR * PANEL..].as_chunks_mut().0;
-            for ((place, sum), key_scale) in places.iter_mut().zip(sums).zip(key_scales) {
-                let step = _mm512_mul_ps(key_scale, _mm512_set1_ps(query_scales[row]));
-                *place = store(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), step));
+            let inverse = _mm512_set1_ps(1.0 / self.sums[row]);
+            for (panel, sum) in sums.into_iter().enumerate() {
+                let step = _mm512_mul_ps(inverse, load(&values.steps[first + panel]));
+                self.mixed[row * panels + first + panel] =
+                    store(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), step));
             }
         }
     }
-    let softmax = (
-        |scores: &[f32]| largest(scores),
-        |scores: &mut [f32], most| {
-            weights(scores, most);
-            round_weights(scores)
-        },
-    );
-    let width = count.next_multiple_of(PANEL);
-    let shrink = strip.weigh(&mut scores.0, [count; STRIP], width, softmax);
-    let mut rounded = [[[0; PANEL / 2]; TILE / PANEL]; STRIP];
-    for (rounded, weights) in rounded.iter_mut().zip(&scores.0) {
-        for (rounded, weights) in rounded.iter_mut().zip(weights[..width].as_chunks().0) {
-            *rounded = narrow(_mm512_cvtps_epi32(load(weights)));
+}
+
+/// A query's softmax on its way through the scores: the largest, what a step of them is worth, and the sum of weights so far.
+struct Softmax {
+    most: __m512,
+    step: __m512,
+    sum: __m512,
+}
+
+impl Softmax {
+    /// Makes weights of a group's scores, none of lanes that are no keys.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn take(&mut self, Scores(scores): &mut Scores, lanes: [__mmask16; 2]) {
+        for (place, lanes) in scores.iter_mut().zip(lanes) {
+            // Never above 0, as a product less a product may be.
+            let below = _mm512_mul_ps(_mm512_sub_ps(load(place), self.most), self.step);
+            let weight = _mm512_maskz_mov_ps(lanes, exp2(below));
+            *place = store(weight);
+            self.sum = _mm512_add_ps(self.sum, weight);
         }
-    }
-    let weighted = |row: usize| (rounded[row].as_flattened(), shrink[row]);
-    let values = packed.values.as_chunks::<{ TILE / 2 }>().0;
-    let values = values.as_chunks::<PAIR>();
-    let scales = packed.value_scales.as_chunks::<PAIR>();
-    let mixed = strip.mixed.as_chunks_mut::<STRIP>().0;
-    let (pairs, rest) = mixed.as_chunks_mut::<PAIR>();
-    for ((mixed, values), scales) in pairs.iter_mut().zip(values.0).zip(scales.0) {
-        let values = values.each_ref().map(|panel| &panel[..width / 2]);
-        mix(mixed, (values, scales), weighted);
-    }
-    if let ([mixed], [values], [scales]) = (rest, values.1, scales.1) {
-        let mixed = std::array::from_mut(mixed);
-        mix(mixed, ([&values[..width / 2]], &[*scales]), weighted);
     }
 }
 
-/// Shrinks what has been gathered of W panels of columns, and adds the weighted values of a tile. `weighted`: a query's weights,
-/// and what becomes of those so far.
+/// `2^x` for x up to 0, within 3e-6 of itself, finer than weights are rounded; next to nothing below -126.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn exp2(x: __m512) -> __m512 {
+    const TERMS: [f32; 4] = [9.582_786e-3, 5.590_628e-2, 0.240_241, 0.693_124_2];
+    let x = _mm512_max_ps(_mm512_set1_ps(-126.0), x); // the second operand when either is NaN
+    let round = _mm512_set1_ps(super::exp2_parts::ROUND);
+    let n = _mm512_sub_ps(_mm512_add_ps(x, round), round);
+    let r = _mm512_sub_ps(x, n);
+    let mut value = _mm512_set1_ps(TERMS[0]);
+    for term in &TERMS[1..] {
+        value = _mm512_fmadd_ps(value, r, _mm512_set1_ps(*term));
+    }
+    value = _mm512_fmadd_ps(value, r, _mm512_set1_ps(1.0));
+    _mm512_scalef_ps(value, n)
+}
+
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[inline]
-fn mix<'a, const W: usize>(
-    mixed: &mut [[Line; STRIP]; W],
-    (values, scales): ([&[Words]; W], &[[f32; PANEL]; W]),
-    weighted: impl Fn(usize) -> (&'a [i32], f32),
+fn add_products<const W: usize>(
+    sums: &mut [[__m512i; W]; STRIP],
+    pairs: &[i32; STRIP],
+    row: [__m512i; W],
 ) {
-    let mut sums = [[_mm512_setzero_si512(); W]; STRIP];
-    for pair in 0..values[0].len() {
-        let values = values.map(|values| load_words(&values[pair]));
-        for (row, sums) in sums.iter_mut().enumerate() {
-            add_product(sums, weighted(row).0[pair], values);
+    for (sums, pair) in sums.iter_mut().zip(pairs) {
+        let pair = _mm512_set1_epi32(*pair);
+        for (sum, row) in sums.iter_mut().zip(row) {
+            *sum = _mm512_dpwssd_epi32(*sum, row, pair);
         }
-    }
-    for (panel, (mixed, scales)) in mixed.iter_mut().zip(scales).enumerate() {
-        let step = load(scales);
-        for (row, mixed) in mixed.iter_mut().enumerate() {
-            let shrunk = _mm512_mul_ps(load(&mixed.0), _mm512_set1_ps(weighted(row).1));
-            let sum = _mm512_cvtepi32_ps(sums[row][panel]);
-            *mixed = Line(store(_mm512_fmadd_ps(sum, step, shrunk)));
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512vnni")]
-#[inline]
-fn add_product<const W: usize>(sums: &mut [__m512i; W], pair: i32, row: [__m512i; W]) {
-    let pair = _mm512_set1_epi32(pair);
-    for (sum, row) in sums.iter_mut().zip(row) {
-        *sum = _mm512_dpwssd_epi32(*sum, row, pair);
     }
 }
 
