@@ -6,6 +6,25 @@ use crate::kernel::Kernel;
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64::Avx512;
 
+/// What becomes of a layer's values before the next layer takes them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(1.702 x)`: CLIP's, not GELU.
+    QuickGelu,
+    /// `gate * sigmoid(gate) * up`: the first half of the layer's rows are gates, the second is up.
+    SwiGlu,
+}
+
+impl Activation {
+    /// Values of the layer that make one.
+    pub(crate) fn parts(self) -> usize {
+        match self {
+            Self::QuickGelu => 1,
+            Self::SwiGlu => 2,
+        }
+    }
+}
+
 impl Kernel {
     /// `gate * sigmoid(gate) * up`, value by value.
     ///

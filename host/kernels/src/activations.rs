@@ -73,13 +73,7 @@ impl QuantizedRows {
             columns > 0 && columns.is_multiple_of(BLOCK) && x.len().is_multiple_of(columns),
             "whole rows of whole blocks"
         );
-        self.blocks = columns / BLOCK;
-        self.rows = x.len() / columns;
-        let tiles = self.rows.div_ceil(TILE_ROWS) * self.blocks;
-        self.tiles.resize(tiles, Tile::default());
-        if !self.rows.is_multiple_of(TILE_ROWS) {
-            self.tiles[tiles - self.blocks..].fill(Tile::default());
-        }
+        self.reshape(x.len() / columns, columns);
         let each = |(tiles, rows): (&mut [Tile], &[f32])| {
             for (row, values) in rows.chunks_exact(columns).enumerate() {
                 kernel.quantize(values.as_chunks().0, row, tiles);
@@ -91,6 +85,22 @@ impl QuantizedRows {
             let tiles = self.tiles.par_chunks_mut(self.blocks);
             tiles.zip(x.par_chunks(TILE_ROWS * columns)).for_each(each);
         }
+        self.fill_few();
+    }
+
+    /// Gives the rows a shape, zeros behind the last; what they hold afterwards means nothing.
+    pub(crate) fn reshape(&mut self, rows: usize, columns: usize) {
+        self.blocks = columns / BLOCK;
+        self.rows = rows;
+        let tiles = rows.div_ceil(TILE_ROWS) * self.blocks;
+        self.tiles.resize(tiles, Tile::default());
+        if !rows.is_multiple_of(TILE_ROWS) {
+            self.tiles[tiles - self.blocks..].fill(Tile::default());
+        }
+    }
+
+    /// Takes few rows from their tiles once more.
+    pub(crate) fn fill_few(&mut self) {
         self.few.clear();
         if self.rows <= FEW_ROWS {
             for first in (0..self.blocks).step_by(8) {

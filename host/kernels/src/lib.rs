@@ -25,6 +25,7 @@ pub mod widen;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+pub use activation::Activation;
 pub use activations::QuantizedRows;
 pub use attention::{AttentionInput, AttentionShape, HalfRows, HeadRows, Way, attend};
 pub use encode::{EncodeError, EncodedRows, SquaredError, encode_rows};
@@ -32,4 +33,4 @@ pub use int4::{Int4Rows, ScaleType};
 pub use kernel::Kernel;
 pub use matrix::{ShapeError, StoredMatrix, StoredRows, dot};
 pub use pool::on_pool;
-pub use product::multiply;
+pub use product::{multiply, multiply_activated};

@@ -2,8 +2,11 @@
 
 #![expect(unsafe_code, reason = "threads write disjoint columns of one matrix")]
 
+mod activated;
+
 use rayon::prelude::*;
 
+pub use self::activated::multiply_activated;
 use crate::activations::QuantizedRows;
 use crate::int4::Int4Rows;
 use crate::kernel::Kernel;
@@ -29,16 +32,11 @@ pub fn multiply(
     bias: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    assert_eq!(weights.columns(), x.columns(), "one activation per column");
-    assert!(weights.is_blocked(), "groups of whole blocks");
+    check(weights, bias, x);
     assert_eq!(
         out.len(),
         x.rows() * weights.rows(),
         "one value per row and row"
-    );
-    assert!(
-        bias.is_none_or(|bias| bias.len() == weights.rows()),
-        "one bias per row of weights"
     );
     let panels = weights.rows().div_ceil(PANEL);
     let task = TASK_PANELS
@@ -62,6 +60,16 @@ pub fn multiply(
                 unsafe { out.write(row, first + panel, values, bias) };
             });
         });
+}
+
+/// Panics where sizes do not fit.
+fn check(weights: &Int4Rows<'_>, bias: Option<&[f32]>, x: &QuantizedRows) {
+    assert_eq!(weights.columns(), x.columns(), "one activation per column");
+    assert!(weights.is_blocked(), "groups of whole blocks");
+    assert!(
+        bias.is_none_or(|bias| bias.len() == weights.rows()),
+        "one bias per row of weights"
+    );
 }
 
 /// Numbers of whole panels, zeros behind the last.

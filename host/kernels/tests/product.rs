@@ -1,7 +1,9 @@
 //! Every kernel this processor has against the specification, to the bit.
 #![expect(clippy::unwrap_used, reason = "helpers of tests panic like tests")]
 
-use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, multiply};
+use visor_kernels::{
+    Activation, Int4Rows, Kernel, QuantizedRows, ScaleType, multiply, multiply_activated,
+};
 
 /// Uniform numbers of a fixed seed.
 struct Random(u64);
@@ -234,6 +236,41 @@ fn rows_multiply_alike_alone_and_together() {
                 "{} {row}",
                 kernel.name()
             );
+        }
+    }
+}
+
+/// A product, an activation and its eight bits as one are what they are one after the other.
+#[test]
+fn an_activation_between_products_changes_no_bit() {
+    let mut random = Random(8);
+    for (rows, m) in [(128, 1), (128, 3), (256, 8), (384, 21), (128, 77)] {
+        let matrix = Matrix::random(&mut random, (rows, 192), 64, ScaleType::F16);
+        let values: Vec<f32> = (0..m * 192).map(|_| random.unit()).collect();
+        let bias: Vec<f32> = (0..rows).map(|_| random.unit() * 100.0).collect();
+        for (kernel, bias) in Kernel::available()
+            .into_iter()
+            .flat_map(|kernel| [(kernel, None), (kernel, Some(&bias[..]))])
+        {
+            let x = QuantizedRows::new(kernel, &values, 192);
+            let mut product = vec![f32::NAN; m * rows];
+            multiply(kernel, &matrix.view(), &x, bias, &mut product);
+            let gated = product.chunks_exact(rows).flat_map(|row| {
+                let ((gate, up), mut out) = (row.split_at(rows / 2), vec![0.0; rows / 2]);
+                kernel.swiglu(gate, up, &mut out);
+                out
+            });
+            let gated = QuantizedRows::new(kernel, &gated.collect::<Vec<_>>(), rows / 2);
+            kernel.quick_gelu(&mut product);
+            let plain = QuantizedRows::new(kernel, &product, rows);
+            // Memory that was used for something larger.
+            let mut got = QuantizedRows::new(kernel, &vec![1.0; 99 * 512], 512);
+            for (activation, want) in [(Activation::SwiGlu, gated), (Activation::QuickGelu, plain)]
+            {
+                let weights = (&matrix.view(), bias);
+                multiply_activated(kernel, weights, &x, activation, &mut got);
+                assert!(got == want, "{} {activation:?} {rows} {m}", kernel.name());
+            }
         }
     }
 }

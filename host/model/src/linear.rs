@@ -9,7 +9,9 @@ mod device;
 use std::cell::Cell;
 
 use candle_core::{DType, Device, Tensor};
-use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, StoredMatrix, StoredRows};
+use visor_kernels::{
+    Activation, Int4Rows, Kernel, QuantizedRows, ScaleType, StoredMatrix, StoredRows,
+};
 
 use self::device::DeviceWeight;
 use crate::config::PATCH_SIDE_PX;
@@ -189,7 +191,7 @@ enum LinearWeight {
 impl Linear {
     /// Whether every row is multiplied by the integer kernel, so that it gives the same among any others.
     pub(crate) fn is_integer(&self) -> bool {
-        matches!(&self.weight, LinearWeight::Stored(matrix, Some(_)) if matrix.blocked().is_some())
+        self.integer().is_some()
     }
 
     /// (n, in) to (n, out).
@@ -232,6 +234,14 @@ impl Quantized {
 }
 
 impl Linear {
+    /// The matrix as the integer kernels take it, with what multiplies it.
+    fn integer(&self) -> Option<(Int4Rows<'_>, Kernel)> {
+        match &self.weight {
+            LinearWeight::Stored(matrix, Some(kernel)) => Some((matrix.blocked()?, *kernel)),
+            _ => None,
+        }
+    }
+
     /// The same on plain rows: INT4 by the integer kernel with the rows' eight-bit form, anything else with the rows.
     pub(crate) fn forward_rows(
         &self,
@@ -239,26 +249,61 @@ impl Linear {
         quantized: &Quantized,
         out: &mut Rows,
     ) -> candle_core::Result<()> {
-        let LinearWeight::Stored(matrix, kernel) = &self.weight else {
-            *out = Rows::of(&self.forward(&x.to_tensor()?)?)?;
-            return Ok(());
-        };
-        let bias = self.bias.as_ref().map(Tensor::to_vec1).transpose()?;
-        match (kernel, matrix.blocked()) {
-            (Some(kernel), Some(int4)) if quantized.whole => {
-                out.reshape(x.count(), matrix.rows);
+        let bias = self.bias()?;
+        match (self.integer(), &self.weight) {
+            (Some((int4, kernel)), _) if quantized.whole => {
+                out.reshape(quantized.rows.rows(), int4.rows());
                 let (x, out) = (&quantized.rows, &mut out.values);
-                visor_kernels::multiply(*kernel, &int4, x, bias.as_deref(), out);
+                visor_kernels::multiply(kernel, &int4, x, bias.as_deref(), out);
             }
-            _ => {
+            (_, LinearWeight::Stored(matrix, _)) => {
                 *out = Rows::of(&matrix.multiply(&x.to_tensor()?)?)?;
                 if let Some(bias) = &bias {
                     out.add_to_each(bias);
                 }
             }
+            _ => *out = Rows::of(&self.forward(&x.to_tensor()?)?)?,
         }
         Ok(())
     }
+
+    fn bias(&self) -> candle_core::Result<Option<Vec<f32>>> {
+        self.bias.as_ref().map(Tensor::to_vec1).transpose()
+    }
+}
+
+/// What lies between the two layers of a feed-forward: memory that is used again.
+#[derive(Default)]
+pub(crate) struct Between {
+    wide: Rows,
+    activated: Rows,
+    quantized: Quantized,
+}
+
+/// Two layers and the activation between them, on plain rows. Where both are the kernel's, what is between them becomes eight bits as
+/// soon as it is made.
+pub(crate) fn feed_forward(
+    (first, activation, second): (&Linear, Activation, &Linear),
+    (kernel, x, quantized): (Kernel, &Rows, &Quantized),
+    s: &mut Between,
+    out: &mut Rows,
+) -> candle_core::Result<()> {
+    let whole = |columns: usize| columns.is_multiple_of(visor_kernels::activations::BLOCK);
+    match (first.integer(), second.integer()) {
+        (Some((weights, _)), Some((next, _))) if quantized.whole && whole(next.columns()) => {
+            let bias = first.bias()?;
+            let weights = (&weights, bias.as_deref());
+            let (x, out) = (&quantized.rows, &mut s.quantized.rows);
+            visor_kernels::multiply_activated(kernel, weights, x, activation, out);
+            s.quantized.whole = true;
+        }
+        _ => {
+            first.forward_rows(x, quantized, &mut s.wide)?;
+            s.activated.set_activated(&s.wide, activation, kernel);
+            s.quantized.set(kernel, &s.activated);
+        }
+    }
+    second.forward_rows(&s.activated, &s.quantized, out)
 }
 
 /// Builds the parts of the model from weights that were checked against the table.

@@ -4,7 +4,7 @@
 
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
-use visor_kernels::Kernel;
+use visor_kernels::{Activation, Kernel};
 
 /// Values that one parallel task touches at least.
 const TASK_VALUES: usize = 16 << 10;
@@ -117,23 +117,24 @@ impl Rows {
         });
     }
 
-    /// `silu(gate) * up` of rows that hold gate and up side by side.
-    pub(crate) fn set_swiglu(&mut self, x: &Self, kernel: Kernel) {
-        let inner = x.columns / 2;
-        self.reshape(x.count(), inner);
-        let work = |(out, row): (&mut [f32], &[f32])| {
-            let (gate, up) = row.split_at(inner);
-            kernel.swiglu(gate, up, out);
-        };
-        self.values
-            .par_chunks_mut(inner)
-            .zip(x.values.par_chunks(x.columns))
-            .for_each(work);
-    }
-
-    /// `x * sigmoid(1.702 x)`: CLIP's activation, not GELU.
-    pub(crate) fn quick_gelu(&mut self, kernel: Kernel) {
-        self.each(|row| kernel.quick_gelu(row));
+    /// The activation of each row: of [`Activation::SwiGlu`] half as wide.
+    pub(crate) fn set_activated(&mut self, x: &Self, activation: Activation, kernel: Kernel) {
+        match activation {
+            Activation::QuickGelu => self.set_each(x, |out, row| {
+                out.copy_from_slice(row);
+                kernel.quick_gelu(out);
+            }),
+            Activation::SwiGlu => {
+                let inner = x.columns / 2;
+                self.reshape(x.count(), inner);
+                let work = |(out, row): (&mut [f32], &[f32])| {
+                    let (gate, up) = row.split_at(inner);
+                    kernel.swiglu(gate, up, out);
+                };
+                let rows = self.values.par_chunks_mut(inner);
+                rows.zip(x.values.par_chunks(x.columns)).for_each(work);
+            }
+        }
     }
 }
 
@@ -175,10 +176,10 @@ mod tests {
             near(&out, &rms_norm(&x, &weight, 1e-5).unwrap());
             out.set_layer_norm(&rows, [&w, &w], 1e-5);
             near(&out, &layer_norm(&x, &weight, &weight, 1e-5).unwrap());
-            out.set_swiglu(&rows, kernel);
+            out.set_activated(&rows, Activation::SwiGlu, kernel);
             near(&out, &swiglu(&x).unwrap());
-            let mut gelu = rows.clone();
-            gelu.quick_gelu(kernel);
+            let mut gelu = Rows::default();
+            gelu.set_activated(&rows, Activation::QuickGelu, kernel);
             near(
                 &gelu,
                 &(&x * sigmoid(&(&x * 1.702).unwrap()).unwrap()).unwrap(),

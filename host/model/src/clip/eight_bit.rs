@@ -1,12 +1,14 @@
 //! The tower on the CPU with activations of eight bits: plain rows between integer products, attention in f32 or whole numbers.
 //! The float path above says what this computes.
 
-use visor_kernels::{AttentionInput, AttentionShape, HeadRows, Kernel, Way, attend, on_pool};
+use visor_kernels::{
+    Activation, AttentionInput, AttentionShape, HeadRows, Kernel, Way, attend, on_pool,
+};
 
 use super::{HalfDone, Layer, LayerNorm, PATCHES, Tower};
 use crate::config::LAYER_NORM_EPS;
 use crate::error::ModelError;
-use crate::linear::Quantized;
+use crate::linear::{Between, Quantized, feed_forward};
 use crate::rows::Rows;
 
 /// Memory that every layer uses again.
@@ -17,7 +19,7 @@ pub(super) struct Scratch {
     query: Rows,
     key: Rows,
     value: Rows,
-    inner: Rows,
+    between: Between,
     out: Rows,
 }
 
@@ -77,12 +79,9 @@ impl Tower {
         hidden.add(&s.out);
         layer.norm2.set(&mut s.normed, hidden)?;
         s.quantized.set(kernel, &s.normed);
-        layer
-            .fc1
-            .forward_rows(&s.normed, &s.quantized, &mut s.inner)?;
-        s.inner.quick_gelu(kernel);
-        s.quantized.set(kernel, &s.inner);
-        layer.fc2.forward_rows(&s.inner, &s.quantized, &mut s.out)?;
+        let layers = (&layer.fc1, Activation::QuickGelu, &layer.fc2);
+        let x = (kernel, &s.normed, &s.quantized);
+        feed_forward(layers, x, &mut s.between, &mut s.out)?;
         hidden.add(&s.out);
         Ok(())
     }

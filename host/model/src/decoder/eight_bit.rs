@@ -2,11 +2,11 @@
 //! The float path above says what this computes.
 
 use rayon::prelude::*;
-use visor_kernels::{AttentionInput, Kernel, Way, attend};
+use visor_kernels::{Activation, AttentionInput, Kernel, Way, attend};
 
 use super::{Decoder, Layer, Run};
 use crate::error::ModelError;
-use crate::linear::Quantized;
+use crate::linear::{Between, Quantized, feed_forward};
 use crate::rows::Rows;
 
 /// Memory that every layer uses again.
@@ -14,8 +14,9 @@ use crate::rows::Rows;
 struct Scratch {
     normed: Rows,
     quantized: Quantized,
-    wide: Rows, // queries, keys and values; gate and up
+    wide: Rows, // queries, keys and values
     mixed: Rows,
+    between: Between,
     out: Rows,
 }
 
@@ -128,14 +129,9 @@ impl Decoder {
         s.normed
             .set_rms_norm(hidden, &layer.post_norm.to_vec1()?, self.eps);
         s.quantized.set(kernel, &s.normed);
-        layer
-            .gate_up
-            .forward_rows(&s.normed, &s.quantized, &mut s.wide)?;
-        s.mixed.set_swiglu(&s.wide, kernel);
-        s.quantized.set(kernel, &s.mixed);
-        layer
-            .down
-            .forward_rows(&s.mixed, &s.quantized, &mut s.out)?;
+        let layers = (&layer.gate_up, Activation::SwiGlu, &layer.down);
+        let x = (kernel, &s.normed, &s.quantized);
+        feed_forward(layers, x, &mut s.between, &mut s.out)?;
         hidden.add(&s.out);
         Ok(())
     }

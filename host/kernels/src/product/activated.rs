@@ -1,0 +1,110 @@
+//! A product, an activation and a rounding to eight bits as one: between the two layers of a feed-forward no floats go through memory.
+
+use std::cell::RefCell;
+
+use rayon::prelude::*;
+
+use super::PANEL;
+use crate::activation::Activation;
+use crate::activations::{BLOCK, QuantizedRows, TILE_ROWS, Tile};
+use crate::int4::Int4Rows;
+use crate::kernel::Kernel;
+
+/// Panels whose values are a block of columns: what a task makes of every row.
+const BLOCK_PANELS: usize = BLOCK / PANEL;
+
+thread_local! {
+    /// Values of a task before the activation, (rows, BLOCK), once or twice: in the second-level cache, and never given back to the
+    /// system, whose fresh pages cost a fault each.
+    static BETWEEN: RefCell<Vec<[f32; BLOCK]>> = const { RefCell::new(Vec::new()) };
+}
+
+/// `activation` of what [`super::multiply`] gives, in eight bits: to the bit as one after the other.
+///
+/// # Panics
+/// When columns differ, groups are not whole blocks of 64 columns, what the activation gives is not whole blocks, or `bias` has another
+/// size than there are rows of weights.
+pub fn multiply_activated(
+    kernel: Kernel,
+    (weights, bias): (&Int4Rows<'_>, Option<&[f32]>),
+    x: &QuantizedRows,
+    activation: Activation,
+    out: &mut QuantizedRows,
+) {
+    super::check(weights, bias, x);
+    let parts = activation.parts();
+    let columns = weights.rows() / parts;
+    assert!(
+        weights.rows().is_multiple_of(parts * BLOCK),
+        "whole blocks of columns"
+    );
+    out.reshape(x.rows(), columns);
+    if x.rows() == 0 {
+        return;
+    }
+    let blocks = columns / BLOCK;
+    let tiles = Tiles(out.tiles.as_mut_ptr(), out.tiles.len());
+    let task = |block: usize| {
+        BETWEEN.with_borrow_mut(|between| {
+            between.resize(parts * x.rows(), [0.0; BLOCK]);
+            for (part, values) in between.chunks_exact_mut(x.rows()).enumerate() {
+                let panel = (part * blocks + block) * BLOCK_PANELS;
+                multiply_block(kernel, (weights, panel), x, values);
+                if let Some(bias) = bias {
+                    let bias = &bias[panel * PANEL..][..BLOCK];
+                    for row in &mut *values {
+                        row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+                    }
+                }
+            }
+            let (values, up) = between.split_at_mut(x.rows());
+            for (row, values) in values.iter_mut().enumerate() {
+                match activation {
+                    Activation::QuickGelu => kernel.quick_gelu(values),
+                    Activation::SwiGlu => kernel.swiglu(&values.clone(), &up[row], values),
+                }
+                // SAFETY: no other task has this block, and the borrow of `out` outlives the loop over tasks.
+                let tile = unsafe { tiles.at(row / TILE_ROWS * blocks + block) };
+                let values = std::slice::from_ref(&*values);
+                kernel.quantize(values, row % TILE_ROWS, std::slice::from_mut(tile));
+            }
+        });
+    };
+    // One by one, as in `multiply`.
+    let all = (0..blocks).into_par_iter().with_max_len(1);
+    all.for_each(task);
+    out.fill_few();
+}
+
+/// Values of a block of columns, from a panel on, for every row.
+fn multiply_block(
+    kernel: Kernel,
+    (weights, first): (&Int4Rows<'_>, usize),
+    x: &QuantizedRows,
+    out: &mut [[f32; BLOCK]],
+) {
+    let panels = first..first + BLOCK_PANELS;
+    kernel.multiply(weights, panels, x, &mut |panel, row, values| {
+        let values = values.as_flattened();
+        out[row][panel * PANEL..][..values.len()].copy_from_slice(values);
+    });
+}
+
+/// Tiles that several threads write.
+struct Tiles(*mut Tile, usize);
+
+// SAFETY: `at` is told to be called by one thread for one place, and nothing reads before all are done.
+unsafe impl Sync for Tiles {}
+
+impl Tiles {
+    /// # Safety
+    /// The tiles are borrowed for as long, and no other thread has this one.
+    #[expect(clippy::mut_from_ref, reason = "a place of its own for each caller")]
+    unsafe fn at(&self, index: usize) -> &mut Tile {
+        assert!(index < self.1, "inside the tiles");
+        // SAFETY: inside them, as was asserted.
+        let tile = unsafe { self.0.add(index) };
+        // SAFETY: it is the caller's alone.
+        unsafe { &mut *tile }
+    }
+}
