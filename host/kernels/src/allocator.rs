@@ -20,11 +20,15 @@ mod glibc {
     use std::ffi::c_int;
 
     // Source: glibc's malloc.h.
+    const M_TRIM_THRESHOLD: c_int = -1;
     const M_MMAP_THRESHOLD: c_int = -3;
     const M_ARENA_MAX: c_int = -8;
 
     /// Blocks of at least so many bytes are the system's. Below, a page fault for every 4 KiB costs more than it gives back.
     const LARGE_BYTES: c_int = 1 << 20;
+    /// Free bytes at the end of an arena that are given back. The usual 128 KiB are what a kernel takes for a task, and each return
+    /// interrupts the other cores: a tenth of the time of a crop.
+    const TRIM_BYTES: c_int = 4 << 20;
     /// Threads that compute take little, and seldom at once.
     const ARENAS: c_int = 2;
 
@@ -33,7 +37,11 @@ mod glibc {
     }
 
     pub(super) fn set() {
-        for (param, value) in [(M_MMAP_THRESHOLD, LARGE_BYTES), (M_ARENA_MAX, ARENAS)] {
+        for (param, value) in [
+            (M_TRIM_THRESHOLD, TRIM_BYTES),
+            (M_MMAP_THRESHOLD, LARGE_BYTES),
+            (M_ARENA_MAX, ARENAS),
+        ] {
             // SAFETY: two numbers go in and one comes out; what mallopt writes, it writes under the allocator's own lock.
             let _accepted = unsafe { mallopt(param, value) };
         }
