@@ -3,8 +3,6 @@
 #[cfg(target_arch = "aarch64")]
 use crate::aarch64::I8mm;
 use crate::kernel::Kernel;
-#[cfg(target_arch = "x86_64")]
-use crate::x86_64::Avx512;
 
 /// What becomes of a layer's values before the next layer takes them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +40,9 @@ impl Kernel {
                 }
             }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }) => avx2.swiglu(gate, up, out),
+            Self::Avx2(avx2) => avx2.swiglu(gate, up, out),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(avx512) => avx512.swiglu(gate, up, out),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(neon) | Self::I8mm(I8mm { neon }) => neon.swiglu(gate, up, out),
         }
@@ -57,7 +57,9 @@ impl Kernel {
                 }
             }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }) => avx2.quick_gelu(values),
+            Self::Avx2(avx2) => avx2.quick_gelu(values),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(avx512) => avx512.quick_gelu(values),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(neon) | Self::I8mm(I8mm { neon }) => neon.quick_gelu(values),
         }

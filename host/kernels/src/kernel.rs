@@ -161,7 +161,9 @@ impl Kernel {
             let (words, scale, sum) = match self {
                 Self::Scalar => scalar::quantize(block),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }) => avx2.quantize(block),
+                Self::Avx2(avx2) => avx2.quantize(block),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512(avx512) => avx512.quantize(block),
                 #[cfg(target_arch = "aarch64")]
                 Self::Neon(neon) | Self::I8mm(I8mm { neon }) => neon.quantize(block),
             };

@@ -9,6 +9,7 @@ mod activation;
 mod attention;
 mod product;
 mod quantize;
+mod wide;
 
 use std::arch::x86_64::*;
 

@@ -1,5 +1,7 @@
 //! Activation functions with AVX2 and FMA. [`crate::activation`] specifies them.
 
+mod wide;
+
 use std::arch::x86_64::*;
 
 use super::{Avx2, load_f32, store};

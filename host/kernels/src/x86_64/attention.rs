@@ -212,14 +212,14 @@ fn weights(scores: &mut [f32], most: f32) -> f32 {
 }
 
 /// Numbers that [`exp2`] takes, in registers of any width.
-mod exp2_parts {
+pub(super) mod exp2_parts {
     /// Below it nothing is left.
-    pub(super) const LEAST: f32 = -126.0;
+    pub(in crate::x86_64) const LEAST: f32 = -126.0;
     /// Adding it rounds to a whole number, which is then the low bits.
-    pub(super) const ROUND: f32 = 12_582_912.0;
-    pub(super) const ONE_BITS: i32 = 0x3F80_0000;
+    pub(in crate::x86_64) const ROUND: f32 = 12_582_912.0;
+    pub(in crate::x86_64) const ONE_BITS: i32 = 0x3F80_0000;
     #[expect(clippy::approx_constant, reason = "ln 2 itself errs more")]
-    pub(super) const TERMS: [f32; 5] = [
+    pub(in crate::x86_64) const TERMS: [f32; 5] = [
         1.326_472_7e-3,
         9.671_513e-3,
         5.550_733_6e-2,

@@ -1,5 +1,7 @@
 //! Activations to eight bits with AVX2. [`crate::activations`] has the formulas, `scalar.rs` specifies them.
 
+mod wide;
+
 use std::arch::x86_64::*;
 
 use super::{Avx2, load_f32};

@@ -7,6 +7,7 @@ use std::arch::x86_64::*;
 use super::{Line, PANEL, Packed, STRIP, Scores, Strip, TILE, exp2_parts, few, many};
 use crate::attention::{Head, Way};
 use crate::x86_64::Avx512;
+use crate::x86_64::wide::{exp2_of, load, round, store};
 
 /// Panels taken together: 6 x 2 registers of sums, as many as two units of four cycles take and half as many again.
 const PAIR: usize = 2;
@@ -139,36 +140,9 @@ fn weights(scores: &mut [f32], most: f32) -> f32 {
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn exp2(x: __m512) -> __m512 {
-    let (least, round) = (
-        _mm512_set1_ps(exp2_parts::LEAST),
-        _mm512_set1_ps(exp2_parts::ROUND),
-    );
+    let least = _mm512_set1_ps(exp2_parts::LEAST);
     let seen = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, least);
     let x = _mm512_max_ps(least, x); // the second operand when either is NaN
-    let rounded = _mm512_add_ps(x, round);
-    let r = _mm512_sub_ps(x, _mm512_sub_ps(rounded, round));
-    let mut value = _mm512_set1_ps(exp2_parts::TERMS[0]);
-    for term in &exp2_parts::TERMS[1..] {
-        value = _mm512_fmadd_ps(value, r, _mm512_set1_ps(*term));
-    }
-    value = _mm512_fmadd_ps(value, r, _mm512_set1_ps(1.0));
-    let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(rounded));
-    let power = _mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_set1_epi32(exp2_parts::ONE_BITS)));
-    _mm512_maskz_mul_ps(seen, value, power)
-}
-
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn load(panel: &[f32; PANEL]) -> __m512 {
-    // SAFETY: sixteen values, and the load needs no alignment.
-    unsafe { _mm512_loadu_ps(panel.as_ptr()) }
-}
-
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn store(value: __m512) -> [f32; PANEL] {
-    let mut out = [0.0; PANEL];
-    // SAFETY: sixteen values, and the store needs no alignment.
-    unsafe { _mm512_storeu_ps(out.as_mut_ptr(), value) };
-    out
+    let n = round(x);
+    _mm512_maskz_mov_ps(seen, exp2_of(n, _mm512_sub_ps(x, n)))
 }

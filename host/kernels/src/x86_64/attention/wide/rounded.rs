@@ -7,9 +7,9 @@
 
 use std::arch::x86_64::*;
 
-use super::{load, store};
 use crate::attention::{Head, HeadRows};
 use crate::x86_64::attention::{PANEL, scale, widen};
+use crate::x86_64::wide::{load, round, store};
 
 /// Queries taken together: with 2 registers of sums each, 2 of keys or values, and 1 of a query.
 const STRIP: usize = 12;
@@ -81,15 +81,23 @@ impl Rounder {
     #[target_feature(enable = "avx512f,avx2,f16c")]
     fn round(&mut self, rows: &HeadRows<'_>, index: usize, head_dim: usize) -> (&[i32], f32) {
         prefetch(rows, index + AHEAD_ROWS, head_dim);
-        widen(rows, index, &mut self.row.as_flattened_mut()[..head_dim]);
+        let row = match rows {
+            HeadRows::F32(data, stride) if head_dim.is_multiple_of(PANEL) => {
+                data[index * stride..][..head_dim].as_chunks().0
+            }
+            _ => {
+                widen(rows, index, &mut self.row.as_flattened_mut()[..head_dim]);
+                &self.row
+            }
+        };
         let mut sizes = Sizes::new();
-        for panel in &self.row {
+        for panel in row {
             sizes.add(load(panel));
         }
         let most = _mm512_reduce_max_ps(sizes.most);
         let large = most >= LARGEST_MIN;
         let inverse = _mm512_set1_ps(if large { STEPS / most } else { 0.0 });
-        for (panel, rounded) in self.row.iter().zip(&mut self.rounded) {
+        for (panel, rounded) in row.iter().zip(&mut self.rounded) {
             let whole = _mm512_cvtps_epi32(_mm512_mul_ps(load(panel), inverse));
             let whole = _mm512_cvtepi32_epi16(whole);
             // SAFETY: eight words, and the store needs no alignment.
@@ -412,8 +420,7 @@ impl Softmax {
 fn exp2(x: __m512) -> __m512 {
     const TERMS: [f32; 4] = [9.582_786e-3, 5.590_628e-2, 0.240_241, 0.693_124_2];
     let x = _mm512_max_ps(_mm512_set1_ps(-126.0), x); // the second operand when either is NaN
-    let round = _mm512_set1_ps(super::exp2_parts::ROUND);
-    let n = _mm512_sub_ps(_mm512_add_ps(x, round), round);
+    let n = round(x);
     let r = _mm512_sub_ps(x, n);
     let mut value = _mm512_set1_ps(TERMS[0]);
     for term in &TERMS[1..] {

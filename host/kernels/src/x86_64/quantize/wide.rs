@@ -1,0 +1,80 @@
+//! Activations to eight bits with AVX-512.
+
+use std::arch::x86_64::*;
+
+use crate::activations::{BLOCK, LARGEST_MIN, WORDS};
+use crate::x86_64::Avx512;
+use crate::x86_64::wide::load;
+
+impl Avx512 {
+    pub(crate) fn quantize(self, block: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
+        // SAFETY: `self` exists, so `detect` saw the features.
+        unsafe { quantize(block) }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
+    let [a, b, c, d] = x.as_chunks().0 else {
+        unreachable!("four registers are a block")
+    };
+    let values = [load(a), load(b), load(c), load(d)];
+    let magnitude = _mm512_set1_epi32(i32::MAX);
+    let mut most = _mm512_setzero_si512();
+    for value in values {
+        let bits = _mm512_and_si512(_mm512_castps_si512(value), magnitude);
+        most = _mm512_max_epi32(most, bits);
+    }
+    let largest = f32::from_bits(_mm512_reduce_max_epi32(most).cast_unsigned());
+    if !largest.is_finite() {
+        return ([0; WORDS], f32::NAN, f32::NAN);
+    }
+    if largest < LARGEST_MIN {
+        return ([0; WORDS], 0.0, 0.0);
+    }
+    let inverse = _mm512_set1_ps(127.0 / largest);
+    let whole = values.map(|value| {
+        let steps = _mm512_mul_ps(value, inverse);
+        _mm512_cvtps_epi32(steps)
+    });
+    let sum = _mm512_add_epi32(
+        _mm512_add_epi32(whole[0], whole[1]),
+        _mm512_add_epi32(whole[2], whole[3]),
+    );
+    let scale = largest / 127.0;
+    let sum = scale * _mm512_reduce_add_epi32(sum) as f32;
+    (words(whole), scale, sum)
+}
+
+/// Numbers that fit in a byte, as words of four even columns, then of four odd ones.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn words(whole: [__m512i; 4]) -> [i32; WORDS] {
+    // Each quarter l: columns 4l..4l + 4 of every register.
+    let bytes = _mm512_packs_epi16(
+        _mm512_packs_epi32(whole[0], whole[1]),
+        _mm512_packs_epi32(whole[2], whole[3]),
+    );
+    let evens_first = _mm512_broadcast_i32x4(_mm_setr_epi8(
+        0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,
+    ));
+    let bytes = _mm512_shuffle_epi8(bytes, evens_first);
+    // Pairs of bytes: word t of a parity has those of register t / 2 from quarters 2 (t % 2) and the next.
+    const ORDER: [i16; 2 * WORDS] = {
+        let mut order = [0; 2 * WORDS];
+        let mut place = 0;
+        while place < order.len() {
+            let (parity, word, half) = (place / WORDS, place / 2 % (WORDS / 2), place % 2);
+            order[place] = (8 * (2 * (word % 2) + half) + 4 * parity + word / 2) as i16;
+            place += 1;
+        }
+        order
+    };
+    // SAFETY: 64 bytes, and the load needs no alignment.
+    let order = unsafe { _mm512_loadu_si512(ORDER.as_ptr().cast()) };
+    let bytes = _mm512_permutexvar_epi16(order, bytes);
+    let mut words = [0; WORDS];
+    // SAFETY: sixteen words, and the store needs no alignment.
+    unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), bytes) };
+    words
+}
