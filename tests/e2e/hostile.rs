@@ -144,6 +144,7 @@ fn a_flood_of_log_lines_is_dropped_and_counted() {
         .find(|one| one["id"] == "bad-adapter")
         .expect("it is there")["log"];
     assert!(log["dropped"].as_u64() > Some(1000), "{log}");
+    server.wait_logged("flood flood");
     assert!(
         server.logged().matches("flood flood").count() < 2_000 * 2_000 / 10,
         "the log is not flooded"

@@ -44,12 +44,21 @@ fn measure(name: &str, shape: AttentionShape, (rows, keys): (usize, usize), way:
     let cache: Vec<f16> = (0..layers * 2 * keys * width)
         .map(|index| f16::from_f32((index % 13) as f32 / 13.0 - 0.5))
         .collect();
+    // As a layer of the tower has them: f32, the heads of a row side by side.
+    let picture: Vec<f32> = cache[..2 * keys * width]
+        .iter()
+        .map(|x| x.to_f32())
+        .collect();
     let mut out = vec![0.0; rows * width];
     let mut times = Vec::new();
     for run in 0..if rows == 1 { 96 } else { 6 } {
         let layer = [&cache[run % layers * 2 * keys * width..][..2 * keys * width]];
         let rows_of = |head: usize| {
             [0, 1].map(|part| {
+                if way == Way::Rounded {
+                    let all = &picture[part * keys * width..][..keys * width];
+                    return HeadRows::F32(&all[head * shape.head_dim..], width);
+                }
                 HeadRows::F16(HalfRows {
                     pages: &layer,
                     page_rows: keys,

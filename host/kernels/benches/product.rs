@@ -4,17 +4,19 @@
 
 use std::time::Instant;
 
-use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, multiply, on_pool};
+use visor_kernels::{
+    Activation, Int4Rows, Kernel, QuantizedRows, ScaleType, multiply, multiply_activated, on_pool,
+};
 
-/// Rows and columns of the products of a decoder layer, then of a layer of the vision tower.
-const SHAPES: [(usize, usize); 7] = [
-    (9216, 3072),
-    (3072, 3072),
-    (16384, 3072),
-    (3072, 8192),
-    (1024, 1024),
-    (4096, 1024),
-    (1024, 4096),
+/// Rows and columns of the products of a decoder layer, then of a layer of the vision tower, and what follows them.
+const SHAPES: [(usize, usize, Option<Activation>); 7] = [
+    (9216, 3072, None),
+    (3072, 3072, None),
+    (16384, 3072, Some(Activation::SwiGlu)),
+    (3072, 8192, None),
+    (1024, 1024, None),
+    (4096, 1024, Some(Activation::QuickGelu)),
+    (1024, 4096, None),
 ];
 
 fn main() {
@@ -32,13 +34,8 @@ fn measure() {
         rayon::current_num_threads()
     );
     println!("read bandwidth {:.1} GB/s", read_bandwidth());
-    for (rows, columns) in SHAPES {
-        let copies = (200_000_000 / (rows * columns / 2)).max(1);
-        let weight: Vec<u8> = (0..rows * columns / 2 * copies)
-            .map(|index| (index * 2_654_435_761) as u8)
-            .collect();
-        let mut scales = Vec::new();
-        (0..rows * columns / 64).for_each(|_| ScaleType::F16.put(0.01, &mut scales));
+    for (rows, columns, activation) in SHAPES {
+        let weights = Weights::new(rows, columns);
         for &m in if rows_of.is_empty() {
             &[1, 2, 4, 8, 64, 757][..]
         } else {
@@ -47,28 +44,67 @@ fn measure() {
             let x: Vec<f32> = (0..m * columns)
                 .map(|index| (index % 251) as f32 - 125.0)
                 .collect();
+            let (mut quantized, mut next) = (QuantizedRows::default(), QuantizedRows::default());
             let mut out = vec![0.0; m * rows];
-            let mut times = Vec::new();
-            let mut quantized = QuantizedRows::default();
-            for run in 0..(copies * 4).min(if m > 32 { 4 } else { 64 }) {
-                let part = &weight[run % copies * rows * columns / 2..][..rows * columns / 2];
-                let view = Int4Rows::new([part, &scales, &scales], columns, 64, ScaleType::F16)
-                    .expect("a matrix");
-                let start = Instant::now();
+            weights.report(m, "", |view| {
                 quantized.fill(kernel, &x, columns);
-                multiply(kernel, &view, &quantized, None, &mut out);
-                times.push(start.elapsed().as_secs_f64());
+                multiply(kernel, view, &quantized, None, &mut out);
+            });
+            if let Some(activation) = activation {
+                weights.report(m, "and activation in eight bits", |view| {
+                    multiply_activated(kernel, (view, None), &quantized, activation, &mut next);
+                });
             }
-            times.sort_by(f64::total_cmp);
-            let seconds = times[times.len() / 2];
-            let gop = 2.0 * (rows * columns * m) as f64 / seconds / 1e9;
-            let bytes = rows * columns / 2 + rows * columns / 64 * 4;
-            println!(
-                "{rows:>6} x {columns}, {m:>4} rows: {:8.3} ms  {gop:6.1} Gop/s  {:5.1} GB/s",
-                seconds * 1e3,
-                bytes as f64 / seconds / 1e9
-            );
         }
+    }
+}
+
+/// A matrix as often as it takes to be more than the caches hold.
+struct Weights {
+    rows: usize,
+    columns: usize,
+    copies: usize,
+    codes: Vec<u8>,
+    scales: Vec<u8>,
+}
+
+impl Weights {
+    fn new(rows: usize, columns: usize) -> Self {
+        let copies = (200_000_000 / (rows * columns / 2)).max(1);
+        let codes = (0..rows * columns / 2 * copies).map(|index| (index * 2_654_435_761) as u8);
+        let mut scales = Vec::new();
+        (0..rows * columns / 64).for_each(|_| ScaleType::F16.put(0.01, &mut scales));
+        Self {
+            rows,
+            columns,
+            copies,
+            codes: codes.collect(),
+            scales,
+        }
+    }
+
+    /// Prints the median time of a product with m rows, one copy after the other.
+    fn report(&self, m: usize, what: &str, mut work: impl FnMut(&Int4Rows<'_>)) {
+        let (rows, columns) = (self.rows, self.columns);
+        let mut times = Vec::new();
+        for run in 0..(self.copies * 4).min(if m > 32 { 4 } else { 64 }) {
+            let bytes = rows * columns / 2;
+            let codes = &self.codes[run % self.copies * bytes..][..bytes];
+            let parts = [codes, &self.scales, &self.scales];
+            let view = Int4Rows::new(parts, columns, 64, ScaleType::F16).expect("a matrix");
+            let start = Instant::now();
+            work(&view);
+            times.push(start.elapsed().as_secs_f64());
+        }
+        times.sort_by(f64::total_cmp);
+        let seconds = times[times.len() / 2];
+        let gop = 2.0 * (rows * columns * m) as f64 / seconds / 1e9;
+        let bytes = rows * columns / 2 + rows * columns / 64 * 4;
+        println!(
+            "{rows:>6} x {columns}, {m:>4} rows: {:8.3} ms  {gop:6.1} Gop/s  {:5.1} GB/s {what}",
+            seconds * 1e3,
+            bytes as f64 / seconds / 1e9
+        );
     }
 }
 

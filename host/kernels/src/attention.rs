@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Keys and values are rows of f32 or f16 at any stride, so that a KV cache of either type and a fused projection's output are
-//! read where they lie. `attend_naive` is the specification. Many queries of a head run against a tile of keys at a time
+//! read where they lie. `attend_naive` is the specification. Queries of a prompt run against a tile of keys at a time
 //! with a running maximum (online softmax; Dao et al., FlashAttention, 2022); a query that decodes reads keys and values once.
 
 #![expect(unsafe_code, reason = "threads write the columns of their heads")]
@@ -13,6 +13,7 @@
 use half::f16;
 use rayon::prelude::*;
 
+use crate::disjoint::Disjoint;
 use crate::kernel::Kernel;
 
 /// Head counts, width and visibility of an attention.
@@ -35,8 +36,8 @@ pub enum Way {
     Alone,
     /// They share tiles of keys: a prompt.
     Tiled,
-    /// As [`Self::Tiled`], in whole numbers of thirteen or fourteen bits with AVX-512 where every query sees every key: a picture. The
-    /// same as [`Self::Tiled`] elsewhere.
+    /// In whole numbers of thirteen bits with AVX-512, where every query sees every key of at most 8192 and heads have an even number
+    /// of columns, at most 128: a picture. The same as [`Self::Tiled`] elsewhere.
     Rounded,
 }
 
@@ -170,7 +171,7 @@ pub fn attend(kernel: Kernel, shape: AttentionShape, input: &AttentionInput<'_>,
         return;
     }
     let group = shape.heads / shape.kv_heads;
-    let out = HeadColumns(out.as_mut_ptr(), out.len());
+    let out = Disjoint::new(out);
     // One by one: rayon would stop cutting, and run several in a row while other threads have none.
     let heads = (0..shape.heads).into_par_iter().with_max_len(1);
     heads.for_each(|index| {
@@ -188,28 +189,11 @@ pub fn attend(kernel: Kernel, shape: AttentionShape, input: &AttentionInput<'_>,
         };
         kernel.attend(&head, &mut |row, values| {
             let at = row * width + index * shape.head_dim;
-            // SAFETY: no other task has this head's columns, and the borrow of `out` outlives the loop.
-            unsafe { out.write(at, values) };
+            // SAFETY: no other task has this head's columns.
+            let out = unsafe { out.part(at, values.len()) };
+            out.copy_from_slice(values);
         });
     });
-}
-
-/// The output, whose columns several threads write.
-struct HeadColumns(*mut f32, usize);
-
-// SAFETY: `write` is told to be called by one thread for one place, and nothing reads before all are done.
-unsafe impl Sync for HeadColumns {}
-
-impl HeadColumns {
-    /// # Safety
-    /// The output is borrowed for as long, and no other thread writes these values.
-    unsafe fn write(&self, at: usize, values: &[f32]) {
-        assert!(at + values.len() <= self.1, "inside the output");
-        // SAFETY: inside the output, as was asserted.
-        let start = unsafe { self.0.add(at) };
-        // SAFETY: as many values from there are the caller's alone.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), start, values.len()) };
-    }
 }
 
 /// The specification: one query at a time, scores, their softmax, the weighted sum of values.

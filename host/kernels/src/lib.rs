@@ -14,6 +14,7 @@ mod activation;
 pub mod activations;
 pub mod allocator;
 pub mod attention;
+mod disjoint;
 pub mod encode;
 pub mod int4;
 mod kernel;

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 pub use self::activated::multiply_activated;
 use crate::activations::QuantizedRows;
+use crate::disjoint::Disjoint;
 use crate::int4::Int4Rows;
 use crate::kernel::Kernel;
 
@@ -43,8 +44,7 @@ pub fn multiply(
         .min(panels.div_ceil(rayon::current_num_threads()))
         .max(1);
     let out = Columns {
-        values: out.as_mut_ptr(),
-        rows: x.rows(),
+        values: Disjoint::new(out),
         width: weights.rows(),
     };
     let bias = bias.map(padded);
@@ -56,7 +56,7 @@ pub fn multiply(
             let first = range.start;
             kernel.multiply(weights, range, x, &mut |panel, row, values| {
                 let bias = bias.as_ref().map(|bias| &bias[first + panel..]);
-                // SAFETY: no other task has these panels, and the borrow of `out` outlives the loop over tasks.
+                // SAFETY: no other task has these panels.
                 unsafe { out.write(row, first + panel, values, bias) };
             });
         });
@@ -83,21 +83,17 @@ fn padded(bias: &[f32]) -> Vec<[f32; PANEL]> {
 }
 
 /// A matrix (rows, width) whose columns several threads write.
-struct Columns {
-    values: *mut f32,
-    rows: usize,
+struct Columns<'a> {
+    values: Disjoint<'a, f32>,
     width: usize,
 }
 
-// SAFETY: `write` is told to be called by one thread for one column, and nothing reads before all are done.
-unsafe impl Sync for Columns {}
-
-impl Columns {
+impl Columns<'_> {
     /// Writes the values of a row in some panels, one beside the other, each panel with its bias added: the columns of them that
     /// the matrix has.
     ///
     /// # Safety
-    /// The matrix is borrowed for as long, and no other thread writes these columns.
+    /// No other thread writes these columns.
     unsafe fn write(
         &self,
         row: usize,
@@ -106,12 +102,10 @@ impl Columns {
         bias: Option<&[[f32; PANEL]]>,
     ) {
         let column = panel * PANEL;
-        assert!(row < self.rows && column < self.width, "inside the matrix");
+        assert!(column < self.width, "inside the matrix");
         let count = (values.len() * PANEL).min(self.width - column);
-        // SAFETY: the place lies inside the matrix, as was asserted.
-        let start = unsafe { self.values.add(row * self.width + column) };
-        // SAFETY: so many values from there are in the same row, and the caller alone has them.
-        let out = unsafe { std::slice::from_raw_parts_mut(start, count) };
+        // SAFETY: as the caller was told.
+        let out = unsafe { self.values.part(row * self.width + column, count) };
         let values = values.as_flattened();
         match bias {
             None => out.copy_from_slice(&values[..count]),

@@ -7,6 +7,7 @@
 
 mod activation;
 mod attention;
+mod exp2;
 mod product;
 mod quantize;
 mod wide;

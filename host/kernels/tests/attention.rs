@@ -7,7 +7,7 @@ use visor_kernels::{AttentionInput, AttentionShape, HalfRows, HeadRows, Kernel, 
 
 /// Sums of f32 in another order, and an exponential within 2e-7.
 const TOLERANCE: f32 = 2e-5;
-/// The same where numbers below 1 are rounded to 4095 steps and weights to 8191, for each unit of the queries' size: random
+/// The same where numbers below 1 are rounded to 4095 steps and weights no coarser, for each unit of the queries' size: random
 /// numbers stay below it. Scores of d columns err by 2 sqrt(d) log2(e) / 8190 at most.
 const ROUNDED_TOLERANCE: f32 = 2e-4;
 
@@ -34,7 +34,7 @@ fn numbers(count: usize, seed: u64) -> Vec<f32> {
 }
 
 impl Case {
-    /// Keys and values as a cache keeps them: f32 as (kv_heads, keys + 3, head_dim), f16 as pages (kv_heads, PAGE_ROWS, head_dim).
+    /// Keys and values as they are kept: f32 with all heads side by side in a row, (keys, kv_heads * head_dim + 5), f16 as pages (kv_heads, PAGE_ROWS, head_dim).
     fn run(&self, kernel: Kernel, half: bool, size: f32) -> Vec<f32> {
         self.run_rows(kernel, half, size, 0..self.rows)
     }
@@ -60,9 +60,11 @@ impl Case {
         let pages16 = pages16
             .each_ref()
             .map(|pages| pages.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        let rows32 = stored
+            .each_ref()
+            .map(|all| side_by_side(all, kv_heads, head_dim, self.keys));
         let rows_of = |head: usize| {
             [0, 1].map(|part| {
-                let span = head * capacity..(head + 1) * capacity;
                 if half {
                     HeadRows::F16(HalfRows {
                         pages: &pages16[part],
@@ -71,7 +73,7 @@ impl Case {
                         stride: head_dim,
                     })
                 } else {
-                    HeadRows::F32(&stored[part][span], head_dim)
+                    HeadRows::F32(&rows32[part][head * head_dim..], kv_heads * head_dim + 5)
                 }
             })
         };
@@ -92,6 +94,16 @@ impl Case {
         attend(kernel, self.shape, &input, &mut out);
         out
     }
+}
+
+/// The first rows of all heads side by side, NaN behind them.
+fn side_by_side(all: &[f32], heads: usize, head_dim: usize, rows: usize) -> Vec<f32> {
+    let capacity = all.len() / heads;
+    let row = |row: usize| {
+        let head = move |head: usize| &all[head * capacity + row * head_dim..][..head_dim];
+        (0..heads).flat_map(head).copied().chain([f32::NAN; 5])
+    };
+    (0..rows).flat_map(row).collect()
 }
 
 /// The first rows of every head in pages, the last one's rest NaN.
@@ -376,6 +388,27 @@ fn rounding_loses_no_broken_numbers_and_divides_by_no_zero() {
                 kernel.name()
             );
         }
+    }
+}
+
+/// All columns and weights at their largest, as many as may be: what is added up does not overflow. With more keys nothing is rounded.
+#[test]
+fn the_largest_of_everything_can_be_added_up() {
+    const DIM: usize = 128;
+    let ones = vec![1.0; 8192 * DIM];
+    let minus: Vec<f32> = ones.iter().map(|x| -x).collect();
+    for kernel in kernels() {
+        for (keys, values) in [(&ones, &ones), (&minus, &ones), (&ones, &minus)] {
+            let given = [&ones[..2 * DIM], keys, values];
+            let out = one_head(kernel, (Way::Rounded, false), DIM, given);
+            let near = out.iter().all(|value| (value - values[0]).abs() < 1e-5);
+            assert!(near, "{}: {:?}", kernel.name(), out[0]);
+        }
+        let (queries, many) = (numbers(7 * DIM, 1), numbers(8193 * DIM, 2));
+        let given = [&queries[..], &many, &many];
+        let [rounded, tiled] =
+            [Way::Rounded, Way::Tiled].map(|way| one_head(kernel, (way, false), DIM, given));
+        assert_eq!(rounded, tiled, "{}", kernel.name());
     }
 }
 

@@ -112,6 +112,7 @@ fn every_kernel_gives_the_bits_of_the_specification() {
                 (70, 640, 65),
                 (150, 128, 241),
                 (24, 64, 500),
+                (70, 320, 586),
             ] {
                 if columns % group != 0 {
                     continue;
@@ -244,7 +245,15 @@ fn rows_multiply_alike_alone_and_together() {
 #[test]
 fn an_activation_between_products_changes_no_bit() {
     let mut random = Random(8);
-    for (rows, m) in [(128, 1), (128, 3), (256, 8), (384, 21), (128, 77)] {
+    for (rows, m) in [
+        (128, 0),
+        (128, 1),
+        (128, 3),
+        (128, 5),
+        (256, 10),
+        (384, 21),
+        (128, 77),
+    ] {
         let matrix = Matrix::random(&mut random, (rows, 192), 64, ScaleType::F16);
         let values: Vec<f32> = (0..m * 192).map(|_| random.unit()).collect();
         let bias: Vec<f32> = (0..rows).map(|_| random.unit() * 100.0).collect();

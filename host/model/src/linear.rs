@@ -249,21 +249,31 @@ impl Linear {
         quantized: &Quantized,
         out: &mut Rows,
     ) -> candle_core::Result<()> {
-        let bias = self.bias()?;
         match (self.integer(), &self.weight) {
-            (Some((int4, kernel)), _) if quantized.whole => {
-                out.reshape(quantized.rows.rows(), int4.rows());
-                let (x, out) = (&quantized.rows, &mut out.values);
-                visor_kernels::multiply(kernel, &int4, x, bias.as_deref(), out);
+            (Some(weights), _) if quantized.whole => {
+                assert_eq!(x.count(), quantized.rows.rows(), "two forms of one thing");
+                self.forward_quantized(weights, &quantized.rows, out)?;
             }
             (_, LinearWeight::Stored(matrix, _)) => {
                 *out = Rows::of(&matrix.multiply(&x.to_tensor()?)?)?;
-                if let Some(bias) = &bias {
-                    out.add_to_each(bias);
+                if let Some(bias) = self.bias()? {
+                    out.add_to_each(&bias);
                 }
             }
             _ => *out = Rows::of(&self.forward(&x.to_tensor()?)?)?,
         }
+        Ok(())
+    }
+
+    fn forward_quantized(
+        &self,
+        (weights, kernel): (Int4Rows<'_>, Kernel),
+        x: &QuantizedRows,
+        out: &mut Rows,
+    ) -> candle_core::Result<()> {
+        let bias = self.bias()?;
+        out.reshape(x.rows(), weights.rows());
+        visor_kernels::multiply(kernel, &weights, x, bias.as_deref(), &mut out.values);
         Ok(())
     }
 
@@ -288,22 +298,21 @@ pub(crate) fn feed_forward(
     s: &mut Between,
     out: &mut Rows,
 ) -> candle_core::Result<()> {
-    let whole = |columns: usize| columns.is_multiple_of(visor_kernels::activations::BLOCK);
     match (first.integer(), second.integer()) {
-        (Some((weights, _)), Some((next, _))) if quantized.whole && whole(next.columns()) => {
+        (Some((weights, kernel)), Some(next)) if quantized.whole => {
             let bias = first.bias()?;
-            let weights = (&weights, bias.as_deref());
-            let (x, out) = (&quantized.rows, &mut s.quantized.rows);
-            visor_kernels::multiply_activated(kernel, weights, x, activation, out);
-            s.quantized.whole = true;
+            let (weights, between) = ((&weights, bias.as_deref()), &mut s.quantized.rows);
+            let x = &quantized.rows;
+            visor_kernels::multiply_activated(kernel, weights, x, activation, between);
+            second.forward_quantized(next, between, out)
         }
         _ => {
             first.forward_rows(x, quantized, &mut s.wide)?;
             s.activated.set_activated(&s.wide, activation, kernel);
             s.quantized.set(kernel, &s.activated);
+            second.forward_rows(&s.activated, &s.quantized, out)
         }
     }
-    second.forward_rows(&s.activated, &s.quantized, out)
 }
 
 /// Builds the parts of the model from weights that were checked against the table.

@@ -6,6 +6,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
+use super::exp2::{LEAST, ONE_BITS, ROUND, TERMS};
 use super::{Avx2, load_f32};
 use crate::attention::{HalfRows, Head, HeadRows, Way};
 
@@ -211,29 +212,10 @@ fn weights(scores: &mut [f32], most: f32) -> f32 {
     ])
 }
 
-/// Numbers that [`exp2`] takes, in registers of any width.
-pub(super) mod exp2_parts {
-    /// Below it nothing is left.
-    pub(in crate::x86_64) const LEAST: f32 = -126.0;
-    /// Adding it rounds to a whole number, which is then the low bits.
-    pub(in crate::x86_64) const ROUND: f32 = 12_582_912.0;
-    pub(in crate::x86_64) const ONE_BITS: i32 = 0x3F80_0000;
-    #[expect(clippy::approx_constant, reason = "ln 2 itself errs more")]
-    pub(in crate::x86_64) const TERMS: [f32; 5] = [
-        1.326_472_7e-3,
-        9.671_513e-3,
-        5.550_733_6e-2,
-        0.240_222_42,
-        0.693_147,
-    ];
-}
-
-/// `2^x` for x up to 0, within 2e-7 of itself; 0 below -126. By 2^n * 2^r with |r| at most 1/2, and 2^r by the polynomial of
-/// its degree that errs least (Lawson's iterations), 1 at 0.
+/// `2^x` for x up to 0, within 2e-7 of itself; 0 below -126.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 fn exp2(x: __m256) -> __m256 {
-    use exp2_parts::{LEAST, ONE_BITS, ROUND, TERMS};
     let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(LEAST));
     let x = _mm256_max_ps(_mm256_set1_ps(LEAST), x); // the second operand when either is NaN
     let rounded = _mm256_add_ps(x, _mm256_set1_ps(ROUND));

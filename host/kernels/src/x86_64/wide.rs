@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::attention::exp2_parts::{ROUND, TERMS};
+use super::exp2::{ROUND, TERMS};
 
 /// Values of a register.
 pub(super) const LANES: usize = 16;

@@ -4,9 +4,10 @@ mod rounded;
 
 use std::arch::x86_64::*;
 
-use super::{Line, PANEL, Packed, STRIP, Scores, Strip, TILE, exp2_parts, few, many};
+use super::{Line, PANEL, Packed, STRIP, Scores, Strip, TILE, few, many};
 use crate::attention::{Head, Way};
 use crate::x86_64::Avx512;
+use crate::x86_64::exp2::LEAST;
 use crate::x86_64::wide::{exp2_of, load, round, store};
 
 /// Panels taken together: 6 x 2 registers of sums, as many as two units of four cycles take and half as many again.
@@ -140,7 +141,7 @@ fn weights(scores: &mut [f32], most: f32) -> f32 {
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn exp2(x: __m512) -> __m512 {
-    let least = _mm512_set1_ps(exp2_parts::LEAST);
+    let least = _mm512_set1_ps(LEAST);
     let seen = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, least);
     let x = _mm512_max_ps(least, x); // the second operand when either is NaN
     let n = round(x);

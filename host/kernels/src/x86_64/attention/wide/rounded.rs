@@ -21,9 +21,10 @@ const STEPS: f32 = 4095.0;
 const HEAD_DIM_MAX: usize = 128;
 /// Steps from 0 to the largest weight, at most: what 16 bits hold.
 const WEIGHT_STEPS: f32 = 32767.0;
-/// Steps of all weights of a query, at most, and keys that it may see. Rounding each may add a half: (520 192 + 8192 / 2) * 4095 =
-/// 2 146 959 360, and a sum of f32 may err by a part in 4000 before 2^31 - 1 is passed.
+/// Steps of all weights of a query, at most. Rounding may add a half for each key: (520 192 + 8192 / 2) * 4095 = 2 146 959 360, and a sum
+/// of f32 may err by a part in 4100 before 2^31 - 1 is passed.
 const WEIGHTS_STEPS: f32 = 520_192.0;
+/// Keys that a query may see, for that.
 const KEYS_MAX: usize = 8192;
 /// What is smaller throughout is zeros: below 1.2e-35 its steps, `STEPS / largest`, would be infinite.
 const LARGEST_MIN: f32 = 1e-30;
@@ -39,8 +40,9 @@ const ZEROS: Words = Words([0; PANEL]);
 
 /// Whether a head can be attended to so: every query sees every key, columns are pairs, and products can be added up.
 pub(super) fn takes(head: &Head<'_>) -> bool {
-    let small = head.head_dim <= HEAD_DIM_MAX && head.count <= KEYS_MAX;
-    !head.causal && head.head_dim.is_multiple_of(2) && small
+    let added_up =
+        (1..=HEAD_DIM_MAX).contains(&head.head_dim) && (1..=KEYS_MAX).contains(&head.count);
+    !head.causal && head.head_dim.is_multiple_of(2) && added_up
 }
 
 /// `out(row, values)` once for each query of a head that [`takes`] allows.
@@ -241,7 +243,7 @@ struct Strip {
     mixed: Vec<[f32; PANEL]>, // (STRIP, columns / PANEL)
 }
 
-/// Scores of a group, in steps of the query.
+/// Scores of a group, in steps of the query: infinite where a key is beyond 6e32, and what comes of them is not a number.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Scores([[f32; PANEL]; 2]);
@@ -405,7 +407,7 @@ impl Softmax {
     #[inline]
     fn take(&mut self, Scores(scores): &mut Scores, lanes: [__mmask16; 2]) {
         for (place, lanes) in scores.iter_mut().zip(lanes) {
-            // Never above 0, as a product less a product may be.
+            // Subtracted before they are scaled: two scaled scores may differ by a rounding, and lie above 0.
             let below = _mm512_mul_ps(_mm512_sub_ps(load(place), self.most), self.step);
             let weight = _mm512_maskz_mov_ps(lanes, exp2(below));
             *place = store(weight);
