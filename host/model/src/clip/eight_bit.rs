@@ -62,13 +62,10 @@ impl Tower {
     ) -> candle_core::Result<()> {
         layer.norm1.set(&mut s.normed, hidden)?;
         s.quantized.set(kernel, &s.normed);
-        // Side by side, so that no thread waits for the last task of one before it begins the next.
         let (x, quantized) = (&s.normed, &s.quantized);
-        let query = || layer.query.forward_rows(x, quantized, &mut s.query);
-        let key = || layer.key.forward_rows(x, quantized, &mut s.key);
-        let value = || layer.value.forward_rows(x, quantized, &mut s.value);
-        let (query, (key, value)) = rayon::join(query, || rayon::join(key, value));
-        query.and(key).and(value)?;
+        layer.query.forward_rows(x, quantized, &mut s.query)?;
+        layer.key.forward_rows(x, quantized, &mut s.key)?;
+        layer.value.forward_rows(x, quantized, &mut s.value)?;
         self.attend_rows(kernel, [&s.query, &s.key, &s.value], &mut s.normed);
         s.quantized.set(kernel, &s.normed);
         layer
