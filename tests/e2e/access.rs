@@ -87,9 +87,12 @@ fn once_there_is_a_key_every_request_needs_one() {
     for path in ["/health", "/ready"] {
         assert_eq!(server.get(path).status, 200, "{path} is open");
     }
-    let last = ("authorization", "Bearer secret-of-alice");
-    send(&server, "GET", "/the-last-of-all", &[last]).error(404);
-    let log = server.wait_logged("/the-last-of-all");
+    let last = [
+        ("authorization", "Bearer secret-of-alice"),
+        ("x-request-id", "last-of-all"),
+    ];
+    ask(&server, &last).ok();
+    let log = server.wait_logged("last-of-all");
     assert!(log.contains("principal=\"alice\""), "{log}");
     assert!(!log.contains("secret-of-"), "no key is logged");
 }

@@ -9,7 +9,7 @@
 ///
 /// Left to itself, glibc learns from the first large block that is freed to take such blocks from its arenas, of which it has
 /// eight for each core. Crops, features and rows of all sizes then leave holes in every one of them, and a process whose caches
-/// are long full goes on to grow. And it gives back what every task takes again, so a few MiB of each arena stay. Call it first thing in `main`, before there are threads. Elsewhere it does nothing.
+/// are long full goes on to grow. Call it first thing in `main`, before there are threads. Elsewhere it does nothing.
 pub fn return_large_blocks() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     glibc::set();
@@ -20,15 +20,11 @@ mod glibc {
     use std::ffi::c_int;
 
     // Source: glibc's malloc.h.
-    const M_TRIM_THRESHOLD: c_int = -1;
     const M_MMAP_THRESHOLD: c_int = -3;
     const M_ARENA_MAX: c_int = -8;
 
     /// Blocks of at least so many bytes are the system's. Below, a page fault for every 4 KiB costs more than it gives back.
     const LARGE_BYTES: c_int = 1 << 20;
-    /// Free bytes at the end of an arena from which on they are given back. A kernel takes as much as the usual 128 KiB for a task, and
-    /// each return interrupts the other cores: a tenth of the time of a crop.
-    const TRIM_BYTES: c_int = 4 << 20;
     /// Threads that compute take little, and seldom at once.
     const ARENAS: c_int = 2;
 
@@ -37,11 +33,7 @@ mod glibc {
     }
 
     pub(super) fn set() {
-        for (param, value) in [
-            (M_TRIM_THRESHOLD, TRIM_BYTES),
-            (M_MMAP_THRESHOLD, LARGE_BYTES),
-            (M_ARENA_MAX, ARENAS),
-        ] {
+        for (param, value) in [(M_MMAP_THRESHOLD, LARGE_BYTES), (M_ARENA_MAX, ARENAS)] {
             // SAFETY: two numbers go in and one comes out; what mallopt writes, it writes under the allocator's own lock.
             let _accepted = unsafe { mallopt(param, value) };
         }

@@ -6,6 +6,7 @@
 //! of its own; values lie in the same order.
 
 use std::arch::x86_64::*;
+use std::cell::Cell;
 
 use crate::attention::{Head, HeadRows};
 use crate::x86_64::attention::{PANEL, scale, widen};
@@ -45,38 +46,60 @@ pub(super) fn takes(head: &Head<'_>) -> bool {
     !head.causal && head.head_dim.is_multiple_of(2) && added_up
 }
 
+/// Memory that every head of a thread uses again, 0.4 MB for a picture: the C library would give so much back after each, and interrupt
+/// the other cores for it.
+#[derive(Default)]
+struct Memory {
+    rounder: Rounder,
+    keys: Keys,
+    values: Values,
+    strip: Strip,
+}
+
+thread_local! {
+    static MEMORY: Cell<Memory> = Cell::default();
+}
+
 /// `out(row, values)` once for each query of a head that [`takes`] allows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
 pub(super) fn attend(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
-    let mut rounder = Rounder::new(head.head_dim);
-    let keys = Keys::new(head, &mut rounder);
-    let values = Values::new(head);
-    let mut strip = Strip::new(head);
+    let mut memory = MEMORY.take();
+    let Memory {
+        rounder,
+        keys,
+        values,
+        strip,
+    } = &mut memory;
+    rounder.resize(head.head_dim);
+    keys.fill(head, rounder);
+    values.fill(head);
+    strip.resize(head);
     for first in (0..head.rows).step_by(STRIP) {
-        strip.fill(head, first, &mut rounder);
-        strip.see(&keys);
+        strip.fill(head, first, rounder);
+        strip.see(keys);
         strip.weigh(head.count);
-        strip.mix(&values);
+        strip.mix(values);
         let rows = first..head.rows.min(first + STRIP);
         for (row, mixed) in rows.zip(strip.mixed.chunks_exact(values.steps.len())) {
             out(row, &mixed.as_flattened()[..head.head_dim]);
         }
     }
+    MEMORY.set(memory);
 }
 
 /// Memory to round a row in.
+#[derive(Default)]
 struct Rounder {
     row: Vec<[f32; PANEL]>,
     rounded: Vec<[i32; PANEL / 2]>, // pairs
 }
 
 impl Rounder {
-    fn new(head_dim: usize) -> Self {
+    fn resize(&mut self, head_dim: usize) {
         let panels = head_dim.div_ceil(PANEL);
-        Self {
-            row: vec![[0.0; PANEL]; panels],
-            rounded: vec![[0; PANEL / 2]; panels],
-        }
+        self.row.resize(panels, [0.0; PANEL]);
+        self.row.as_flattened_mut()[head_dim..].fill(0.0);
+        self.rounded.resize(panels, [0; PANEL / 2]);
     }
 
     /// A row in pairs of columns, and what a step is worth: not a number where one of the row is none.
@@ -145,7 +168,8 @@ impl Sizes {
     }
 }
 
-/// A head's keys, zeros behind the last.
+/// A head's keys, and behind the last in its group what was there before: nobody asks for its scores.
+#[derive(Default)]
 struct Keys {
     words: Vec<[Words; 2]>, // (keys / GROUP, head_dim / 2): two columns of 32 keys
     steps: Vec<[[f32; PANEL]; 2]>, // (keys / GROUP): what a step of each key is worth
@@ -153,25 +177,26 @@ struct Keys {
 
 impl Keys {
     #[target_feature(enable = "avx512f,avx2,f16c")]
-    fn new(head: &Head<'_>, rounder: &mut Rounder) -> Self {
+    fn fill(&mut self, head: &Head<'_>, rounder: &mut Rounder) {
         let (groups, columns) = (head.count.div_ceil(GROUP), head.head_dim / 2);
-        let mut words = vec![[ZEROS; 2]; groups * columns];
-        let mut steps = vec![[[0.0; PANEL]; 2]; groups];
+        self.words.resize(groups * columns, [ZEROS; 2]);
+        self.steps.resize(groups, [[0.0; PANEL]; 2]);
         for key in 0..head.count {
             let (pairs, step) = rounder.round(&head.keys, key, head.head_dim);
             let (group, panel, lane) = (key / GROUP, key / PANEL % 2, key % PANEL);
-            let places = &mut words[group * columns..][..columns];
+            let places = &mut self.words[group * columns..][..columns];
             for (place, pair) in places.iter_mut().zip(pairs) {
                 place[panel].0[lane] = *pair;
             }
-            steps[group][panel][lane] = step;
+            self.steps[group][panel][lane] = step;
         }
-        Self { words, steps }
     }
 }
 
 /// A head's values, zeros behind the last.
+#[derive(Default)]
 struct Values {
+    rows: Vec<[f32; PANEL]>, // (keys, columns / PANEL): as they were
     /// (columns / PANEL, keys / GROUP): two keys' sixteen columns, in the order of [`packed_key`].
     words: Vec<[Words; GROUP / 2]>,
     steps: Vec<[f32; PANEL]>, // (columns / PANEL): what a step of each column is worth
@@ -179,21 +204,23 @@ struct Values {
 
 impl Values {
     #[target_feature(enable = "avx512f,avx2,f16c")]
-    fn new(head: &Head<'_>) -> Self {
+    fn fill(&mut self, head: &Head<'_>) {
         let (panels, groups) = (head.head_dim.div_ceil(PANEL), head.count.div_ceil(GROUP));
-        let mut rows = vec![[0.0; PANEL]; panels * GROUP * groups];
-        for (key, row) in rows.chunks_exact_mut(panels).take(head.count).enumerate() {
+        self.rows.resize(panels * GROUP * groups, [0.0; PANEL]);
+        let (rows, behind) = self.rows.split_at_mut(panels * head.count);
+        for (key, row) in rows.chunks_exact_mut(panels).enumerate() {
             prefetch(&head.values, key + AHEAD_ROWS, head.head_dim);
-            let row = &mut row.as_flattened_mut()[..head.head_dim];
+            let (row, behind) = row.as_flattened_mut().split_at_mut(head.head_dim);
             widen(&head.values, key, row);
+            behind.fill(0.0);
         }
-        let mut words = vec![[ZEROS; GROUP / 2]; panels * groups];
-        let mut steps = vec![[0.0; PANEL]; panels];
-        let columns = words.chunks_exact_mut(groups).zip(&mut steps);
+        behind.fill([0.0; PANEL]);
+        self.words.resize(panels * groups, [ZEROS; GROUP / 2]);
+        self.steps.resize(panels, [0.0; PANEL]);
+        let columns = self.words.chunks_exact_mut(groups).zip(&mut self.steps);
         for (panel, (words, steps)) in columns.enumerate() {
-            *steps = round_columns(|key| load(&rows[key * panels + panel]), words);
+            *steps = round_columns(|key| load(&self.rows[key * panels + panel]), words);
         }
-        Self { words, steps }
     }
 }
 
@@ -233,7 +260,8 @@ fn round_columns(
     store(_mm512_add_ps(step, sizes.not_finite))
 }
 
-/// Some queries, and what becomes of them; memory that is used again.
+/// Some queries, and what becomes of them.
+#[derive(Default)]
 struct Strip {
     queries: Vec<[i32; STRIP]>, // (head_dim / 2): pairs of columns
     steps: [f32; STRIP],        // what a step of each query is worth, scaled
@@ -249,14 +277,12 @@ struct Strip {
 struct Scores([[f32; PANEL]; 2]);
 
 impl Strip {
-    fn new(head: &Head<'_>) -> Self {
-        Self {
-            queries: vec![[0; STRIP]; head.head_dim / 2],
-            steps: [0.0; STRIP],
-            scores: vec![[Scores([[0.0; PANEL]; 2]); STRIP]; head.count.div_ceil(GROUP)],
-            sums: [0.0; STRIP],
-            mixed: vec![[0.0; PANEL]; STRIP * head.head_dim.div_ceil(PANEL)],
-        }
+    fn resize(&mut self, head: &Head<'_>) {
+        self.queries.resize(head.head_dim / 2, [0; STRIP]);
+        let scores = [Scores([[0.0; PANEL]; 2]); STRIP];
+        self.scores.resize(head.count.div_ceil(GROUP), scores);
+        let panels = head.head_dim.div_ceil(PANEL);
+        self.mixed.resize(STRIP * panels, [0.0; PANEL]);
     }
 
     /// Takes up queries; of the last strip, which may have fewer, those of the one before stay, and nobody asks for them.

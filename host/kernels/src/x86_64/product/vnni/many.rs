@@ -2,6 +2,7 @@
 //! an activation, once in a register, meets four of them.
 
 use std::arch::x86_64::*;
+use std::cell::Cell;
 use std::ops::Range;
 
 use super::{Pair, accumulate, halves, unpacked};
@@ -25,6 +26,12 @@ const BLOCKS_AT_ONCE: usize = 4;
 /// A row's values in the rows of the pairs.
 type Values = [__m512; PAIRS];
 
+thread_local! {
+    /// Memory that every task of a thread uses again, 170 KB: the C library would give so much back after each, and interrupt the other
+    /// cores for it.
+    static MEMORY: Cell<(Unpacked, Vec<Values>)> = Cell::default();
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,f16c")]
 pub(super) fn many_rows(
     weights: &Int4Rows<'_>,
@@ -33,8 +40,8 @@ pub(super) fn many_rows(
     out: Out<'_>,
 ) {
     let mut pairs: [Pair<'_>; PAIRS] = std::array::from_fn(|_| Pair::new());
-    let mut unpacked = Unpacked::new();
-    let mut values: Vec<Values> = Vec::new();
+    let (mut unpacked, mut values) = MEMORY.take();
+    unpacked.resize();
     for first in panels.clone().step_by(PANELS) {
         let here = first..panels.end.min(first + PANELS);
         for (offset, pair) in pairs.iter_mut().enumerate() {
@@ -65,9 +72,11 @@ pub(super) fn many_rows(
             }
         }
     }
+    MEMORY.set((unpacked, values));
 }
 
 /// A stretch of blocks of the pairs, unpacked.
+#[derive(Default)]
 struct Unpacked {
     codes: Vec<[[__m512i; PAIRS]; WORDS]>, // (blocks)
     lines: Vec<[[__m512; 2]; PAIRS]>,      // (blocks)
@@ -75,11 +84,10 @@ struct Unpacked {
 
 impl Unpacked {
     #[target_feature(enable = "avx512f")]
-    fn new() -> Self {
-        Self {
-            codes: vec![[[_mm512_setzero_si512(); PAIRS]; WORDS]; BLOCKS_AT_ONCE],
-            lines: vec![[[_mm512_setzero_ps(); 2]; PAIRS]; BLOCKS_AT_ONCE],
-        }
+    fn resize(&mut self) {
+        let (codes, lines) = (_mm512_setzero_si512(), _mm512_setzero_ps());
+        self.codes.resize(BLOCKS_AT_ONCE, [[codes; PAIRS]; WORDS]);
+        self.lines.resize(BLOCKS_AT_ONCE, [[lines; 2]; PAIRS]);
     }
 
     #[target_feature(enable = "avx512f,avx2")]
