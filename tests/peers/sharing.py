@@ -85,16 +85,16 @@ def longest_gap(server):
     return max(b - a for a, b in zip(inside, inside[1:])), read - asked
 
 
-server = Server(sys.argv[1], sys.argv[2])
+server = Server(*(str(pathlib.Path(path).resolve()) for path in sys.argv[1:3]))
 try:
     picture = png(1024, 768, 7)
     first = next(server.tokens([about(picture, "What is this?")], 1))
     second = next(server.tokens([about(picture, "Which colors does it have?")], 1))
-    vision = lambda: json.dumps(server.stats()["stages"]["vision"], sort_keys=True)
+    vision = lambda: server.stats()["stages"]["vision"]["seconds"]
     before = vision()
     system = {"role": "system", "content": "Be brief, and say nothing that you do not see."}
     fresh = next(server.tokens([system, about(picture, "What is this?")], 1))
-    after = vision()
+    seen = vision() - before
     gap, read = longest_gap(server)
     print(
         json.dumps(
@@ -102,7 +102,7 @@ try:
                 "first_token_s": first,
                 "second_question": second / first,
                 "new_conversation_s": fresh,
-                "vision": [before, after],
+                "new_conversation_vision_s": seen,
                 "gap_slices": gap / SLICE_S,
                 "picture_of_2509_tokens_s": read,
             }
