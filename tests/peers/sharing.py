@@ -42,15 +42,17 @@ class Server:
             self.at = self.at or re.search(r"listening on (http://\S+)", line)
             if line.startswith("ready on"):
                 break
+        if self.at is None:
+            sys.exit("the server did not start; is the second argument the folder of a checkpoint?")
         self.at = self.at.group(1)
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
 
     def stats(self):
         return json.load(urllib.request.urlopen(f"{self.at}/stats"))
 
-    def tokens(self, messages, count):
+    def tokens(self, messages, count, crops=4):
         """When each piece of a stream came, in seconds from the request."""
-        body = {"messages": messages, "max_tokens": count, "stream": True, "temperature": 0}
+        body = {"messages": messages, "max_tokens": count, "stream": True, "temperature": 0, "num_crops": crops}
         request = urllib.request.Request(
             f"{self.at}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
         )
@@ -60,8 +62,8 @@ class Server:
                 yield time.perf_counter() - start
 
 
-def about(picture, question, crops=4):
-    image = {"type": "image_url", "image_url": {"url": picture}, "num_crops": crops}
+def about(picture, question):
+    image = {"type": "image_url", "image_url": {"url": picture}}
     return {"role": "user", "content": [image, {"type": "text", "text": question}]}
 
 
@@ -78,7 +80,7 @@ def longest_gap(server):
     listener.start()
     begun.wait()
     asked = time.perf_counter()
-    next(iter(server.tokens([about(png(1344, 1344, 11), "What is it?", 16)], 1)))
+    next(iter(server.tokens([about(png(1344, 1344, 11), "What is it?")], 1, crops=16)))
     read = time.perf_counter()
     listener.join()
     inside = [at for at, _ in times if asked <= at <= read]
