@@ -1,6 +1,6 @@
 //! A product, an activation and a rounding to eight bits as one: between the two layers of a feed-forward no floats go through memory.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 
 use rayon::prelude::*;
 
@@ -19,8 +19,8 @@ const KEPT_ROWS: usize = 2048;
 
 thread_local! {
     /// Values of a task before the activation, (rows, BLOCK), twice where it is gated: 256 bytes a row, in the second-level cache. Fresh
-    /// memory would cost a task a fault for every 4 KiB. Nothing a task does runs on other threads, so that none begins inside another.
-    static BETWEEN: RefCell<Vec<[f32; BLOCK]>> = const { RefCell::new(Vec::new()) };
+    /// memory would cost a task a fault for every 4 KiB.
+    static BETWEEN: Cell<Vec<[f32; BLOCK]>> = Cell::default();
 }
 
 /// `activation` of what [`super::multiply`] gives, in eight bits: to the bit as one after the other.
@@ -49,30 +49,30 @@ pub fn multiply_activated(
     let blocks = columns / BLOCK;
     let tiles = Disjoint::new(&mut out.tiles);
     let task = |block: usize| {
-        BETWEEN.with_borrow_mut(|between| {
-            between.resize(parts * x.rows(), [0.0; BLOCK]);
-            for (part, values) in between.chunks_exact_mut(x.rows()).enumerate() {
-                let panel = (part * blocks + block) * BLOCK_PANELS;
-                multiply_block(kernel, (weights, panel), x, values);
-                if let Some(bias) = bias {
-                    let bias = &bias[panel * PANEL..][..BLOCK];
-                    for row in &mut *values {
-                        row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
-                    }
+        let mut between = BETWEEN.take();
+        between.resize(parts * x.rows(), [0.0; BLOCK]);
+        for (part, values) in between.chunks_exact_mut(x.rows()).enumerate() {
+            let panel = (part * blocks + block) * BLOCK_PANELS;
+            multiply_block(kernel, (weights, panel), x, values);
+            if let Some(bias) = bias {
+                let bias = &bias[panel * PANEL..][..BLOCK];
+                for row in &mut *values {
+                    row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
                 }
             }
-            let (values, up) = between.split_at_mut(x.rows());
-            for (row, values) in values.iter_mut().enumerate() {
-                match activation {
-                    Activation::QuickGelu => kernel.quick_gelu(values),
-                    Activation::SwiGlu => kernel.swiglu(&values.clone(), &up[row], values),
-                }
-                // SAFETY: no other task has this block.
-                let tile = unsafe { tiles.part(row / TILE_ROWS * blocks + block, 1) };
-                kernel.quantize(std::slice::from_ref(&*values), row % TILE_ROWS, tile);
+        }
+        let (values, up) = between.split_at_mut(x.rows());
+        for (row, values) in values.iter_mut().enumerate() {
+            match activation {
+                Activation::QuickGelu => kernel.quick_gelu(values),
+                Activation::SwiGlu => kernel.swiglu(&values.clone(), &up[row], values),
             }
-            between.shrink_to(KEPT_ROWS);
-        });
+            // SAFETY: no other task has this block.
+            let tile = unsafe { tiles.part(row / TILE_ROWS * blocks + block, 1) };
+            kernel.quantize(std::slice::from_ref(&*values), row % TILE_ROWS, tile);
+        }
+        between.shrink_to(KEPT_ROWS);
+        BETWEEN.set(between);
     };
     // One by one, as in `multiply`.
     let all = (0..blocks).into_par_iter().with_max_len(1);

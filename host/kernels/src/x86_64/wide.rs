@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::exp2::{ROUND, TERMS};
+use super::exp2::ROUND;
 
 /// Values of a register.
 pub(super) const LANES: usize = 16;
@@ -31,12 +31,12 @@ pub(super) fn round(x: __m512) -> __m512 {
     _mm512_sub_ps(_mm512_add_ps(x, round), round)
 }
 
-/// `2^(n + r)` for whole n and |r| at most 1/2, within 2e-7 of itself: AVX2's polynomial.
+/// `2^(n + r)` for whole n and |r| at most 1/2, by the terms of a polynomial from the highest power on, but for the 1.
 #[target_feature(enable = "avx512f")]
 #[inline]
-pub(super) fn exp2_of(n: __m512, r: __m512) -> __m512 {
-    let mut value = _mm512_set1_ps(TERMS[0]);
-    for term in &TERMS[1..] {
+pub(super) fn exp2_of<const N: usize>(terms: &[f32; N], n: __m512, r: __m512) -> __m512 {
+    let mut value = _mm512_set1_ps(terms[0]);
+    for term in &terms[1..] {
         value = _mm512_fmadd_ps(value, r, _mm512_set1_ps(*term));
     }
     value = _mm512_fmadd_ps(value, r, _mm512_set1_ps(1.0));

@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use crate::activation::{QUICK_GELU, scaled_by_sigmoid};
 use crate::x86_64::Avx512;
+use crate::x86_64::exp2::TERMS;
 use crate::x86_64::wide::{LANES, exp2_of, load, round, store};
 
 impl Avx512 {
@@ -73,5 +74,5 @@ fn exp(x: __m512) -> __m512 {
     let n = round(_mm512_mul_ps(x, _mm512_set1_ps(LOG2_E[0])));
     let r = _mm512_fmsub_ps(x, _mm512_set1_ps(LOG2_E[0]), n);
     let r = _mm512_fmadd_ps(x, _mm512_set1_ps(LOG2_E[1]), r);
-    _mm512_maskz_mov_ps(seen, exp2_of(n, r))
+    _mm512_maskz_mov_ps(seen, exp2_of(&TERMS, n, r))
 }

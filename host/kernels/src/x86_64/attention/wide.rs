@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use super::{Line, PANEL, Packed, STRIP, Scores, Strip, TILE, few, many};
 use crate::attention::{Head, Way};
 use crate::x86_64::Avx512;
-use crate::x86_64::exp2::LEAST;
+use crate::x86_64::exp2::{LEAST, TERMS};
 use crate::x86_64::wide::{exp2_of, load, round, store};
 
 /// Panels taken together: 6 x 2 registers of sums, as many as two units of four cycles take and half as many again.
@@ -145,5 +145,5 @@ fn exp2(x: __m512) -> __m512 {
     let seen = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, least);
     let x = _mm512_max_ps(least, x); // the second operand when either is NaN
     let n = round(x);
-    _mm512_maskz_mov_ps(seen, exp2_of(n, _mm512_sub_ps(x, n)))
+    _mm512_maskz_mov_ps(seen, exp2_of(&TERMS, n, _mm512_sub_ps(x, n)))
 }
