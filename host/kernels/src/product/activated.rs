@@ -71,6 +71,7 @@ pub fn multiply_activated(
             let tile = unsafe { tiles.part(row / TILE_ROWS * blocks + block, 1) };
             kernel.quantize(std::slice::from_ref(&*values), row % TILE_ROWS, tile);
         }
+        between.truncate(KEPT_ROWS);
         between.shrink_to(KEPT_ROWS);
         BETWEEN.set(between);
     };
