@@ -121,20 +121,18 @@ fn memory_stays_where_it_is() {
         });
         resident(&server)
     };
+    let tenths: Vec<f64> = (1..=10).map(|tenth| run_to(count * tenth / 10)).collect();
+    let mib: Vec<_> = tenths
+        .iter()
+        .map(|x| format!("{:.1}", x / 1048576.0))
+        .collect();
+    println!("{count} requests, MiB after every tenth: {}", mib.join(" "));
     let settled = if asked.is_some() {
-        count / 10
+        tenths[0]
     } else {
-        count / 2
+        tenths[4]
     };
-    let early = run_to(settled);
-    let late = run_to(count);
-    let growth = late / early - 1.0;
-    println!(
-        "{count} requests: {:.0} MiB after {settled}, {:.0} MiB at the end, {:+.1} %",
-        early / 1048576.0,
-        late / 1048576.0,
-        100.0 * growth
-    );
+    let growth = tenths[9] / settled - 1.0;
     let growth_max = if asked.is_some() {
         GROWTH_MAX
     } else {
