@@ -5,12 +5,12 @@ use std::arch::x86_64::*;
 use std::cell::Cell;
 use std::ops::Range;
 
-use super::{Pair, accumulate, halves, unpacked};
+use super::{Pair, accumulate, unpacked};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL};
 use crate::x86_64::product::{TILE_PANELS, prefetch_after};
-use crate::x86_64::store;
+use crate::x86_64::wide::{LANES, load, store};
 
 /// Pairs of panels that are multiplied with a tile of activations: 5 * 4 sums, 4 weights and an activation are 25 of 32 registers.
 /// Of 1 (two sums each), 2, 3 and 4 pairs, 4 took the fewest loads for a product and were faster than 1 by a fifth.
@@ -23,8 +23,10 @@ const ROWS_AT_ONCE: usize = 116 * TILE_ROWS;
 /// Blocks of weights unpacked at a time: four pairs of 4 are 16 KiB, and leave the first-level cache room for the tiles to come.
 const BLOCKS_AT_ONCE: usize = 4;
 
-/// A row's values in the rows of the pairs.
-type Values = [__m512; PAIRS];
+/// A row's values in the rows of the pairs: whole cache lines.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Values([[f32; LANES]; PAIRS]);
 
 thread_local! {
     /// Memory that every task of a thread uses again, 170 KB: the C library would give so much back after each, and interrupt the other
@@ -52,7 +54,7 @@ pub(super) fn many_rows(
         for row in (0..x.rows()).step_by(ROWS_AT_ONCE) {
             let rows = row..(row + ROWS_AT_ONCE).min(x.rows());
             values.clear();
-            values.resize(rows.len(), [_mm512_setzero_ps(); PAIRS]);
+            values.resize(rows.len(), Values([[0.0; LANES]; PAIRS]));
             for start in (0..x.blocks).step_by(BLOCKS_AT_ONCE) {
                 let blocks = start..(start + BLOCKS_AT_ONCE).min(x.blocks);
                 unpacked.fill(&pairs, blocks.clone());
@@ -63,11 +65,7 @@ pub(super) fn many_rows(
                 }
             }
             for (row, values) in rows.zip(&values) {
-                let mut eights = [[0.0; PANEL]; PANELS];
-                for (pair, value) in eights.as_chunks_mut().0.iter_mut().zip(values) {
-                    let [low, high] = halves(*value);
-                    *pair = [store(low), store(high)];
-                }
+                let eights = values.0.as_flattened().as_chunks::<PANEL>().0;
                 out(first - panels.start, row, &eights[..here.len()]);
             }
         }
@@ -148,11 +146,13 @@ fn rows_times_pairs<const N: usize>(
                 }
             }
         }
-        for row in 0..N {
+        // The compiler would keep all values in registers from one block to the next, and has none left: it would copy them there
+        // and back instead.
+        let values = std::hint::black_box(&mut *values);
+        for (row, values) in values.iter_mut().enumerate() {
             let x = [tile.scales[row], tile.sums[row]];
-            for pair in 0..PAIRS {
-                let value = &mut values[row][pair];
-                *value = accumulate(*value, dots[row][pair], lines[pair], x);
+            for (pair, value) in values.0.iter_mut().enumerate() {
+                *value = store(accumulate(load(value), dots[row][pair], lines[pair], x));
             }
         }
     }
