@@ -75,8 +75,9 @@ impl QuantizedRows {
         );
         self.reshape(x.len() / columns, columns);
         let each = |(tiles, rows): (&mut [Tile], &[f32])| {
-            for (row, values) in rows.chunks_exact(columns).enumerate() {
-                kernel.quantize(values.as_chunks().0, row, tiles);
+            for (block, tile) in tiles.iter_mut().enumerate() {
+                let rows = rows.chunks_exact(columns);
+                kernel.quantize(rows.map(|row| &row.as_chunks().0[block]), tile);
             }
         };
         if self.rows <= TILE_ROWS {
@@ -88,15 +89,12 @@ impl QuantizedRows {
         self.fill_few();
     }
 
-    /// Gives the rows a shape, zeros behind the last; what they hold afterwards means nothing.
+    /// Gives the rows a shape; what they hold afterwards means nothing.
     pub(crate) fn reshape(&mut self, rows: usize, columns: usize) {
         self.blocks = columns / BLOCK;
         self.rows = rows;
         let tiles = rows.div_ceil(TILE_ROWS) * self.blocks;
         self.tiles.resize(tiles, Tile::default());
-        if !rows.is_multiple_of(TILE_ROWS) {
-            self.tiles[tiles - self.blocks..].fill(Tile::default());
-        }
     }
 
     /// Takes few rows from their tiles once more.

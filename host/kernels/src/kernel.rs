@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::aarch64::{I8mm, Neon};
 #[cfg(target_arch = "x86_64")]
 use crate::activations::TILE_ROWS;
-use crate::activations::{BLOCK, QuantizedRows, Tile};
+use crate::activations::{BLOCK, QuantizedRows, Tile, WORDS};
 use crate::attention::{self, Head};
 use crate::int4::Int4Rows;
 #[cfg(target_arch = "x86_64")]
@@ -155,23 +155,39 @@ impl Kernel {
         }
     }
 
-    /// Quantizes the blocks of one row to place `row` of its tiles.
-    pub(crate) fn quantize(self, blocks: &[[f32; BLOCK]], row: usize, tiles: &mut [Tile]) {
-        for (block, tile) in blocks.iter().zip(tiles) {
-            let (words, scale, sum) = match self {
-                Self::Scalar => scalar::quantize(block),
-                #[cfg(target_arch = "x86_64")]
-                Self::Avx2(avx2) => avx2.quantize(block),
-                #[cfg(target_arch = "x86_64")]
-                Self::Avx512(avx512) => avx512.quantize(block),
-                #[cfg(target_arch = "aarch64")]
-                Self::Neon(neon) | Self::I8mm(I8mm { neon }) => neon.quantize(block),
-            };
-            for (place, word) in tile.words.iter_mut().zip(words) {
-                place[row] = word;
+    /// Quantizes a block of each row of a tile; zeros behind the last.
+    pub(crate) fn quantize<'a>(
+        self,
+        rows: impl Iterator<Item = &'a [f32; BLOCK]>,
+        tile: &mut Tile,
+    ) {
+        match self {
+            Self::Scalar => quantize_each(rows, tile, scalar::quantize),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(avx2) => quantize_each(rows, tile, |block| avx2.quantize(block)),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(avx512) => avx512.quantize(rows, tile),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(neon) | Self::I8mm(I8mm { neon }) => {
+                quantize_each(rows, tile, |block| neon.quantize(block));
             }
-            (tile.scales[row], tile.sums[row]) = (scale, sum);
         }
+    }
+}
+
+/// Quantizes a block of each row of a tile with what takes one: its words, scale and sum.
+fn quantize_each<'a>(
+    rows: impl Iterator<Item = &'a [f32; BLOCK]>,
+    tile: &mut Tile,
+    quantize: impl Fn(&[f32; BLOCK]) -> ([i32; WORDS], f32, f32),
+) {
+    *tile = Tile::default();
+    for (row, block) in rows.enumerate() {
+        let (words, scale, sum) = quantize(block);
+        for (place, word) in tile.words.iter_mut().zip(words) {
+            place[row] = word;
+        }
+        (tile.scales[row], tile.sums[row]) = (scale, sum);
     }
 }
 

@@ -67,9 +67,11 @@ pub fn multiply_activated(
                 Activation::QuickGelu => kernel.quick_gelu(values),
                 Activation::SwiGlu => kernel.swiglu(&values.clone(), &up[row], values),
             }
+        }
+        for (index, rows) in values.chunks(TILE_ROWS).enumerate() {
             // SAFETY: no other task has this block.
-            let tile = unsafe { tiles.part(row / TILE_ROWS * blocks + block, 1) };
-            kernel.quantize(std::slice::from_ref(&*values), row % TILE_ROWS, tile);
+            let tile = unsafe { tiles.part(index * blocks + block, 1) };
+            kernel.quantize(rows.iter(), &mut tile[0]);
         }
         between.truncate(KEPT_ROWS);
         between.shrink_to(KEPT_ROWS);

@@ -2,19 +2,71 @@
 
 use std::arch::x86_64::*;
 
-use crate::activations::{BLOCK, LARGEST_MIN, WORDS};
+use crate::activations::{BLOCK, LARGEST_MIN, TILE_ROWS, Tile, WORDS};
 use crate::x86_64::Avx512;
 use crate::x86_64::wide::load;
 
 impl Avx512 {
-    pub(crate) fn quantize(self, block: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
+    pub(crate) fn quantize<'a>(
+        self,
+        rows: impl Iterator<Item = &'a [f32; BLOCK]>,
+        tile: &mut Tile,
+    ) {
         // SAFETY: `self` exists, so `detect` saw the features.
-        unsafe { quantize(block) }
+        unsafe { quantize(rows, tile) }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw")]
-fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
+fn quantize<'a>(rows: impl Iterator<Item = &'a [f32; BLOCK]>, tile: &mut Tile) {
+    let mut words = [_mm512_setzero_si512(); TILE_ROWS];
+    (tile.scales, tile.sums) = Default::default();
+    for (row, block) in rows.enumerate() {
+        (words[row], tile.scales[row], tile.sums[row]) = quantize_block(block);
+    }
+    interleave(&words, &mut tile.words);
+}
+
+/// A word of each row, then the next one of each.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn interleave(rows: &[__m512i; TILE_ROWS], words: &mut [[i32; TILE_ROWS]; WORDS]) {
+    /// Which word is where, the same register by register.
+    const PLACES: [[i32; WORDS]; TILE_ROWS] = {
+        let mut places = [[0; WORDS]; TILE_ROWS];
+        let mut place = 0;
+        while place < TILE_ROWS * WORDS {
+            places[place / WORDS][place % WORDS] = (place / TILE_ROWS) as i32;
+            place += 1;
+        }
+        places
+    };
+    /// Where the words of each row are, a bit each, the lowest place first.
+    const LANES: [[__mmask16; TILE_ROWS]; TILE_ROWS] = {
+        let mut lanes = [[0; TILE_ROWS]; TILE_ROWS];
+        let mut place = 0;
+        while place < TILE_ROWS * WORDS {
+            lanes[place / WORDS][place % TILE_ROWS] |= 1 << (place % WORDS);
+            place += 1;
+        }
+        lanes
+    };
+    let registers = words.as_flattened_mut().as_chunks_mut::<WORDS>().0;
+    for ((words, places), lanes) in registers.iter_mut().zip(&PLACES).zip(&LANES) {
+        // SAFETY: sixteen words, and the load needs no alignment.
+        let places = unsafe { _mm512_loadu_si512(places.as_ptr().cast()) };
+        let mut mixed = _mm512_permutexvar_epi32(places, rows[0]);
+        for (row, lanes) in rows.iter().zip(lanes).skip(1) {
+            mixed = _mm512_mask_permutexvar_epi32(mixed, *lanes, places, *row);
+        }
+        // SAFETY: sixteen words, and the store needs no alignment.
+        unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), mixed) };
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn quantize_block(x: &[f32; BLOCK]) -> (__m512i, f32, f32) {
     let [a, b, c, d] = x.as_chunks().0 else {
         unreachable!("four registers are a block")
     };
@@ -27,10 +79,10 @@ fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
     }
     let largest = f32::from_bits(_mm512_reduce_max_epi32(most).cast_unsigned());
     if !largest.is_finite() {
-        return ([0; WORDS], f32::NAN, f32::NAN);
+        return (_mm512_setzero_si512(), f32::NAN, f32::NAN);
     }
     if largest < LARGEST_MIN {
-        return ([0; WORDS], 0.0, 0.0);
+        return (_mm512_setzero_si512(), 0.0, 0.0);
     }
     let inverse = _mm512_set1_ps(127.0 / largest);
     let whole = values.map(|value| {
@@ -49,7 +101,7 @@ fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
 /// Numbers that fit in a byte, as words of four even columns, then of four odd ones.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
-fn words(whole: [__m512i; 4]) -> [i32; WORDS] {
+fn words(whole: [__m512i; 4]) -> __m512i {
     // Each quarter l: columns 4l..4l + 4 of every register.
     let bytes = _mm512_packs_epi16(
         _mm512_packs_epi32(whole[0], whole[1]),
@@ -72,9 +124,5 @@ fn words(whole: [__m512i; 4]) -> [i32; WORDS] {
     };
     // SAFETY: 64 bytes, and the load needs no alignment.
     let order = unsafe { _mm512_loadu_si512(ORDER.as_ptr().cast()) };
-    let bytes = _mm512_permutexvar_epi16(order, bytes);
-    let mut words = [0; WORDS];
-    // SAFETY: sixteen words, and the store needs no alignment.
-    unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), bytes) };
-    words
+    _mm512_permutexvar_epi16(order, bytes)
 }
