@@ -56,8 +56,8 @@ fn interleave(rows: &[__m512i; TILE_ROWS], words: &mut [[i32; TILE_ROWS]; WORDS]
         // SAFETY: sixteen words, and the load needs no alignment.
         let places = unsafe { _mm512_loadu_si512(places.as_ptr().cast()) };
         let mut mixed = _mm512_permutexvar_epi32(places, rows[0]);
-        for (row, lanes) in rows.iter().zip(lanes).skip(1) {
-            mixed = _mm512_mask_permutexvar_epi32(mixed, *lanes, places, *row);
+        for row in 1..TILE_ROWS {
+            mixed = _mm512_mask_permutexvar_epi32(mixed, lanes[row], places, rows[row]);
         }
         // SAFETY: sixteen words, and the store needs no alignment.
         unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), mixed) };
