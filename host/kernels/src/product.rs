@@ -18,6 +18,9 @@ pub(crate) const PANEL: usize = 8;
 /// matrix a panel's values mean nothing.
 pub(crate) type Out<'a> = &'a mut dyn FnMut(usize, usize, &[[f32; PANEL]]);
 
+/// Rows ahead that memory is asked for: they lie pages apart, too far for the processor to ask by itself.
+#[cfg(target_arch = "x86_64")]
+const AHEAD_ROWS: usize = 8;
 /// Panels of one parallel task: some ten microseconds for a few rows of activations. What the kernels take together for many rows.
 pub(crate) const TASK_PANELS: usize = 8;
 
@@ -106,6 +109,8 @@ impl Columns<'_> {
         let count = (values.len() * PANEL).min(self.width - column);
         // SAFETY: as the caller was told.
         let out = unsafe { self.values.part(row * self.width + column, count) };
+        #[cfg(target_arch = "x86_64")]
+        prefetch(out, AHEAD_ROWS * self.width);
         let values = values.as_flattened();
         match bias {
             None => out.copy_from_slice(&values[..count]),
@@ -115,5 +120,17 @@ impl Columns<'_> {
                 }
             }
         }
+    }
+}
+
+/// Asks for memory that lies `distance` values behind some, which need not be there.
+#[cfg(target_arch = "x86_64")]
+fn prefetch(values: &[f32], distance: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    const LINE: usize = 16;
+    let first = values.as_ptr().wrapping_add(distance);
+    for line in 0..values.len().div_ceil(LINE) {
+        // SAFETY: every x86-64 has SSE, and where nothing is, nothing is asked for.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(LINE * line).cast()) };
     }
 }
