@@ -184,6 +184,28 @@ fn a_body_that_is_announced_too_large_is_413_at_once() {
     }
 }
 
+/// More than sockets hold: a server that reads none of it breaks off who writes all of it first.
+#[test]
+fn a_large_body_that_nobody_wants_does_not_break_its_client_off() {
+    let server = shared();
+    let large = vec![b' '; 16 << 20];
+    for (request, status) in [
+        ("POST /v1/nothing/here", 404),
+        ("POST /nowhere", 404),
+        ("PUT /v1/chat/completions", 405),
+        ("POST /v1/chat/completions", 415),
+    ] {
+        let mut stream = TcpStream::connect(server.address).expect("the server accepts");
+        let length = large.len();
+        let head = format!(
+            "{request} HTTP/1.1\r\nhost: localhost\r\ncontent-encoding: br\r\ncontent-length: {length}\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).expect("sent");
+        stream.write_all(&large).expect("all of it is sent");
+        Incoming::read_head(stream).finish().error(status);
+    }
+}
+
 #[test]
 fn a_body_in_a_coding_is_415() {
     let request = Request {

@@ -15,8 +15,8 @@ use super::arrivals::Arriving;
 use super::gate::Permit;
 use crate::pipeline::{CancelOnDrop, Failure, Piece, ReplyBody, ReplyHead};
 
-/// Of a body that is too long, this many times its limit is read on and thrown away, while the answer is on its way: a client
-/// which writes before it reads still sees why it was refused.
+/// Of a body that nobody wants, this many times its limit is read and thrown away, while the answer is on its way: a client which
+/// writes before it reads still sees why it was refused.
 const DISCARD_FACTOR: u64 = 4;
 /// The status of a client that is too slow: its own doing, unlike a 504.
 const REQUEST_TIMEOUT: u16 = 408;
@@ -105,9 +105,9 @@ pub async fn read(mut body: Body, pace: &Pace, arriving: &mut Arriving) -> Resul
     Ok(Bytes::from(whole))
 }
 
-/// Takes the rest of a body that is too long behind the answer, for as long as a body may take before it is measured. One that is
-/// so long that nobody would wait for its end is left where it is.
-fn discard_behind(body: Body, pace: &Pace) {
+/// Takes a body that nobody wants, or the rest of it, behind the answer, for as long as a body may take before it is measured. One
+/// that is so long that nobody would wait for its end is left where it is.
+pub fn discard_behind(body: Body, pace: &Pace) {
     let bytes_max = pace.bytes_max.saturating_mul(DISCARD_FACTOR);
     // Asked for any of it, who waits would be told to send it.
     if !pace.waits && HttpBody::size_hint(&body).lower() <= bytes_max {

@@ -228,6 +228,9 @@ async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<
             }
         }
         None => {
+            let waits = head.headers.contains_key(header::EXPECT);
+            let config = http.house.config();
+            body::discard_behind(body, &pace(&config.server, None, waits));
             let message = format!("no route serves {}", head.uri.path());
             let known = http.house.wiring().keys.find(&head.headers);
             let failure = known
@@ -251,43 +254,19 @@ async fn serve(
     body: Body,
 ) -> Response<Body> {
     let config = Arc::clone(&pinned.config);
-    if http.gate.is_closed() {
-        let failure = Failure::new(ErrorCode::Overloaded, "the server is stopping")
-            .retry_after(RETRY_AFTER_S);
-        return refuse(http, pinned, incoming, failure).await;
-    }
     let in_flight_max = config.server.requests_in_flight_max;
-    if http.gate.is_full(in_flight_max) {
-        // Told at once: by the time its body is here, nothing is likely to have changed.
-        return refuse(http, pinned, incoming, full(in_flight_max)).await;
-    }
-    if let Some(Err(failure)) = key.as_deref().map(Key::has_place) {
+    let waits = incoming.header("expect").is_some();
+    let pace = |body_bytes_max| pace(&config.server, body_bytes_max, waits);
+    if let Err(failure) = may_come(http, in_flight_max, key.as_deref()) {
+        body::discard_behind(body, &pace(None));
         return refuse(http, pinned, incoming, failure).await;
     }
     let mut arriving = http.arrivals.begin(key.as_deref().map(Key::arriving));
-    let unreadable = unreadable(&incoming);
-    let checked = match paths::find(pinned.adapter.routes(), &incoming.method, &incoming.path) {
-        paths::Match::Found {
-            params,
-            body_bytes_max,
-        } if unreadable.is_none() => {
-            incoming.params = params;
-            let waits = incoming.header("expect").is_some();
-            let pace = Pace {
-                waits,
-                ..pace(&config.server, body_bytes_max)
-            };
-            body::read(body, &pace, &mut arriving).await
-        }
-        paths::Match::Found { .. } => Err(unreadable.unwrap_or_else(Failure::internal)),
-        paths::Match::WrongMethod(allowed) => Err(Failure::method_not_allowed(
-            &incoming.method,
-            &incoming.full_path,
-            allowed,
-        )),
-        paths::Match::NotFound => {
-            let message = format!("nothing is served at {}", incoming.full_path);
-            Err(Failure::new(ErrorCode::NotFound, message))
+    let checked = match find(&pinned, &mut incoming) {
+        Ok(body_bytes_max) => body::read(body, &pace(body_bytes_max), &mut arriving).await,
+        Err(failure) => {
+            body::discard_behind(body, &pace(None));
+            Err(failure)
         }
     };
     let permit = match enter(http, in_flight_max, key.as_deref()) {
@@ -299,6 +278,43 @@ async fn serve(
     match checked {
         Ok(bytes) => work(http, pinned, incoming, bytes, permit).await,
         Err(failure) => reject(http, pinned, incoming, failure, permit).await,
+    }
+}
+
+/// Whether a request's body is read at all. By the time all of it is here, nothing is likely to have changed.
+fn may_come(http: &Http, in_flight_max: usize, key: Option<&Key>) -> Result<(), Failure> {
+    if http.gate.is_closed() {
+        let failure = Failure::new(ErrorCode::Overloaded, "the server is stopping");
+        return Err(failure.retry_after(RETRY_AFTER_S));
+    }
+    if http.gate.is_full(in_flight_max) {
+        return Err(full(in_flight_max));
+    }
+    key.map_or(Ok(()), Key::has_place)
+}
+
+/// Finds the route of a request, and the longest body that it takes.
+fn find(pinned: &Pinned, incoming: &mut Incoming) -> Result<Option<u64>, Failure> {
+    match paths::find(pinned.adapter.routes(), &incoming.method, &incoming.path) {
+        paths::Match::Found {
+            params,
+            body_bytes_max,
+        } => {
+            if let Some(failure) = unreadable(incoming) {
+                return Err(failure);
+            }
+            incoming.params = params;
+            Ok(body_bytes_max)
+        }
+        paths::Match::WrongMethod(allowed) => Err(Failure::method_not_allowed(
+            &incoming.method,
+            &incoming.full_path,
+            allowed,
+        )),
+        paths::Match::NotFound => {
+            let message = format!("nothing is served at {}", incoming.full_path);
+            Err(Failure::new(ErrorCode::NotFound, message))
+        }
     }
 }
 
@@ -329,7 +345,7 @@ fn full(in_flight_max: usize) -> Failure {
 }
 
 /// How a body may come, on a route that may have an opinion on its length.
-fn pace(server: &ServerConfig, route_bytes_max: Option<u64>) -> Pace {
+fn pace(server: &ServerConfig, route_bytes_max: Option<u64>, waits: bool) -> Pace {
     let operator_max = server.request_body_bytes_max;
     Pace {
         bytes_max: route_bytes_max.map_or(operator_max, |max| max.min(operator_max)),
@@ -337,7 +353,7 @@ fn pace(server: &ServerConfig, route_bytes_max: Option<u64>) -> Pace {
         grace: Duration::from_secs(server.head_read_timeout_s),
         bytes_per_s_min: server.body_bytes_per_s_min,
         arriving_bytes_max: server.arriving_bytes_max,
-        waits: false,
+        waits,
     }
 }
 
