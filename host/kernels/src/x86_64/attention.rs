@@ -16,6 +16,10 @@ const LANES: usize = 8;
 const PANEL: usize = 16;
 /// Keys of a tile: with values of 96, both packed tiles are 48 KiB, in the second-level cache.
 const TILE: usize = 64;
+/// Rows of a KV cache ahead that memory is asked for: 3 KiB of 96 columns.
+const AHEAD_ROWS: usize = 16;
+/// Values of f16 in a cache line.
+const LINE: usize = 32;
 
 impl Avx2 {
     /// `out(row, values)` once for each query.
@@ -91,22 +95,53 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 /// Products of a query with the first rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dots_f16(query: &[f32], rows: HalfRows<'_>, scores: &mut [f32]) {
-    let mut scores = scores.iter_mut();
-    for (run, count) in rows.runs(scores.len()) {
-        for (key, score) in scores.by_ref().take(count).enumerate() {
+fn dots_f16(query: &[f32], rows: HalfRows<'_>, mut scores: &mut [f32]) {
+    let mut runs = rows.runs(scores.len()).peekable();
+    while let Some((run, count)) = runs.next() {
+        let next = runs.peek().map(|(run, _)| *run);
+        let (here, behind) = scores.split_at_mut(count);
+        for (key, score) in here.iter_mut().enumerate() {
+            prefetch([Some(run), next], key, (count, rows.stride), query.len());
             *score = dot_f16(query, &run[key * rows.stride..][..query.len()]);
+        }
+        scores = behind;
+    }
+}
+
+/// Asks for the row that is [`AHEAD_ROWS`] behind row `key`, of a run of `count` rows or of the next one. A processor that reads ahead
+/// by itself stops at the end of every page, and begins late on the next.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn prefetch(runs: [Option<&[f16]>; 2], key: usize, (count, stride): (usize, usize), width: usize) {
+    let ahead = key + AHEAD_ROWS;
+    let (run, row) = if ahead < count {
+        (runs[0], ahead)
+    } else {
+        (runs[1], ahead - count)
+    };
+    if let Some(run) = run {
+        for line in (0..width).step_by(LINE) {
+            _mm_prefetch::<_MM_HINT_T0>(run.as_ptr().wrapping_add(row * stride + line).cast());
         }
     }
 }
 
+/// Four sums, and each where the compiler sees which: chosen at run time they would be in memory.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn dot_f16(a: &[f32], b: &[f16]) -> f32 {
     let mut sums = [_mm256_setzero_ps(); 4];
+    let (a_fours, a) = a.as_chunks::<32>();
+    let (b_fours, b) = b.as_chunks::<32>();
+    for (a, b) in a_fours.iter().zip(b_fours) {
+        let (a, b) = (a.as_chunks::<8>().0, b.as_chunks::<8>().0);
+        for index in 0..4 {
+            sums[index] = _mm256_fmadd_ps(load_f32(&a[index]), load_f16(&b[index]), sums[index]);
+        }
+    }
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
-    for (index, (a, b)) in a.iter().zip(b).enumerate() {
-        sums[index % 4] = _mm256_fmadd_ps(load_f32(a), load_f16(b), sums[index % 4]);
+    for (a, b) in a.iter().zip(b) {
+        sums[0] = _mm256_fmadd_ps(load_f32(a), load_f16(b), sums[0]);
     }
     let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b.to_f32()).sum();
     total(sums) + rest
@@ -140,42 +175,57 @@ fn add(mixed: &mut [f32], row: &[f32], weight: f32) {
     }
 }
 
-/// The weighted sum of rows, twelve registers of it at a time.
+/// The weighted sum of rows.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_f16(mixed: &mut [f32], rows: HalfRows<'_>, weights: &[f32]) {
-    const WIDE: usize = 12;
-    let whole = mixed.len() / 8;
-    for first in (0..whole).step_by(WIDE) {
-        let count = WIDE.min(whole - first);
-        let mut sums = [_mm256_setzero_ps(); WIDE];
-        for (row, weight) in rows.weighted(weights) {
-            let (eights, _) = row[8 * first..][..8 * count].as_chunks::<8>();
-            let weight = _mm256_set1_ps(weight);
-            if let Some(eights) = eights.first_chunk::<WIDE>() {
-                for index in 0..WIDE {
-                    sums[index] = _mm256_fmadd_ps(load_f16(&eights[index]), weight, sums[index]);
-                }
-            } else {
-                for (sum, eight) in sums.iter_mut().zip(eights) {
-                    *sum = _mm256_fmadd_ps(load_f16(eight), weight, *sum);
-                }
-            }
-        }
-        for (out, sum) in mixed[8 * first..]
-            .as_chunks_mut::<8>()
-            .0
-            .iter_mut()
-            .zip(&sums[..count])
-        {
-            *out = super::store(*sum);
-        }
-    }
-    for column in 8 * whole..mixed.len() {
+    let first = add_columns::<12>(mixed, 0, rows, weights);
+    let first = add_columns::<4>(mixed, first, rows, weights);
+    let first = add_columns::<1>(mixed, first, rows, weights);
+    for (column, mixed) in mixed.iter_mut().enumerate().skip(first) {
         let products = rows
             .weighted(weights)
             .map(|(row, weight)| row[column].to_f32() * weight);
-        mixed[column] = products.sum();
+        *mixed = products.sum();
     }
+}
+
+/// The weighted sum of columns `first..`, N registers of them at a time as long as there are as many; the first column left.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_columns<const N: usize>(
+    mixed: &mut [f32],
+    mut first: usize,
+    rows: HalfRows<'_>,
+    weights: &[f32],
+) -> usize {
+    while let Some(mixed) = mixed[first..].as_chunks_mut::<8>().0.first_chunk_mut::<N>() {
+        let mut sums = [_mm256_setzero_ps(); N];
+        let mut weights = weights;
+        let mut runs = rows.runs(weights.len()).peekable();
+        while let Some((run, count)) = runs.next() {
+            let next = runs.peek().map(|(run, _)| &run[first..]);
+            let (here, behind) = weights.split_at(count);
+            for (key, weight) in here.iter().enumerate() {
+                prefetch(
+                    [Some(&run[first..]), next],
+                    key,
+                    (count, rows.stride),
+                    8 * N,
+                );
+                let row = run[key * rows.stride + first..].as_chunks::<8>().0;
+                let row: &[_; N] = row.first_chunk().expect("a row is as long as their sum");
+                let weight = _mm256_set1_ps(*weight);
+                for index in 0..N {
+                    sums[index] = _mm256_fmadd_ps(load_f16(&row[index]), weight, sums[index]);
+                }
+            }
+            weights = behind;
+        }
+        for (out, sum) in mixed.iter_mut().zip(sums) {
+            *out = super::store(sum);
+        }
+        first += 8 * N;
+    }
+    first
 }
 
 /// The largest of a multiple of eight scores; which, when one is NaN, does not matter.
