@@ -20,9 +20,11 @@ use crate::model::{ImageFeatures, Phi3V};
 use crate::sequence::SequenceState;
 use crate::step::StepPart;
 use crate::tokenizer::Prompt;
+use crate::weights::StoredTensor;
 
 pub use ceilings::Ceilings;
-use work::{Work, step_weight_bytes};
+use ceilings::Reader;
+use work::{Work, step_weights};
 
 /// Sides of the grids that are encoded: an overview and one crop, an overview and four.
 const GRIDS: [u32; 2] = [1, 2];
@@ -124,7 +126,10 @@ pub struct Decode {
     pub weight_bytes: u64,
     /// Keys and values that a step reads.
     pub kv_bytes: u64,
-    /// Of the read bandwidth.
+    /// Reading the same weights from one to the next, 10^9 bytes a second: the median of readings between the steps. What a machine
+    /// that others use too can read changes within a minute.
+    pub read_gb_per_s: f64,
+    /// Of that.
     pub read_share: f64,
 }
 
@@ -182,7 +187,7 @@ pub fn measure(
     let load_s = seconds_since(start);
     let bench = Bench {
         work: Work::new(model.config()),
-        step_weight_bytes: step_weight_bytes(&checkpoint),
+        step_weights: step_weights(&checkpoint),
         model: &model,
         ceilings,
         options,
@@ -207,7 +212,7 @@ pub fn measure(
 struct Bench<'a> {
     model: &'a Phi3V,
     work: Work,
-    step_weight_bytes: u64,
+    step_weights: Vec<&'a StoredTensor>,
     ceilings: &'a Ceilings,
     options: &'a BenchOptions<'a>,
 }
@@ -262,25 +267,34 @@ impl Bench<'_> {
     fn decode(&self, mut state: SequenceState, mut logits: Vec<f32>) -> Result<Decode, ModelError> {
         let after_tokens = state.len();
         (self.options.say)(&format!("decode, after {after_tokens} tokens"));
-        let step_s = median(DECODE_STEPS, || {
+        let mut reader = Reader::new(self.step_weights.iter().map(|tensor| tensor.bytes()));
+        let mut reads = Vec::with_capacity(DECODE_STEPS);
+        let mut steps = Vec::with_capacity(DECODE_STEPS);
+        for _ in 0..DECODE_STEPS {
+            reads.push(reader.gb_per_s());
+            let start = Instant::now();
             self.model.push(&mut state, largest(&logits))?;
             logits = self.run(&mut state)?;
-            Ok(())
-        })?;
+            steps.push(seconds_since(start));
+        }
+        let (step_s, read_gb_per_s) = (middle(steps), middle(reads));
         // The median step is one in the middle.
         let kv_bytes = self.work.kv_bytes(
             after_tokens + DECODE_STEPS / 2,
             self.model.kv_pool().value_bytes(),
         );
-        let read = (self.step_weight_bytes + kv_bytes) as f64;
+        let weights = self.step_weights.iter();
+        let weight_bytes = weights.map(|tensor| tensor.bytes().len() as u64).sum();
+        let read = (weight_bytes + kv_bytes) as f64;
         Ok(Decode {
             after_tokens,
             steps: DECODE_STEPS,
             step_ms: 1e3 * step_s,
             tokens_per_s: 1.0 / step_s,
-            weight_bytes: self.step_weight_bytes,
+            weight_bytes,
             kv_bytes,
-            read_share: read / step_s / 1e9 / self.ceilings.read_gb_per_s,
+            read_gb_per_s,
+            read_share: read / step_s / 1e9 / read_gb_per_s,
         })
     }
 
@@ -439,8 +453,13 @@ fn median(runs: usize, mut run: impl FnMut() -> Result<(), ModelError>) -> Resul
         run()?;
         times.push(seconds_since(start));
     }
-    times.sort_by(f64::total_cmp);
-    Ok(times[runs / 2])
+    Ok(middle(times))
+}
+
+/// The median.
+fn middle(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures[figures.len() / 2]
 }
 
 fn seconds_since(start: Instant) -> f64 {

@@ -11,8 +11,10 @@ use crate::device::Activations;
 use crate::error::ModelError;
 use crate::quantize::GROUP;
 
-/// Read at a time: more than caches hold.
-const READ_WORDS: usize = 32 << 20;
+/// Bytes read at a time: more than caches hold.
+const READ_BYTES: usize = 256 << 20;
+/// Bytes that a thread reads at a time.
+const PART_BYTES: usize = 1 << 20;
 const READS: usize = 12;
 /// A product (rows of activations, columns, rows of weights) that is large enough for all of a processor.
 const PRODUCT: [usize; 3] = [512, 3072, 8192];
@@ -58,15 +60,43 @@ impl Ceilings {
 }
 
 fn read() -> f64 {
-    let words = vec![1u64; READ_WORDS];
-    let seconds = best(READS, || {
-        let xor = words
-            .par_chunks(1 << 16)
-            .map(|part| part.iter().fold(0, |xor, word| xor ^ word))
-            .reduce(|| 0, |a, b| a ^ b);
-        assert_eq!(std::hint::black_box(xor), 0, "an even number of ones");
-    });
-    (8 * READ_WORDS) as f64 / seconds / 1e9
+    let bytes = vec![1; READ_BYTES];
+    let mut reader = Reader::new([&*bytes]);
+    (0..READS).fold(0.0, |most, _| reader.gb_per_s().max(most))
+}
+
+/// Reads memory plainly: from its beginning to its end, with all threads.
+pub(super) struct Reader<'a> {
+    parts: Vec<&'a [u8]>,
+    next: usize,
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(memory: impl IntoIterator<Item = &'a [u8]>) -> Self {
+        let parts = memory.into_iter().flat_map(|all| all.chunks(PART_BYTES));
+        Self {
+            parts: parts.collect(),
+            next: 0,
+        }
+    }
+
+    /// Reads what comes next, and from the beginning again behind the end: 10^9 bytes a second.
+    pub(super) fn gb_per_s(&mut self) -> f64 {
+        let count = self.parts.len().min(READ_BYTES / PART_BYTES);
+        let parts = self.parts.iter().cycle().skip(self.next).take(count);
+        let parts: Vec<&[u8]> = parts.copied().collect();
+        self.next = (self.next + count) % self.parts.len().max(1);
+        let start = Instant::now();
+        let xor = parts.par_iter().map(|part| xor(part));
+        std::hint::black_box(xor.reduce(|| 0, |a, b| a ^ b));
+        let bytes: usize = parts.iter().map(|part| part.len()).sum();
+        bytes as f64 / start.elapsed().as_secs_f64() / 1e9
+    }
+}
+
+fn xor(bytes: &[u8]) -> u64 {
+    let words = bytes.as_chunks().0.iter();
+    words.fold(0, |xor, word| xor ^ u64::from_le_bytes(*word))
 }
 
 fn int4_product(kernel: Kernel) -> f64 {

@@ -3,6 +3,7 @@
 use crate::checkpoint::Checkpoint;
 use crate::config::{CROP_SIDE_PATCHES, ModelConfig, PATCH_SIDE_PX};
 use crate::table::{self, Entry, Form, TOWER, VISION};
+use crate::weights::StoredTensor;
 
 /// Positions of a crop in the tower: its patches and the class token.
 const CROP_POSITIONS: usize = 1 + CROP_SIDE_PATCHES * CROP_SIDE_PATCHES;
@@ -67,27 +68,20 @@ impl Work {
     }
 }
 
-/// Bytes of the matrices that every step of decoding reads, scales and biases among them.
-pub(super) fn step_weight_bytes(checkpoint: &Checkpoint) -> u64 {
+/// The matrices that every step of decoding reads, scales and biases among them.
+pub(super) fn step_weights(checkpoint: &Checkpoint) -> Vec<&StoredTensor> {
     let (config, weights) = (checkpoint.config(), checkpoint.weights());
-    let bytes = |name: &str| {
-        weights
-            .get(name)
-            .map_or(0, |tensor| tensor.bytes().len() as u64)
-    };
     let matrices = table::tensors(config)
         .into_iter()
         .filter(|entry| is_layer(&entry.name) || is_head(&entry.name, config))
         .filter(|entry| matches!(entry.form, Form::Matrix { .. }));
     matrices
-        .map(|entry| {
+        .flat_map(|entry| {
             let module = entry.name.trim_end_matches(".weight");
-            ["weight", "scales", "biases"]
-                .map(|part| bytes(&format!("{module}.{part}")))
-                .iter()
-                .sum::<u64>()
+            ["weight", "scales", "biases"].map(|part| weights.get(&format!("{module}.{part}")))
         })
-        .sum()
+        .flatten()
+        .collect()
 }
 
 fn matrix_weights(entry: &Entry) -> f64 {

@@ -219,11 +219,12 @@ fn print_decode(out: &mut impl Write, report: &BenchReport) -> std::io::Result<(
     let decode = &report.decode;
     writeln!(
         out,
-        "decode       {:.1} ms a token after {}, {:.1} tokens/s, {:.0} % of the bandwidth ({:.2} GB of weights, {:.2} GB of keys and values)",
+        "decode       {:.1} ms a token after {}, {:.1} tokens/s, {:.0} % of the {:.1} GB/s that are read between them ({:.2} GB of weights, {:.2} GB of keys and values)",
         decode.step_ms,
         decode.after_tokens,
         decode.tokens_per_s,
         100.0 * decode.read_share,
+        decode.read_gb_per_s,
         gb(decode.weight_bytes),
         gb(decode.kv_bytes)
     )?;
