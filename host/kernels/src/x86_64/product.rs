@@ -303,19 +303,42 @@ fn accumulate(value: __m256, dot: __m256, [scale, bias]: [__m256; 2], x: [f32; 2
     _mm256_fmadd_ps(dot, scale, value)
 }
 
-/// Asks for what follows `panels` panels in memory, codes, scales and biases, as far on as this block is in them: rows lie one
-/// behind the other, so the requests of all blocks run through the next panels from beginning to end.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn prefetch_after(first: &Panel<'_>, block: usize, panels: usize) {
-    for (part, bytes) in first.rows[0].into_iter().zip(first.block_bytes) {
-        let step = bytes * panels;
-        let next = part
-            .as_ptr()
-            .wrapping_add(part.len() * PANEL * panels + block * step);
-        for line in 0..step.div_ceil(64) {
-            _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64 * line).cast());
+/// What a block of the panels behind some has of their codes, scales or biases: memory to be asked for.
+#[derive(Clone, Copy)]
+struct Behind {
+    start: *const u8,
+    lines: usize,
+}
+
+impl Behind {
+    /// Codes, scales and biases behind `panels` panels, as far on as this block is in them: rows lie one behind the other, so the
+    /// requests of all blocks run through the next panels from beginning to end.
+    #[inline]
+    fn new(first: &Panel<'_>, block: usize, panels: usize) -> [Self; 3] {
+        std::array::from_fn(|part| {
+            let (row, bytes) = (first.rows[0][part], first.block_bytes[part] * panels);
+            let distance = row.len() * PANEL * panels + block * bytes;
+            Self {
+                start: row.as_ptr().wrapping_add(distance),
+                lines: bytes.div_ceil(64),
+            }
+        })
+    }
+
+    /// Asks for a line, where there are so many. Between products, one by one: a core has few places for lines on their way, and
+    /// when a burst takes them all, its loads wait.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn prefetch(self, line: usize) {
+        if line < self.lines {
+            _mm_prefetch::<_MM_HINT_T1>(self.start.wrapping_add(64 * line).cast());
         }
+    }
+
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn prefetch_all(self) {
+        (0..self.lines).for_each(|line| self.prefetch(line));
     }
 }
 

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Panel, TILE_PANELS, accumulate, prefetch_after};
+use super::{Behind, Panel, TILE_PANELS, accumulate};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL, TASK_PANELS};
@@ -82,7 +82,9 @@ impl Unpacked {
                 panel.unpack(block, &mut self.codes[index].0, offset);
                 self.lines[index][offset] = panel.lines[block];
             }
-            prefetch_after(&panels[0], block, TILE_PANELS);
+            for behind in Behind::new(&panels[0], block, TILE_PANELS) {
+                behind.prefetch_all();
+            }
         }
     }
 }

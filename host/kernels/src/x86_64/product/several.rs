@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Panel, accumulate, prefetch_after};
+use super::{Behind, Panel, accumulate};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile};
 use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL};
@@ -27,9 +27,11 @@ pub(super) fn several_rows<const N: usize>(
         let mut values = [_mm256_setzero_ps(); N];
         for (block, lines) in panel.lines.iter().enumerate() {
             let words = panel.words(block);
-            prefetch_after(&panel, block, 1);
+            let [codes, scales, biases] = Behind::new(&panel, block, 1);
+            scales.prefetch_all();
+            biases.prefetch_all();
             let tiles = [&tiles[0][block], &tiles[1][block]];
-            let dots = dots::<N>(&words, tiles);
+            let dots = dots::<N>(&words, tiles, codes);
             for row in 0..N {
                 let tile = tiles[row / TILE_ROWS];
                 let x = [tile.scales[row % TILE_ROWS], tile.sums[row % TILE_ROWS]];
@@ -42,13 +44,18 @@ pub(super) fn several_rows<const N: usize>(
     }
 }
 
-/// Dot products of a block of a panel with N rows of activations: (rows of x), lanes: the panel's rows.
+/// Dot products of a block of a panel with N rows of activations: (rows of x), lanes: the panel's rows. Asks for what is `behind`,
+/// whose lines are half as many as the words.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn dots<const N: usize>(words: &[__m256i; PANEL], tiles: [&Tile; 2]) -> [__m256i; N] {
+fn dots<const N: usize>(
+    words: &[__m256i; PANEL],
+    tiles: [&Tile; 2],
+    behind: Behind,
+) -> [__m256i; N] {
     let [first, last] = tiles.map(|tile| tile.words.split_at(PANEL));
-    let mut dots = nibble_dots::<N, 0>(words, [first.0, last.0]);
-    let high = nibble_dots::<N, 4>(words, [first.1, last.1]);
+    let mut dots = nibble_dots::<N, 0>(words, [first.0, last.0], behind);
+    let high = nibble_dots::<N, 4>(words, [first.1, last.1], behind);
     for (dot, high) in dots.iter_mut().zip(high) {
         *dot = _mm256_add_epi32(*dot, high);
     }
@@ -61,12 +68,16 @@ fn dots<const N: usize>(words: &[__m256i; PANEL], tiles: [&Tile; 2]) -> [__m256i
 fn nibble_dots<const N: usize, const SHIFT: i32>(
     words: &[__m256i; PANEL],
     x: [&[[i32; TILE_ROWS]]; 2],
+    behind: Behind,
 ) -> [__m256i; N] {
     let nibble = _mm256_set1_epi8(0xF);
     // Unknown to the compiler, which would unroll the loop and then hold more than there are registers.
     let words = &words[..std::hint::black_box(PANEL)];
     let mut sums = [_mm256_setzero_si256(); N];
-    for (word, x) in words.iter().zip(x[0].iter().zip(x[1])) {
+    for (step, (word, x)) in words.iter().zip(x[0].iter().zip(x[1])).enumerate() {
+        if step % 4 == 0 {
+            behind.prefetch(step / 4 + SHIFT as usize / 2);
+        }
         let codes = _mm256_and_si256(_mm256_srli_epi16::<SHIFT>(*word), nibble);
         let x: [&[i32; TILE_ROWS]; 2] = x.into();
         for row in 0..N {

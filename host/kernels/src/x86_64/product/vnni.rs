@@ -6,7 +6,7 @@ mod many;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Panel, TILE_PANELS, prefetch_after};
+use super::{Behind, Panel, TILE_PANELS};
 use crate::activations::{BLOCK, QuantizedRows, TILE_ROWS, Tile};
 use crate::int4::{Int4Rows, ScaleType};
 use crate::product::{Out, PANEL};
@@ -134,9 +134,11 @@ fn several_rows<const N: usize>(
         let mut values = [_mm512_setzero_ps(); N];
         for (block, lines) in pair.lines.iter().enumerate() {
             let words = pair.words(block);
-            prefetch_after(&pair.panels[0], block, TILE_PANELS);
+            let [codes, scales, biases] = Behind::new(&pair.panels[0], block, TILE_PANELS);
+            scales.prefetch_all();
+            biases.prefetch_all();
             let tiles = [&tiles[0][block], &tiles[1][block]];
-            let dots = dots::<N>(&words, tiles);
+            let dots = dots::<N>(&words, tiles, codes);
             for row in 0..N {
                 let tile = tiles[row / TILE_ROWS];
                 let x = [tile.scales[row % TILE_ROWS], tile.sums[row % TILE_ROWS]];
@@ -203,13 +205,19 @@ fn transpose_quarters(rows: [__m512i; 4]) -> [__m512i; 4] {
     ]
 }
 
-/// Dot products of a block of a pair of panels with N rows of activations: (rows of x), lanes: the pair's rows.
+/// Dot products of a block of a pair of panels with N rows of activations: (rows of x), lanes: the pair's rows. Asks for what is
+/// `behind`, whose lines are as many as the words.
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[inline]
-fn dots<const N: usize>(words: &[__m512i; PANEL], tiles: [&Tile; 2]) -> [__m512i; N] {
+fn dots<const N: usize>(
+    words: &[__m512i; PANEL],
+    tiles: [&Tile; 2],
+    behind: Behind,
+) -> [__m512i; N] {
     let mut sums = [[_mm512_setzero_si512(); 2]; N]; // of even columns, of odd ones
     for (step, word) in words.iter().enumerate() {
         let [even, odd] = unpacked(*word);
+        behind.prefetch(step);
         for row in 0..N {
             let x = &tiles[row / TILE_ROWS].words;
             let activation = |step: usize| _mm512_set1_epi32(x[step][row % TILE_ROWS]);

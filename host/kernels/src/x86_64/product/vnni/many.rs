@@ -9,7 +9,7 @@ use super::{Pair, accumulate, unpacked};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL};
-use crate::x86_64::product::{TILE_PANELS, prefetch_after};
+use crate::x86_64::product::{Behind, TILE_PANELS};
 use crate::x86_64::wide::{LANES, load, store};
 
 /// Pairs of panels that are multiplied with a tile of activations: 5 * 4 sums, 4 weights and an activation are 25 of 32 registers.
@@ -99,7 +99,9 @@ impl Unpacked {
                 }
                 lines[offset] = pair.lines[block];
             }
-            prefetch_after(&pairs[0].panels[0], block, PANELS);
+            for behind in Behind::new(&pairs[0].panels[0], block, PANELS) {
+                behind.prefetch_all();
+            }
         }
     }
 }
