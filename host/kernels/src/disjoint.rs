@@ -26,6 +26,12 @@ impl<'a, T> Disjoint<'a, T> {
         }
     }
 
+    /// Where a value is, if it is inside.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn place(&self, at: usize) -> Option<*const T> {
+        (at < self.count).then(|| self.start.cast_const().wrapping_add(at))
+    }
+
     /// So many values from a place on.
     ///
     /// # Panics

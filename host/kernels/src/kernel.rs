@@ -155,7 +155,7 @@ impl Kernel {
         }
     }
 
-    /// Quantizes a block of each row of a tile; zeros behind the last.
+    /// Quantizes a block of each row of a tile, at most [`crate::activations::TILE_ROWS`]; zeros behind the last.
     pub(crate) fn quantize<'a>(
         self,
         rows: impl Iterator<Item = &'a [f32; BLOCK]>,

@@ -110,7 +110,9 @@ impl Columns<'_> {
         // SAFETY: as the caller was told.
         let out = unsafe { self.values.part(row * self.width + column, count) };
         #[cfg(target_arch = "x86_64")]
-        prefetch(out, AHEAD_ROWS * self.width);
+        if let Some(ahead) = self.values.place((row + AHEAD_ROWS) * self.width + column) {
+            crate::x86_64::prefetch(ahead.cast(), size_of_val(out));
+        }
         let values = values.as_flattened();
         match bias {
             None => out.copy_from_slice(&values[..count]),
@@ -120,17 +122,5 @@ impl Columns<'_> {
                 }
             }
         }
-    }
-}
-
-/// Asks for memory that lies `distance` values behind some, which need not be there.
-#[cfg(target_arch = "x86_64")]
-fn prefetch(values: &[f32], distance: usize) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-    const LINE: usize = 16;
-    let first = values.as_ptr().wrapping_add(distance);
-    for line in 0..values.len().div_ceil(LINE) {
-        // SAFETY: every x86-64 has SSE, and where nothing is, nothing is asked for.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(LINE * line).cast()) };
     }
 }

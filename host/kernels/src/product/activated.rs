@@ -62,13 +62,15 @@ pub fn multiply_activated(
             }
         }
         let (values, up) = between.split_at_mut(x.rows());
-        for (row, values) in values.iter_mut().enumerate() {
-            match activation {
-                Activation::QuickGelu => kernel.quick_gelu(values),
-                Activation::SwiGlu => kernel.swiglu(&values.clone(), &up[row], values),
+        for (index, rows) in values.chunks_mut(TILE_ROWS).enumerate() {
+            for (row, values) in rows.iter_mut().enumerate() {
+                match activation {
+                    Activation::QuickGelu => kernel.quick_gelu(values),
+                    Activation::SwiGlu => {
+                        kernel.swiglu(&values.clone(), &up[TILE_ROWS * index + row], values);
+                    }
+                }
             }
-        }
-        for (index, rows) in values.chunks(TILE_ROWS).enumerate() {
             // SAFETY: no other task has this block.
             let tile = unsafe { tiles.part(index * blocks + block, 1) };
             kernel.quantize(rows.iter(), &mut tile[0]);

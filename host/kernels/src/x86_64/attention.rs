@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::exp2::{LEAST, ONE_BITS, ROUND, TERMS};
-use super::{Avx2, load_f32};
+use super::{Avx2, load_f32, prefetch};
 use crate::attention::{HalfRows, Head, HeadRows, Way};
 
 /// Queries of a strip and columns of a panel: 6 x 2 registers of sums, 2 of a panel's row, 1 of a query's value.
@@ -18,8 +18,6 @@ const PANEL: usize = 16;
 const TILE: usize = 64;
 /// Rows of a KV cache ahead that memory is asked for: 3 KiB of 96 columns.
 const AHEAD_ROWS: usize = 16;
-/// Values of f16 in a cache line.
-const LINE: usize = 32;
 
 impl Avx2 {
     /// `out(row, values)` once for each query.
@@ -101,7 +99,7 @@ fn dots_f16(query: &[f32], rows: HalfRows<'_>, mut scores: &mut [f32]) {
         let next = runs.peek().map(|(run, _)| *run);
         let (here, behind) = scores.split_at_mut(count);
         for (key, score) in here.iter_mut().enumerate() {
-            prefetch([Some(run), next], key, (count, rows.stride), query.len());
+            prefetch_row((run, next), key, (count, rows.stride), query.len());
             *score = dot_f16(query, &run[key * rows.stride..][..query.len()]);
         }
         scores = behind;
@@ -112,17 +110,21 @@ fn dots_f16(query: &[f32], rows: HalfRows<'_>, mut scores: &mut [f32]) {
 /// by itself stops at the end of every page, and begins late on the next.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn prefetch(runs: [Option<&[f16]>; 2], key: usize, (count, stride): (usize, usize), width: usize) {
+fn prefetch_row(
+    (run, next): (&[f16], Option<&[f16]>),
+    key: usize,
+    (count, stride): (usize, usize),
+    width: usize,
+) {
     let ahead = key + AHEAD_ROWS;
     let (run, row) = if ahead < count {
-        (runs[0], ahead)
+        (Some(run), ahead)
     } else {
-        (runs[1], ahead - count)
+        (next, ahead - count)
     };
     if let Some(run) = run {
-        for line in (0..width).step_by(LINE) {
-            _mm_prefetch::<_MM_HINT_T0>(run.as_ptr().wrapping_add(row * stride + line).cast());
-        }
+        let row = run.as_ptr().wrapping_add(row * stride);
+        prefetch(row.cast(), width * size_of::<f16>());
     }
 }
 
@@ -205,12 +207,7 @@ fn add_columns<const N: usize>(
             let next = runs.peek().map(|(run, _)| &run[first..]);
             let (here, behind) = weights.split_at(count);
             for (key, weight) in here.iter().enumerate() {
-                prefetch(
-                    [Some(&run[first..]), next],
-                    key,
-                    (count, rows.stride),
-                    8 * N,
-                );
+                prefetch_row((&run[first..], next), key, (count, rows.stride), 8 * N);
                 let row = run[key * rows.stride + first..].as_chunks::<8>().0;
                 let row: &[_; N] = row.first_chunk().expect("a row is as long as their sum");
                 let weight = _mm256_set1_ps(*weight);

@@ -303,16 +303,16 @@ fn accumulate(value: __m256, dot: __m256, [scale, bias]: [__m256; 2], x: [f32; 2
     _mm256_fmadd_ps(dot, scale, value)
 }
 
-/// What a block of the panels behind some has of their codes, scales or biases: memory to be asked for.
+/// A block's share of the codes, scales or biases of panels to come: memory to be asked for.
 #[derive(Clone, Copy)]
-struct Behind {
+struct Ahead {
     start: *const u8,
     lines: usize,
 }
 
-impl Behind {
-    /// Codes, scales and biases behind `panels` panels, as far on as this block is in them: rows lie one behind the other, so the
-    /// requests of all blocks run through the next panels from beginning to end.
+impl Ahead {
+    /// Codes, scales and biases of the panels behind `panels` panels, as far on as this block is in these: rows lie one behind the
+    /// other, so the requests of all blocks run through the panels to come from beginning to end.
     #[inline]
     fn new(first: &Panel<'_>, block: usize, panels: usize) -> [Self; 3] {
         std::array::from_fn(|part| {
@@ -338,7 +338,9 @@ impl Behind {
     #[target_feature(enable = "avx2")]
     #[inline]
     fn prefetch_all(self) {
-        (0..self.lines).for_each(|line| self.prefetch(line));
+        for line in 0..self.lines {
+            self.prefetch(line);
+        }
     }
 }
 

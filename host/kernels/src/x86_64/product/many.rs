@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Behind, Panel, TILE_PANELS, accumulate};
+use super::{Ahead, Panel, TILE_PANELS, accumulate};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL, TASK_PANELS};
@@ -82,8 +82,8 @@ impl Unpacked {
                 panel.unpack(block, &mut self.codes[index].0, offset);
                 self.lines[index][offset] = panel.lines[block];
             }
-            for behind in Behind::new(&panels[0], block, TILE_PANELS) {
-                behind.prefetch_all();
+            for part in Ahead::new(&panels[0], block, TILE_PANELS) {
+                part.prefetch_all();
             }
         }
     }

@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Behind, Panel, accumulate};
+use super::{Ahead, Panel, accumulate};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile};
 use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL};
@@ -27,7 +27,7 @@ pub(super) fn several_rows<const N: usize>(
         let mut values = [_mm256_setzero_ps(); N];
         for (block, lines) in panel.lines.iter().enumerate() {
             let words = panel.words(block);
-            let [codes, scales, biases] = Behind::new(&panel, block, 1);
+            let [codes, scales, biases] = Ahead::new(&panel, block, 1);
             scales.prefetch_all();
             biases.prefetch_all();
             let tiles = [&tiles[0][block], &tiles[1][block]];
@@ -44,31 +44,28 @@ pub(super) fn several_rows<const N: usize>(
     }
 }
 
-/// Dot products of a block of a panel with N rows of activations: (rows of x), lanes: the panel's rows. Asks for what is `behind`,
-/// whose lines are half as many as the words.
+/// Dot products of a block of a panel with N rows of activations: (rows of x), lanes: the panel's rows. Asks for the codes to come, of
+/// which two words have a line.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn dots<const N: usize>(
-    words: &[__m256i; PANEL],
-    tiles: [&Tile; 2],
-    behind: Behind,
-) -> [__m256i; N] {
+fn dots<const N: usize>(words: &[__m256i; PANEL], tiles: [&Tile; 2], ahead: Ahead) -> [__m256i; N] {
     let [first, last] = tiles.map(|tile| tile.words.split_at(PANEL));
-    let mut dots = nibble_dots::<N, 0>(words, [first.0, last.0], behind);
-    let high = nibble_dots::<N, 4>(words, [first.1, last.1], behind);
+    let mut dots = nibble_dots::<N, 0>(words, [first.0, last.0], (ahead, 0));
+    let high = nibble_dots::<N, 4>(words, [first.1, last.1], (ahead, PANEL / 4));
     for (dot, high) in dots.iter_mut().zip(high) {
         *dot = _mm256_add_epi32(*dot, high);
     }
     dots
 }
 
-/// The same of the nibbles that lie `SHIFT` bits up in each byte, with the activations of their columns.
+/// The same of the nibbles that lie `SHIFT` bits up in each byte, with the activations of their columns. Asks for half of the codes to
+/// come, from a line on.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn nibble_dots<const N: usize, const SHIFT: i32>(
     words: &[__m256i; PANEL],
     x: [&[[i32; TILE_ROWS]]; 2],
-    behind: Behind,
+    (ahead, line): (Ahead, usize),
 ) -> [__m256i; N] {
     let nibble = _mm256_set1_epi8(0xF);
     // Unknown to the compiler, which would unroll the loop and then hold more than there are registers.
@@ -76,7 +73,7 @@ fn nibble_dots<const N: usize, const SHIFT: i32>(
     let mut sums = [_mm256_setzero_si256(); N];
     for (step, (word, x)) in words.iter().zip(x[0].iter().zip(x[1])).enumerate() {
         if step % 4 == 0 {
-            behind.prefetch(step / 4 + SHIFT as usize / 2);
+            ahead.prefetch(line + step / 4);
         }
         let codes = _mm256_and_si256(_mm256_srli_epi16::<SHIFT>(*word), nibble);
         let x: [&[i32; TILE_ROWS]; 2] = x.into();

@@ -6,7 +6,7 @@ mod many;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Behind, Panel, TILE_PANELS};
+use super::{Ahead, Panel, TILE_PANELS};
 use crate::activations::{BLOCK, QuantizedRows, TILE_ROWS, Tile};
 use crate::int4::{Int4Rows, ScaleType};
 use crate::product::{Out, PANEL};
@@ -134,7 +134,7 @@ fn several_rows<const N: usize>(
         let mut values = [_mm512_setzero_ps(); N];
         for (block, lines) in pair.lines.iter().enumerate() {
             let words = pair.words(block);
-            let [codes, scales, biases] = Behind::new(&pair.panels[0], block, TILE_PANELS);
+            let [codes, scales, biases] = Ahead::new(&pair.panels[0], block, TILE_PANELS);
             scales.prefetch_all();
             biases.prefetch_all();
             let tiles = [&tiles[0][block], &tiles[1][block]];
@@ -205,19 +205,15 @@ fn transpose_quarters(rows: [__m512i; 4]) -> [__m512i; 4] {
     ]
 }
 
-/// Dot products of a block of a pair of panels with N rows of activations: (rows of x), lanes: the pair's rows. Asks for what is
-/// `behind`, whose lines are as many as the words.
+/// Dot products of a block of a pair of panels with N rows of activations: (rows of x), lanes: the pair's rows. Asks for the
+/// codes to come, of which each word has a line.
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[inline]
-fn dots<const N: usize>(
-    words: &[__m512i; PANEL],
-    tiles: [&Tile; 2],
-    behind: Behind,
-) -> [__m512i; N] {
+fn dots<const N: usize>(words: &[__m512i; PANEL], tiles: [&Tile; 2], ahead: Ahead) -> [__m512i; N] {
     let mut sums = [[_mm512_setzero_si512(); 2]; N]; // of even columns, of odd ones
     for (step, word) in words.iter().enumerate() {
         let [even, odd] = unpacked(*word);
-        behind.prefetch(step);
+        ahead.prefetch(step);
         for row in 0..N {
             let x = &tiles[row / TILE_ROWS].words;
             let activation = |step: usize| _mm512_set1_epi32(x[step][row % TILE_ROWS]);

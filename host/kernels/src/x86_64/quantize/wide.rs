@@ -31,33 +31,33 @@ fn quantize<'a>(rows: impl Iterator<Item = &'a [f32; BLOCK]>, tile: &mut Tile) {
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn interleave(rows: &[__m512i; TILE_ROWS], words: &mut [[i32; TILE_ROWS]; WORDS]) {
-    /// Which word is where, the same register by register.
-    const PLACES: [[i32; WORDS]; TILE_ROWS] = {
-        let mut places = [[0; WORDS]; TILE_ROWS];
+    /// Of each lane of each register, which word of a row it is.
+    const WORD: [[i32; WORDS]; TILE_ROWS] = {
+        let mut word = [[0; WORDS]; TILE_ROWS];
         let mut place = 0;
         while place < TILE_ROWS * WORDS {
-            places[place / WORDS][place % WORDS] = (place / TILE_ROWS) as i32;
+            word[place / WORDS][place % WORDS] = (place / TILE_ROWS) as i32;
             place += 1;
         }
-        places
+        word
     };
-    /// Where the words of each row are, a bit each, the lowest place first.
-    const LANES: [[__mmask16; TILE_ROWS]; TILE_ROWS] = {
-        let mut lanes = [[0; TILE_ROWS]; TILE_ROWS];
+    /// Of each register, which lanes are of which row.
+    const OF_ROW: [[__mmask16; TILE_ROWS]; TILE_ROWS] = {
+        let mut of_row = [[0; TILE_ROWS]; TILE_ROWS];
         let mut place = 0;
         while place < TILE_ROWS * WORDS {
-            lanes[place / WORDS][place % TILE_ROWS] |= 1 << (place % WORDS);
+            of_row[place / WORDS][place % TILE_ROWS] |= 1 << (place % WORDS);
             place += 1;
         }
-        lanes
+        of_row
     };
     let registers = words.as_flattened_mut().as_chunks_mut::<WORDS>().0;
-    for ((words, places), lanes) in registers.iter_mut().zip(&PLACES).zip(&LANES) {
+    for ((words, word), of_row) in registers.iter_mut().zip(&WORD).zip(&OF_ROW) {
         // SAFETY: sixteen words, and the load needs no alignment.
-        let places = unsafe { _mm512_loadu_si512(places.as_ptr().cast()) };
-        let mut mixed = _mm512_permutexvar_epi32(places, rows[0]);
+        let word = unsafe { _mm512_loadu_si512(word.as_ptr().cast()) };
+        let mut mixed = _mm512_permutexvar_epi32(word, rows[0]);
         for row in 1..TILE_ROWS {
-            mixed = _mm512_mask_permutexvar_epi32(mixed, lanes[row], places, rows[row]);
+            mixed = _mm512_mask_permutexvar_epi32(mixed, of_row[row], word, rows[row]);
         }
         // SAFETY: sixteen words, and the store needs no alignment.
         unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), mixed) };

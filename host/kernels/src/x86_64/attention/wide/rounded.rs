@@ -11,6 +11,7 @@ use std::cell::Cell;
 use crate::attention::{Head, HeadRows};
 use crate::x86_64::attention::{PANEL, scale, widen};
 use crate::x86_64::exp2::LEAST;
+use crate::x86_64::prefetch;
 use crate::x86_64::wide::{exp2_of, load, round, store};
 
 /// Queries taken together: with 2 registers of sums each, 2 of keys or values, and 1 of a query.
@@ -106,7 +107,7 @@ impl Rounder {
     /// A row in pairs of columns, and what a step is worth: not a number where one of the row is none.
     #[target_feature(enable = "avx512f,avx2,f16c")]
     fn round(&mut self, rows: &HeadRows<'_>, index: usize, head_dim: usize) -> (&[i32], f32) {
-        prefetch(rows, index + AHEAD_ROWS, head_dim);
+        prefetch_row(rows, index + AHEAD_ROWS, head_dim);
         let row = match rows {
             HeadRows::F32(data, stride) if head_dim.is_multiple_of(PANEL) => {
                 data[index * stride..][..head_dim].as_chunks().0
@@ -137,12 +138,10 @@ impl Rounder {
 /// Asks for a row of f32.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn prefetch(rows: &HeadRows<'_>, index: usize, width: usize) {
+fn prefetch_row(rows: &HeadRows<'_>, index: usize, width: usize) {
     if let HeadRows::F32(data, stride) = rows {
         let row = data.as_ptr().wrapping_add(index * stride);
-        for line in 0..width.div_ceil(PANEL) {
-            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(PANEL * line).cast());
-        }
+        prefetch(row.cast(), width * size_of::<f32>());
     }
 }
 
@@ -210,7 +209,7 @@ impl Values {
         self.rows.resize(panels * GROUP * groups, [0.0; PANEL]);
         let (rows, behind) = self.rows.split_at_mut(panels * head.count);
         for (key, row) in rows.chunks_exact_mut(panels).enumerate() {
-            prefetch(&head.values, key + AHEAD_ROWS, head.head_dim);
+            prefetch_row(&head.values, key + AHEAD_ROWS, head.head_dim);
             let (row, behind) = row.as_flattened_mut().split_at_mut(head.head_dim);
             widen(&head.values, key, row);
             behind.fill(0.0);

@@ -9,7 +9,8 @@ use super::{Pair, accumulate, unpacked};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL};
-use crate::x86_64::product::{Behind, TILE_PANELS};
+use crate::x86_64::prefetch;
+use crate::x86_64::product::{Ahead, TILE_PANELS};
 use crate::x86_64::wide::{LANES, load, store};
 
 /// Pairs of panels that are multiplied with a tile of activations: 5 * 4 sums, 4 weights and an activation are 25 of 32 registers.
@@ -99,8 +100,8 @@ impl Unpacked {
                 }
                 lines[offset] = pair.lines[block];
             }
-            for behind in Behind::new(&pairs[0].panels[0], block, PANELS) {
-                behind.prefetch_all();
+            for part in Ahead::new(&pairs[0].panels[0], block, PANELS) {
+                part.prefetch_all();
             }
         }
     }
@@ -118,15 +119,6 @@ fn add_tile(weights: &Unpacked, tiles: (&[Tile], usize), values: &mut [Values]) 
     }
 }
 
-/// Asks for a tile of the next rows, which lies too far away for the processor to ask by itself.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn prefetch(tile: *const Tile) {
-    for line in 0..size_of::<Tile>().div_ceil(64) {
-        _mm_prefetch::<_MM_HINT_T0>(tile.cast::<i8>().wrapping_add(64 * line));
-    }
-}
-
 /// Adds a stretch of blocks to the values of the first N rows of a tile.
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn rows_times_pairs<const N: usize>(
@@ -138,7 +130,9 @@ fn rows_times_pairs<const N: usize>(
         .first_chunk_mut::<N>()
         .expect("the caller counted them");
     for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
-        prefetch(std::ptr::from_ref(tile).wrapping_add(ahead));
+        // That of the next rows lies too far away for the processor to ask by itself.
+        let next = std::ptr::from_ref(tile).wrapping_add(ahead);
+        prefetch(next.cast(), size_of::<Tile>());
         let mut dots = [[_mm512_setzero_si512(); PAIRS]; N];
         for (codes, words) in codes.iter().zip(&tile.words) {
             for row in 0..N {
