@@ -115,7 +115,7 @@ def table(figures):
             ratio = medians["visor"] / medians["visor, one core busy"]
             print(f"  with one core busy {ratio if more_is_better else 1 / ratio:.2f} times as slow")
     shares = [statistics.median(values(ours, share)) for share in ("prefill_share", "read_share")]
-    print(f"\nvisor's prefill takes {shares[0]:.0%} of the product rate, its decode {shares[1]:.0%} of the read bandwidth")
+    print(f"\nvisor's prefill takes {shares[0]:.0%} of the product rate, its decode {shares[1]:.0%} of the bandwidth of plain reading between its steps")
 
 
 def main():

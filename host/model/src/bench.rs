@@ -1,4 +1,4 @@
-//! What this machine does with a checkpoint, stage by stage, beside what it could do at best ([`Ceilings`]).
+//! What this machine does with a checkpoint, stage by stage, beside what it could do at best ([`Ceilings`]) or just then.
 //!
 //! The stages are those of a request, called as the engine calls them, on the CPU: load, vision, prefill, decode. Pictures
 //! and prompts are made up, so the answers mean nothing and the times do not depend on what is asked.
@@ -58,7 +58,7 @@ pub struct BenchOptions<'a> {
     pub keep_going: &'a (dyn Fn() -> bool + Sync),
 }
 
-/// What was measured. A share is of the ceiling that bounds the stage.
+/// What was measured. A share is of what bounds the stage: the product rate of [`Ceilings`], or [`Decode::read_gb_per_s`].
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BenchReport {
     /// `int4 group 64`, `bf16`, `f16` or `f32`.
@@ -170,7 +170,7 @@ pub struct FirstToken {
     pub seconds: f64,
 }
 
-/// Loads the checkpoint in `folder` and measures it. Ceilings are those of the same minute, for the same activations.
+/// Loads the checkpoint in `folder` and measures it. Ceilings are for the same activations.
 ///
 /// # Errors
 /// A [`ModelError`]: the folder is no checkpoint, the model has not enough positions, a device fails, or
@@ -222,7 +222,7 @@ impl Bench<'_> {
         let pixels = picture(side);
         let crops = pixels.crop_count;
         (self.options.say)(&format!("vision, {crops} crops"));
-        let seconds = median(RUNS, || self.encode(&pixels).map(|_| ()))?;
+        let seconds = median_s(RUNS, || self.encode(&pixels).map(|_| ()))?;
         let gop = self.work.vision(crops, pixels.image_tokens()) / 1e9;
         Ok(Vision {
             crops,
@@ -244,7 +244,7 @@ impl Bench<'_> {
             (self.options.say)(&format!("prefill, {tokens} tokens"));
             let mut last = None;
             let runs = if tokens < DECODED_AFTER { RUNS } else { 1 };
-            let seconds = median(runs, || {
+            let seconds = median_s(runs, || {
                 last = Some(self.prefill(&self.text_ids(tokens), &[])?);
                 Ok(())
             })?;
@@ -277,7 +277,7 @@ impl Bench<'_> {
             logits = self.run(&mut state)?;
             steps.push(seconds_since(start));
         }
-        let (step_s, read_gb_per_s) = (middle(steps), middle(reads));
+        let (step_s, read_gb_per_s) = (median(steps), median(reads));
         // The median step is one in the middle.
         let kv_bytes = self.work.kv_bytes(
             after_tokens + DECODE_STEPS / 2,
@@ -309,7 +309,7 @@ impl Bench<'_> {
         for _ in 0..sequences {
             states.push(self.prefill(&self.text_ids(BATCH_PROMPT_TOKENS), &[])?);
         }
-        let step_s = median(BATCH_STEPS, || {
+        let step_s = median_s(BATCH_STEPS, || {
             for (state, logits) in &mut states {
                 self.model.push(state, largest(logits))?;
             }
@@ -346,7 +346,7 @@ impl Bench<'_> {
     fn checked(&self, state: &mut SequenceState, drafts: Vec<u32>) -> Result<Drafts, ModelError> {
         (self.options.say)(&format!("decode, {} drafts", drafts.len()));
         let mut taken = 0;
-        let step_s = median(BATCH_STEPS, || {
+        let step_s = median_s(BATCH_STEPS, || {
             self.model.push(state, 0)?;
             taken = self.model.push_drafts(state, &drafts);
             let part = StepPart {
@@ -446,18 +446,20 @@ fn largest(logits: &[f32]) -> u32 {
 }
 
 /// Seconds of the median run.
-fn median(runs: usize, mut run: impl FnMut() -> Result<(), ModelError>) -> Result<f64, ModelError> {
+fn median_s(
+    runs: usize,
+    mut run: impl FnMut() -> Result<(), ModelError>,
+) -> Result<f64, ModelError> {
     let mut times = Vec::with_capacity(runs);
     for _ in 0..runs {
         let start = Instant::now();
         run()?;
         times.push(seconds_since(start));
     }
-    Ok(middle(times))
+    Ok(median(times))
 }
 
-/// The median.
-fn middle(mut figures: Vec<f64>) -> f64 {
+fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_by(f64::total_cmp);
     figures[figures.len() / 2]
 }

@@ -219,7 +219,7 @@ fn print_decode(out: &mut impl Write, report: &BenchReport) -> std::io::Result<(
     let decode = &report.decode;
     writeln!(
         out,
-        "decode       {:.1} ms a token after {}, {:.1} tokens/s, {:.0} % of the {:.1} GB/s that are read between them ({:.2} GB of weights, {:.2} GB of keys and values)",
+        "decode       {:.1} ms a token after {}, {:.1} tokens/s, {:.0} % of the {:.1} GB/s of plain reading between the steps ({:.2} GB of weights, {:.2} GB of keys and values)",
         decode.step_ms,
         decode.after_tokens,
         decode.tokens_per_s,
