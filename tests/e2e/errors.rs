@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::net::TcpStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -193,15 +193,41 @@ fn a_large_body_that_nobody_wants_does_not_break_its_client_off() {
         ("POST /v1/nothing/here", 404),
         ("POST /nowhere", 404),
         ("PUT /v1/chat/completions", 405),
+        ("POST /health", 405),
         ("POST /v1/chat/completions", 415),
     ] {
         let mut stream = TcpStream::connect(server.address).expect("the server accepts");
+        let patience = Some(Duration::from_secs(30));
+        stream
+            .set_write_timeout(patience)
+            .expect("a timeout can be set");
+        stream
+            .set_read_timeout(patience)
+            .expect("a timeout can be set");
         let length = large.len();
         let head = format!(
             "{request} HTTP/1.1\r\nhost: localhost\r\ncontent-encoding: br\r\ncontent-length: {length}\r\n\r\n"
         );
         stream.write_all(head.as_bytes()).expect("sent");
         stream.write_all(&large).expect("all of it is sent");
+        Incoming::read_head(stream).finish().error(status);
+    }
+}
+
+#[test]
+fn who_waits_with_a_body_that_nobody_wants_is_not_told_to_send_it() {
+    let server = shared();
+    for (request, status) in [
+        ("POST /v1/nothing/here", 404),
+        ("POST /nowhere", 404),
+        ("PUT /v1/chat/completions", 405),
+        ("PUT /health", 405),
+    ] {
+        let mut stream = TcpStream::connect(server.address).expect("the server accepts");
+        let head = format!(
+            "{request} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 1000\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).expect("sent");
         Incoming::read_head(stream).finish().error(status);
     }
 }

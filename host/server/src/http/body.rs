@@ -15,8 +15,7 @@ use super::arrivals::Arriving;
 use super::gate::Permit;
 use crate::pipeline::{CancelOnDrop, Failure, Piece, ReplyBody, ReplyHead};
 
-/// Of a body that nobody wants, this many times its limit is read and thrown away, while the answer is on its way: a client which
-/// writes before it reads still sees why it was refused.
+/// Of a body that is too long, this many times its limit is read and thrown away.
 const DISCARD_FACTOR: u64 = 4;
 /// The status of a client that is too slow: its own doing, unlike a 504.
 const REQUEST_TIMEOUT: u16 = 408;
@@ -72,8 +71,12 @@ pub async fn read(mut body: Body, pace: &Pace, arriving: &mut Arriving) -> Resul
         let message = format!("the body is larger than {bytes_max} bytes");
         Failure::new(ErrorCode::TooLarge, message)
     };
+    let too_long_pace = Pace {
+        bytes_max: bytes_max.saturating_mul(DISCARD_FACTOR),
+        ..*pace
+    };
     if announced > bytes_max {
-        discard_behind(body, pace);
+        discard_behind(body, &too_long_pace);
         return Err(too_long());
     }
     let mut whole = Vec::new();
@@ -87,10 +90,11 @@ pub async fn read(mut body: Body, pace: &Pace, arriving: &mut Arriving) -> Resul
         let piece = piece.map_err(|_| Failure::invalid("the body was cut off"))?;
         seen = seen.saturating_add(piece.len() as u64);
         if seen > bytes_max {
-            discard_behind(body, pace);
+            discard_behind(body, &too_long_pace);
             return Err(too_long());
         }
         if !arriving.grow(piece.len() as u64, pace.arriving_bytes_max) {
+            discard_behind(body, pace);
             let message = "the bodies on their way take all the memory there is for them, or for those of one key";
             let failure = Failure::new(ErrorCode::Overloaded, message);
             return Err(failure.retry_after(RETRY_AFTER_S));
@@ -105,19 +109,17 @@ pub async fn read(mut body: Body, pace: &Pace, arriving: &mut Arriving) -> Resul
     Ok(Bytes::from(whole))
 }
 
-/// Takes a body that nobody wants, or the rest of it, behind the answer, for as long as a body may take before it is measured. One
-/// that is so long that nobody would wait for its end is left where it is.
+/// Reads and throws away a body that nobody wants, or the rest of it, behind the answer, for as long as a body may take before it is
+/// measured: a client which writes before it reads still sees why it was refused. One that is longer than it may be is left where it is.
 pub fn discard_behind(body: Body, pace: &Pace) {
-    let bytes_max = pace.bytes_max.saturating_mul(DISCARD_FACTOR);
+    let fits = HttpBody::size_hint(&body).lower() <= pace.bytes_max;
     // Asked for any of it, who waits would be told to send it.
-    if !pace.waits && HttpBody::size_hint(&body).lower() <= bytes_max {
-        tokio::spawn(discard(body, bytes_max, pace.grace));
+    if !pace.waits && fits && !HttpBody::is_end_stream(&body) {
+        tokio::spawn(discard(body, pace.bytes_max, pace.grace));
     }
 }
 
-/// Reads a body that nobody wants, at most `bytes_max` bytes of it, so that a client which writes before
-/// it reads still sees why it was turned away.
-pub async fn discard(mut body: Body, bytes_max: u64, patience: Duration) {
+async fn discard(mut body: Body, bytes_max: u64, patience: Duration) {
     let reading = async {
         let mut seen: u64 = 0;
         while let Some(Ok(piece)) = next(&mut body).await {

@@ -93,6 +93,8 @@ async fn pages(State(http): State<Http>, request: Request<Body>, next: Next) -> 
     let mut response = match (answered, refusal) {
         (Some(response), _) => response,
         (None, Some(why)) => {
+            let (head, body) = request.into_parts();
+            turn_back(&config.server, &head.headers, body);
             let error = serde_json::json!({ "message": why, "type": "invalid_request_error", "param": null, "code": "forbidden" });
             json(
                 StatusCode::FORBIDDEN,
@@ -120,10 +122,11 @@ pub(super) fn greets(wiring: &Wiring) -> bool {
 }
 
 /// One of the server's own pages, by a method that none of them has.
-async fn wrong_method(request: Request<Body>) -> Response<Body> {
-    let (method, path) = (request.method().as_str(), request.uri().path());
+async fn wrong_method(State(http): State<Http>, request: Request<Body>) -> Response<Body> {
+    let (head, body) = request.into_parts();
+    turn_back(&http.house.config().server, &head.headers, body);
     let allowed = vec!["GET".to_owned(), "HEAD".to_owned()];
-    let failure = Failure::method_not_allowed(method, path, allowed);
+    let failure = Failure::method_not_allowed(head.method.as_str(), head.uri.path(), allowed);
     whole(error::fallback_response(&failure))
 }
 
@@ -222,15 +225,13 @@ async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<
                 }
                 // What runs here is nothing that strangers are told.
                 Err(failure) => {
-                    discard(&pinned, body).await;
+                    turn_back(&pinned.config.server, &head.headers, body);
                     turn_away(&http, pinned, &incoming, failure).await
                 }
             }
         }
         None => {
-            let waits = head.headers.contains_key(header::EXPECT);
-            let config = http.house.config();
-            body::discard_behind(body, &pace(&config.server, None, waits));
+            turn_back(&http.house.config().server, &head.headers, body);
             let message = format!("no route serves {}", head.uri.path());
             let known = http.house.wiring().keys.find(&head.headers);
             let failure = known
@@ -256,16 +257,16 @@ async fn serve(
     let config = Arc::clone(&pinned.config);
     let in_flight_max = config.server.requests_in_flight_max;
     let waits = incoming.header("expect").is_some();
-    let pace = |body_bytes_max| pace(&config.server, body_bytes_max, waits);
+    let paced = |body_bytes_max| pace(&config.server, body_bytes_max, waits);
     if let Err(failure) = may_come(http, in_flight_max, key.as_deref()) {
-        body::discard_behind(body, &pace(None));
+        body::discard_behind(body, &paced(None));
         return refuse(http, pinned, incoming, failure).await;
     }
     let mut arriving = http.arrivals.begin(key.as_deref().map(Key::arriving));
     let checked = match find(&pinned, &mut incoming) {
-        Ok(body_bytes_max) => body::read(body, &pace(body_bytes_max), &mut arriving).await,
+        Ok(body_bytes_max) => body::read(body, &paced(body_bytes_max), &mut arriving).await,
         Err(failure) => {
-            body::discard_behind(body, &pace(None));
+            body::discard_behind(body, &paced(None));
             Err(failure)
         }
     };
@@ -281,7 +282,7 @@ async fn serve(
     }
 }
 
-/// Whether a request's body is read at all. By the time all of it is here, nothing is likely to have changed.
+/// Whether a request's body is taken in at all. By the time all of it is here, nothing is likely to have changed.
 fn may_come(http: &Http, in_flight_max: usize, key: Option<&Key>) -> Result<(), Failure> {
     if http.gate.is_closed() {
         let failure = Failure::new(ErrorCode::Overloaded, "the server is stopping");
@@ -293,7 +294,7 @@ fn may_come(http: &Http, in_flight_max: usize, key: Option<&Key>) -> Result<(), 
     key.map_or(Ok(()), Key::has_place)
 }
 
-/// Finds the route of a request, and the longest body that it takes.
+/// Finds the route of a request, whose parameters the request then has, and the longest body that it takes; none takes a coding.
 fn find(pinned: &Pinned, incoming: &mut Incoming) -> Result<Option<u64>, Failure> {
     match paths::find(pinned.adapter.routes(), &incoming.method, &incoming.path) {
         paths::Match::Found {
@@ -357,12 +358,10 @@ fn pace(server: &ServerConfig, route_bytes_max: Option<u64>, waits: bool) -> Pac
     }
 }
 
-/// Lets a caller who is turned away finish writing, for as long as a head may take: a stranger gets no
-/// more of the server's patience.
-async fn discard(pinned: &Pinned, body: Body) {
-    let server = &pinned.config.server;
-    let patience = Duration::from_secs(server.head_read_timeout_s);
-    body::discard(body, server.request_body_bytes_max, patience).await;
+/// Lets a client that is turned away finish writing.
+fn turn_back(server: &ServerConfig, headers: &HeaderMap, body: Body) {
+    let waits = headers.contains_key(header::EXPECT);
+    body::discard_behind(body, &pace(server, None, waits));
 }
 
 /// Hands the exchange to a thread of its own and passes on what comes back.
