@@ -88,6 +88,15 @@ fn resident(server: &Server) -> f64 {
     bytes.expect("this system tells how much is resident")
 }
 
+/// Bytes that all caches together say they hold.
+fn cached(server: &Server) -> f64 {
+    let stats = server.stats();
+    let caches = stats["caches"].as_object().expect("caches").values();
+    caches
+        .map(|cache| cache["bytes"].as_f64().expect("a number"))
+        .sum()
+}
+
 fn median(figures: &[f64]) -> f64 {
     let mut figures = figures.to_vec();
     figures.sort_by(f64::total_cmp);
@@ -125,14 +134,12 @@ fn memory_stays_where_it_is() {
             let engine = server.stats()["engine"].clone();
             (engine["running"] == 0 && engine["waiting"] == 0).then_some(())
         });
-        resident(&server)
+        let resident = resident(&server);
+        let [all, caches] = [resident, cached(&server)].map(|bytes| bytes / 1048576.0);
+        println!("{end} requests: {all:.1} MiB, {caches:.1} of them in caches");
+        resident
     };
     let tenths: Vec<f64> = (1..=10).map(|tenth| run_to(count * tenth / 10)).collect();
-    let mib: Vec<_> = tenths
-        .iter()
-        .map(|x| format!("{:.1}", x / 1048576.0))
-        .collect();
-    println!("{count} requests, MiB after every tenth: {}", mib.join(" "));
     // One figure alone is noise of two percent.
     let (settled, growth_max) = if asked.is_some() {
         (median(&tenths[..3]), GROWTH_MAX)
