@@ -13,8 +13,8 @@ use crate::server::{Server, chat, data_url, pictures, text, until, with};
 
 const CLIENTS: u64 = 12;
 const SHORT_REQUESTS: u64 = 400;
-/// What memory may grow by once caches are full, up to the last three tenths: after the first three of the long run, and after half of
-/// the short one, where allocators have hardly settled.
+/// What memory may grow by once caches are full: after the first tenth of the long run, and after half of the short one, where
+/// allocators have hardly settled.
 const GROWTH_MAX: f64 = 0.02;
 const SHORT_GROWTH_MAX: f64 = 0.15;
 /// Caches that are full soon.
@@ -97,12 +97,6 @@ fn cached(server: &Server) -> f64 {
         .sum()
 }
 
-fn median(figures: &[f64]) -> f64 {
-    let mut figures = figures.to_vec();
-    figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
-}
-
 #[test]
 fn memory_stays_where_it_is() {
     let asked = std::env::var("VISOR_SOAK_REQUESTS").ok();
@@ -140,13 +134,12 @@ fn memory_stays_where_it_is() {
         resident
     };
     let tenths: Vec<f64> = (1..=10).map(|tenth| run_to(count * tenth / 10)).collect();
-    // One figure alone is noise of two percent.
     let (settled, growth_max) = if asked.is_some() {
-        (median(&tenths[..3]), GROWTH_MAX)
+        (tenths[0], GROWTH_MAX)
     } else {
         (tenths[4], SHORT_GROWTH_MAX)
     };
-    let growth = median(&tenths[7..]) / settled - 1.0;
+    let growth = tenths[9] / settled - 1.0;
     assert!(
         growth < growth_max,
         "memory grew by {:.1} %",
