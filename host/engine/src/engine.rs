@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use visor_model::{DeviceKind, Prompt, Tokenizer};
 
-use crate::cache::Caches;
+use crate::caches::Caches;
 use crate::error::EngineError;
 use crate::features::FeatureStore;
 use crate::job::Job;

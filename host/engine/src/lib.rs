@@ -8,6 +8,7 @@
 //! keeps what was dear to make. Nothing here knows of HTTP, plugins or async.
 
 pub mod cache;
+mod caches;
 mod constraint;
 mod detokenizer;
 mod drafter;
@@ -31,10 +32,10 @@ mod stop;
 mod token_infos;
 
 pub use cache::{
-    Access, Algorithm, Cache, CacheBytes, CacheEntry, CacheEvent, CacheKey, CacheStats,
-    CacheStrategy, Caches, Extensions, Interests, Lookup, Native, NewEntry, Plan, RemovalCause,
-    Scope, Scoping, Tier,
+    Access, Algorithm, Cache, CacheEntry, CacheEvent, CacheKey, CacheStats, CacheStrategy,
+    Extensions, Interests, Lookup, Native, NewEntry, Plan, RemovalCause, Scope, Scoping, Tier,
 };
+pub use caches::{CacheBytes, Caches};
 pub use constraint::{Constraint, ConstraintError, Grammar};
 pub use engine::{Engine, EngineOptions};
 pub use error::{EngineError, chain};
