@@ -14,7 +14,7 @@ mod trouble;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use visor_model::Tokenizer;
@@ -30,6 +30,9 @@ use crate::sequence::{Bench, Sequence};
 use crate::shared::{EngineState, Shared};
 use crate::slot::ModelSlot;
 use crate::stats::EngineStats;
+
+/// How long nothing has to arrive before free memory goes back: whoever asks again and again does not wait for it to come back.
+const RESTED: Duration = Duration::from_secs(2);
 
 /// Whatever can wake the loop.
 pub(crate) enum Wake {
@@ -171,7 +174,18 @@ impl<L: ModelLoader> Scheduler<L> {
             Err(TryRecvError::Disconnected) if !self.is_orphaned => Some(Wake::Orphaned),
             Err(_) if has_work => Some(Wake::Step),
             Err(_) if is_ending => None,
-            Err(_) => Some(self.inbox.recv().unwrap_or(Wake::Orphaned)),
+            Err(_) => Some(self.rest()),
+        }
+    }
+
+    /// Waits for what comes next. After a while, memory that the work has left free goes back to the system.
+    fn rest(&self) -> Wake {
+        match self.inbox.recv_timeout(RESTED) {
+            Err(RecvTimeoutError::Timeout) => {
+                visor_model::return_free_memory();
+                self.inbox.recv().unwrap_or(Wake::Orphaned)
+            }
+            woken => woken.unwrap_or(Wake::Orphaned),
         }
     }
 

@@ -2,7 +2,7 @@
 
 #![cfg_attr(
     all(target_os = "linux", target_env = "gnu"),
-    expect(unsafe_code, reason = "mallopt is a function of C")
+    expect(unsafe_code, reason = "mallopt and malloc_trim are functions of C")
 )]
 
 /// Large blocks come from the system and go back to it, and small ones from two arenas.
@@ -13,6 +13,14 @@
 pub fn return_large_blocks() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     glibc::set();
+}
+
+/// Gives the system what the allocator holds and nobody uses: holes between blocks that are in use, as large as a page. It takes
+/// some milliseconds, and whoever needs memory next faults it in again, so call it when there is nothing to do. Elsewhere it does
+/// nothing.
+pub fn return_free_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    glibc::trim();
 }
 
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -30,6 +38,7 @@ mod glibc {
 
     unsafe extern "C" {
         fn mallopt(param: c_int, value: c_int) -> c_int;
+        fn malloc_trim(pad: usize) -> c_int;
     }
 
     pub(super) fn set() {
@@ -37,5 +46,10 @@ mod glibc {
             // SAFETY: two numbers go in and one comes out; what mallopt writes, it writes under the allocator's own lock.
             let _accepted = unsafe { mallopt(param, value) };
         }
+    }
+
+    pub(super) fn trim() {
+        // SAFETY: a number goes in and one comes out; it takes the allocator's own locks.
+        let _returned = unsafe { malloc_trim(0) };
     }
 }

@@ -44,4 +44,4 @@ pub use quantize::{
 pub use sequence::SequenceState;
 pub use step::StepPart;
 pub use tokenizer::{Prompt, PromptPart, TokenKind, Tokenizer};
-pub use visor_kernels::allocator::return_large_blocks;
+pub use visor_kernels::allocator::{return_free_memory, return_large_blocks};

@@ -20,7 +20,8 @@ use crate::wiring::House;
 const FILES_BESIDE: u64 = 128;
 /// Threads for sockets; exchanges run on blocking threads, the model on its own.
 const SOCKET_THREADS: usize = 2;
-
+/// How long a thread waits for its next request. What the allocator keeps for a thread is free only once that has ended.
+const IDLE_THREADS: Duration = Duration::from_secs(1);
 /// How long threads of requests that were given up may take to end.
 const STRAGGLERS: Duration = Duration::from_secs(2);
 
@@ -32,6 +33,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
     raise_open_files(config.server.connections_max);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(SOCKET_THREADS)
+        .thread_keep_alive(IDLE_THREADS)
         .max_blocking_threads(
             config
                 .server
