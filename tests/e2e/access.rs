@@ -7,7 +7,7 @@ use std::process::Command;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use crate::client::{self, Answer, Incoming, Request};
+use crate::client::{self, Answer, Incoming, MUCH, Request};
 use crate::server::{Server, chat, repository, text, until, with};
 
 /// A key with further settings.
@@ -153,22 +153,19 @@ fn who_is_turned_away_is_told_in_the_dialect_they_speak() {
 #[test]
 fn a_client_that_writes_much_still_reads_why_it_was_turned_away() {
     let server = Server::start_with(&key("slow", "slow", "requests_per_minute = 1"));
-    let much = vec![b' '; 24 << 20];
-    let send = |header: &str| {
-        let mut stream = TcpStream::connect(server.address).expect("the server accepts");
-        let head = format!(
-            "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n{header}connection: close\r\ncontent-length: {}\r\n\r\n",
-            much.len()
-        );
-        stream
-            .write_all(head.as_bytes())
-            .expect("the head is taken");
-        stream.write_all(&much).expect("and the body, to its end");
-        Incoming::read_head(stream).finish()
+    let send = |headers: &[(&str, &str)]| {
+        let request = Request {
+            method: "POST",
+            path: "/v1/chat/completions",
+            headers,
+            body: MUCH,
+        };
+        client::send_all(server.address, &request)
     };
-    send("").error(401);
-    ask(&server, &[("x-api-key", "slow")]).ok();
-    send("x-api-key: slow\r\n").error(429);
+    let slow = [("x-api-key", "slow")];
+    send(&[]).error(401);
+    ask(&server, &slow).ok();
+    send(&slow).error(429);
 }
 
 /// Refused requests whose bodies never end take no place from others.

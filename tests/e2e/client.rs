@@ -6,8 +6,11 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-/// Longest any single read may take before a test is called hung.
-const READ_TIMEOUT: Duration = Duration::from_secs(120);
+/// Longest any single read or write may take before a test is called hung.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A body that is more than sockets hold: a server that reads none of it breaks off who writes all of it first.
+pub const MUCH: &[u8] = &[b' '; 24 << 20];
 
 /// A whole answer.
 #[derive(Debug, Clone)]
@@ -111,9 +114,32 @@ pub struct Incoming {
 
 /// Sends a request and reads the head of its answer.
 pub fn open(address: SocketAddr, request: &Request<'_>) -> Incoming {
+    // A server that has seen enough may answer before the body is through; the answer counts.
+    let (stream, _) = write(address, request);
+    Incoming::read_head(stream)
+}
+
+/// Sends a request and reads its whole answer.
+pub fn send(address: SocketAddr, request: &Request<'_>) -> Answer {
+    open(address, request).finish()
+}
+
+/// As [`send`], by a client that reads nothing before all of its body is taken, as most do.
+#[track_caller]
+pub fn send_all(address: SocketAddr, request: &Request<'_>) -> Answer {
+    let (stream, sent) = write(address, request);
+    sent.expect("the whole body is taken");
+    Incoming::read_head(stream).finish()
+}
+
+/// Writes a request to a connection of its own, and how far its body came.
+fn write(address: SocketAddr, request: &Request<'_>) -> (TcpStream, std::io::Result<()>) {
     let mut stream = TcpStream::connect(address).expect("the server accepts");
     stream
-        .set_read_timeout(Some(READ_TIMEOUT))
+        .set_read_timeout(Some(PATIENCE))
+        .expect("a timeout can be set");
+    stream
+        .set_write_timeout(Some(PATIENCE))
         .expect("a timeout can be set");
     stream.set_nodelay(true).expect("TCP_NODELAY can be set");
     let mut head = format!(
@@ -128,14 +154,8 @@ pub fn open(address: SocketAddr, request: &Request<'_>) -> Incoming {
     }
     head.push_str("connection: close\r\n\r\n");
     stream.write_all(head.as_bytes()).expect("the head is sent");
-    // A server that has seen enough may answer before the body is through; the answer counts.
-    _ = stream.write_all(request.body);
-    Incoming::read_head(stream)
-}
-
-/// Sends a request and reads its whole answer.
-pub fn send(address: SocketAddr, request: &Request<'_>) -> Answer {
-    open(address, request).finish()
+    let sent = stream.write_all(request.body);
+    (stream, sent)
 }
 
 impl Incoming {

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::client::Incoming;
+use crate::client::{Incoming, MUCH};
 use crate::server::{Server, chat, fixture, repository, shared, text, until, with};
 
 #[test]
@@ -78,6 +78,9 @@ fn a_signal_drains_what_is_in_flight_and_then_ends() {
         server.wait_logged("draining");
         assert_eq!(server.get("/ready").status, 503, "no new work");
         server.chat(&chat(&[text("too late")])).error(503);
+        server
+            .send_all("POST", "/v1/chat/completions", MUCH)
+            .error(503);
         let answer = stream.finish();
         assert!(
             answer.text().ends_with("data: [DONE]\n\n"),

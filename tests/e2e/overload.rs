@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::client::Incoming;
+use crate::client::{Incoming, MUCH};
 use crate::server::{Server, chat, text, until, with};
 
 /// A chat that takes a while: as long as the context allows. Greedy noise runs in circles and meets
@@ -51,6 +51,9 @@ fn over_the_limit_is_503_at_once_and_says_when_to_come_back() {
             .header("retry-after")
             .is_some_and(|seconds| seconds.parse::<u32>().is_ok())
     );
+    server
+        .send_all("POST", "/v1/chat/completions", MUCH)
+        .error(503);
     assert_eq!(server.get("/health").status, 200, "alive while it refuses");
     drop(busy);
     until("there is room again", || {

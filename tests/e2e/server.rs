@@ -176,6 +176,12 @@ impl Server {
         client::send(self.address, &self.request(method, path, body))
     }
 
+    /// As [`Self::send`], all of the body before anything of the answer is read.
+    #[track_caller]
+    pub fn send_all(&self, method: &str, path: &str, body: &[u8]) -> Answer {
+        client::send_all(self.address, &self.request(method, path, body))
+    }
+
     /// A chat completion, read to its end.
     pub fn chat(&self, body: &Value) -> Answer {
         self.send("POST", "/v1/chat/completions", body.to_string().as_bytes())
