@@ -311,6 +311,26 @@ fn a_web_page_may_ask_only_from_a_listed_origin() {
     );
 }
 
+#[test]
+fn a_page_that_may_not_ask_is_told_so_in_its_dialect() {
+    let server = Server::start();
+    let asked = |path| {
+        let answer = send(&server, "POST", path, &[("origin", "https://a.example")]);
+        assert_eq!(answer.status, 403, "{path}");
+        assert!(answer.header("x-request-id").is_some(), "{path}");
+        answer.json()
+    };
+    asked("/v1/chat/completions")["error"]["message"]
+        .as_str()
+        .expect("a message");
+    let claude = asked("/v1/messages");
+    assert_eq!(claude["type"], "error", "{claude}");
+    let ollama = asked("/api/chat");
+    assert!(ollama["error"].is_string(), "{ollama}");
+    let nobody = asked("/nothing/here");
+    assert!(nobody["error"]["message"].is_string(), "{nobody}");
+}
+
 /// A page whose own name resolves to this machine asks as if it were the server's.
 #[test]
 fn without_keys_only_names_of_this_machine_are_asked() {
@@ -341,6 +361,7 @@ fn only_names_of_this_machine_are_asked(server: &Server) {
         ("[::1]:9", 200),
         ("visor.example:8080", 200),
         ("Visor.Example", 200),
+        ("host.docker.internal:11434", 200),
         ("evil.example:8080", 403),
         ("localhost.evil.example", 403),
     ] {

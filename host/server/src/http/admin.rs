@@ -119,13 +119,21 @@ mod tests {
             "127.0.0.1:9",
             "127.0.0.2",
             "[::1]:9",
+            "LOCALHOST",
+            "app.localhost:9",
+            "host.docker.internal:9",
+            "0.0.0.0:9",
+            "192.168.1.5",
+            "[fd00::1]:9",
         ] {
             assert!(ask(own), "{own}");
         }
         for other in [
             "evil.example:9",
             "localhost.evil.example",
-            "10.0.0.1",
+            "internal.evil.example",
+            "evilinternal",
+            "93.184.215.14",
             "[::2]",
             "",
             "a b",

@@ -4,6 +4,8 @@
 //! from an origin that is not listed is refused. Where there are no keys, neither does a page get in whose own name resolves to
 //! this machine. Nobody else minds these headers, so this keeps out pages, not programs; keys do that.
 
+use std::net::IpAddr;
+
 use axum::body::Body;
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
@@ -79,7 +81,8 @@ fn is_named(headers: &HeaderMap, host: &str) -> bool {
     authority.is_some_and(|authority| authority.host().eq_ignore_ascii_case(host))
 }
 
-/// Whether the `Host` is this machine under one of its own names. Programs may leave it out.
+/// Whether the `Host` is one that no page can have for its own and make resolve to this machine: an address here or in a network like
+/// a home's, or a name that no public name server has, as `host.docker.internal`, by which containers ask. Programs may leave it out.
 pub(super) fn asks_this_machine(headers: &HeaderMap) -> bool {
     let Some(host) = headers.get(header::HOST) else {
         return true;
@@ -87,10 +90,27 @@ pub(super) fn asks_this_machine(headers: &HeaderMap) -> bool {
     let Ok(authority) = Authority::try_from(host.as_bytes()) else {
         return false;
     };
-    let host = authority.host();
+    let host = authority.host().to_ascii_lowercase();
     let address = host.trim_start_matches('[').trim_end_matches(']').parse();
-    host.eq_ignore_ascii_case("localhost")
-        || address.is_ok_and(|address: std::net::IpAddr| address.is_loopback())
+    host == "localhost"
+        || host.ends_with(".localhost")
+        || host.ends_with(".internal")
+        || address.is_ok_and(is_near)
+}
+
+/// Whether an address is this machine's or of a network that is not public.
+fn is_near(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => {
+            v4.is_loopback() || v4.is_unspecified() || v4.is_private() || v4.is_link_local()
+        }
+        IpAddr::V6(v6) => {
+            v6.is_loopback()
+                || v6.is_unspecified()
+                || v6.is_unique_local()
+                || v6.is_unicast_link_local()
+        }
+    }
 }
 
 /// The answer to a browser's question whether a page may ask; none when this is no such question.

@@ -2,11 +2,16 @@
 
 use visor_sandbox::Route;
 
+const GET: &str = "GET";
+const HEAD: &str = "HEAD";
+
 /// What a method and a path are to an adapter.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Match {
-    /// Served: the values of `{name}` segments, and the route's own body limit.
+    /// Served: how the adapter is asked, the values of `{name}` segments, and the route's own body limit.
     Found {
+        /// Upper-case method of the route.
+        method: String,
         /// Name and decoded value of each parameter.
         params: Vec<(String, String)>,
         /// Largest body in bytes, if the route has an opinion.
@@ -18,23 +23,27 @@ pub enum Match {
     NotFound,
 }
 
-/// Finds the first route that fits. Literal segments win over parameters when both fit.
+/// Finds the first route that fits. Literal segments win over parameters when both fit. Where there is a GET, there is a HEAD: what the
+/// adapter answers to the one is the answer to the other, and hyper leaves its body out.
 pub fn find(routes: &[Route], method: &str, path: &str) -> Match {
-    let mut best: Option<(usize, Match)> = None;
+    let mut best: Option<((usize, bool), Match)> = None;
     let mut methods = Vec::new();
     for route in routes {
         let Some(params) = fit(&route.path, path) else {
             continue;
         };
-        if !route.method.eq_ignore_ascii_case(method) {
+        let is_head_of = method == HEAD && route.method.eq_ignore_ascii_case(GET);
+        if !is_head_of && !route.method.eq_ignore_ascii_case(method) {
             methods.push(route.method.to_ascii_uppercase());
             continue;
         }
-        if best.as_ref().is_none_or(|(count, _)| params.len() < *count) {
+        let rank = (params.len(), is_head_of);
+        if best.as_ref().is_none_or(|(least, _)| rank < *least) {
             let body_bytes_max = route.body_bytes_max;
             best = Some((
-                params.len(),
+                rank,
                 Match::Found {
+                    method: route.method.to_ascii_uppercase(),
                     params,
                     body_bytes_max,
                 },
@@ -45,6 +54,9 @@ pub fn find(routes: &[Route], method: &str, path: &str) -> Match {
         Some((_, found)) => found,
         None if methods.is_empty() => Match::NotFound,
         None => {
+            if methods.iter().any(|method| method == GET) {
+                methods.push(HEAD.to_owned());
+            }
             methods.sort_unstable();
             methods.dedup();
             Match::WrongMethod(methods)
@@ -175,8 +187,32 @@ mod tests {
         ] {
             assert_eq!(find(&routes, "GET", path), Match::NotFound, "{path}");
         }
-        let methods = vec!["GET".to_owned(), "POST".to_owned()];
+        let methods = ["GET", "HEAD", "POST"].map(str::to_owned).to_vec();
         assert_eq!(find(&routes, "PUT", "/models"), Match::WrongMethod(methods));
+    }
+
+    #[test]
+    fn head_is_asked_as_get_where_no_route_is_for_it() {
+        let asked = |routes: &[Route], path: &str| match find(routes, "HEAD", path) {
+            Match::Found { method, .. } => method,
+            other => panic!("{other:?}"),
+        };
+        let mut routes = routes(&[
+            ("get", "/models"),
+            ("GET", "/models/{id}"),
+            ("POST", "/chat"),
+        ]);
+        assert_eq!(asked(&routes, "/models"), "GET");
+        assert_eq!(params(find(&routes, "HEAD", "/models/a"))[0].1, "a");
+        let methods = vec!["POST".to_owned()];
+        assert_eq!(find(&routes, "HEAD", "/chat"), Match::WrongMethod(methods));
+        assert_eq!(find(&routes, "HEAD", "/nothing"), Match::NotFound);
+        routes.push(Route {
+            method: "HEAD".to_owned(),
+            path: "/models".to_owned(),
+            body_bytes_max: None,
+        });
+        assert_eq!(asked(&routes, "/models"), "HEAD");
     }
 
     #[test]

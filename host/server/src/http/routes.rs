@@ -92,18 +92,28 @@ async fn pages(State(http): State<Http>, request: Request<Body>, next: Next) -> 
     let refusal = cors::refusal(&origin, request.headers(), hosts);
     let mut response = match (answered, refusal) {
         (Some(response), _) => response,
-        (None, Some(why)) => {
-            let (head, body) = request.into_parts();
-            turn_back(&config.server, &head.headers, body);
-            let error = serde_json::json!({ "message": why, "type": "invalid_request_error", "param": null, "code": "forbidden" });
-            json(
-                StatusCode::FORBIDDEN,
-                &serde_json::json!({ "error": error }),
-            )
-        }
+        (None, Some(why)) => forbid(&http, request, why).await,
         (None, None) => next.run(request).await,
     };
     cors::grant(&mut response, origin);
+    response
+}
+
+/// Answers a page that may not ask, or whoever asks by a name that a page may have.
+async fn forbid(http: &Http, request: Request<Body>, why: &str) -> Response<Body> {
+    let accepted = Instant::now();
+    let (head, body) = request.into_parts();
+    turn_back(&http.house.config().server, &head.headers, body);
+    let failure = Failure::invalid(why).with_status(StatusCode::FORBIDDEN.as_u16());
+    let id = request_id(&head.headers);
+    let mut response = match http.house.pin(head.uri.path()) {
+        Some(pinned) => {
+            let incoming = incoming(&head, &pinned, id.clone(), accepted);
+            turn_away(http, pinned, &incoming, failure).await
+        }
+        None => whole(error::fallback_response(&failure)),
+    };
+    identify(&mut response, &id);
     response
 }
 
@@ -240,11 +250,15 @@ async fn exchange(State(http): State<Http>, request: Request<Body>) -> Response<
             whole(error::fallback_response(&failure))
         }
     };
-    // The second is where clients of Anthropic look.
-    for name in ["x-request-id", "request-id"] {
-        body::add_header(&mut response, name, &id);
-    }
+    identify(&mut response, &id);
     response
+}
+
+/// Names a request to its client. The second header is where those of Anthropic look.
+fn identify(response: &mut Response<Body>, id: &str) {
+    for name in ["x-request-id", "request-id"] {
+        body::add_header(response, name, id);
+    }
 }
 
 /// One request that has a mount: matched, its body read, in through the gate, then worked on.
@@ -294,16 +308,19 @@ fn may_come(http: &Http, in_flight_max: usize, key: Option<&Key>) -> Result<(), 
     key.map_or(Ok(()), Key::has_place)
 }
 
-/// Finds the route of a request, whose parameters the request then has, and the longest body that it takes; none takes a coding.
+/// Finds the route of a request, whose method and parameters the request then has, and the longest body that it takes; none takes a
+/// coding.
 fn find(pinned: &Pinned, incoming: &mut Incoming) -> Result<Option<u64>, Failure> {
     match paths::find(pinned.adapter.routes(), &incoming.method, &incoming.path) {
         paths::Match::Found {
+            method,
             params,
             body_bytes_max,
         } => {
             if let Some(failure) = unreadable(incoming) {
                 return Err(failure);
             }
+            incoming.method = method;
             incoming.params = params;
             Ok(body_bytes_max)
         }
@@ -427,7 +444,7 @@ async fn refuse(
     whole(error::fallback_response(&failure))
 }
 
-/// Answers somebody without a key. See [`super::strangers`].
+/// Answers somebody without a key, or who may not ask at all. See [`super::strangers`].
 async fn turn_away(
     http: &Http,
     pinned: Pinned,

@@ -1,4 +1,4 @@
-//! What a stranger is told, who has no key: in the dialect they speak, and at no cost.
+//! What a stranger is told, who has no key or may not ask: in the dialect they speak, and at no cost.
 //!
 //! The adapter renders it, for a client of its dialect understands nothing else. That is safe before anybody is authenticated:
 //! it is asked for the words of one of a few errors, which are ours, and sees nothing of the request. So they are the same for
@@ -12,7 +12,7 @@ use visor_sandbox::{Plugin, Response};
 use super::error;
 use crate::pipeline::Failure;
 
-/// The answers of one adapter, by the message of the error. There are as many as `keys` has reasons.
+/// The answers of one adapter, by the message of the error. There are as many as `keys` and `cors` have reasons.
 #[derive(Debug, Default)]
 pub struct Strangers(Mutex<BTreeMap<String, Response>>);
 
