@@ -15,6 +15,8 @@ from served import ROOT, Served
 
 HERE = pathlib.Path(__file__).resolve().parent
 CONFIG = """
+[server]
+generations_per_request_max = 4
 [generation]
 max_tokens = 2
 max_tokens_limit = 2

@@ -17,7 +17,13 @@ def picture(kind, size):
 
 
 PICTURES = [picture(kind, size) for kind in ("PNG", "JPEG", "WEBP") for size in ((8, 8), (40, 24))]
-NAME = re.compile("[a-zA-Z0-9_-]{1,64}")
+# What a tool may be called, by the beginning of a path.
+NAMES = {
+    "/v1/chat": re.compile("[a-zA-Z0-9_-]{1,64}"),
+    "/v1/responses": re.compile("[a-zA-Z0-9_-]{1,128}"),
+    "/v1/messages": re.compile("[a-zA-Z0-9_-]{1,128}"),
+    "/api/": re.compile("[a-zA-Z0-9_.:/-]{1,128}"),
+}
 BASE64 = strategies.sampled_from(PICTURES)
 
 schemathesis.openapi.format("picture-base64", BASE64)
@@ -30,19 +36,20 @@ def tools(body, path):
     """No two tools have one name, whoever is named is among them, and what is called a schema is one: a generated object is not."""
     if path == "/api/generate":
         body.pop("tools", None)
+    name = next(name for beginning, name in NAMES.items() if path.startswith(beginning))
     offered = body.get("tools") or []
     if not isinstance(offered, list):
         return
     for number, tool in enumerate(offered):
         for holder in (tool, tool.get("function") if isinstance(tool, dict) else None):
-            if isinstance(holder, dict) and isinstance(holder.get("name"), str) and NAME.fullmatch(holder["name"]):
+            if isinstance(holder, dict) and isinstance(holder.get("name"), str) and name.fullmatch(holder["name"]):
                 holder["name"] = f"tool_{number}"
     choice = body.get("tool_choice")
     named = choice.get("function", choice) if isinstance(choice, dict) else None
     if choice == "required" or isinstance(choice, dict) and choice.get("type") == "any":
         if not offered:
             body["tool_choice"] = None
-    elif isinstance(named, dict) and isinstance(named.get("name"), str) and NAME.fullmatch(named["name"]):
+    elif isinstance(named, dict) and isinstance(named.get("name"), str) and name.fullmatch(named["name"]):
         named["name"] = "tool_0"
         if not offered:
             body["tool_choice"] = None
@@ -88,7 +95,11 @@ def before_call(context, case, kwargs):
     crops = body.get("num_crops")
     if path.endswith("/chat/completions") and isinstance(crops, (int, float)) and 16 < crops < 2**64:
         body["num_crops"] = 16
-    # The last message is the user's.
+    # All answers to all prompts are at most as many as `n` may be.
+    prompts = body.get("prompt")
+    if path == "/v1/completions" and isinstance(prompts, list) and len(prompts) > 1 and body.get("n") in (2, 3, 4):
+        body["n"] = 1
+    # The last message is not the assistant's.
     messages = body.get("messages")
     if path.startswith("/v1/messages") and isinstance(messages, list) and messages:
         last = messages[-1]

@@ -50,11 +50,46 @@ class AnthropicClient(Served):
         count = self.client.messages.count_tokens(**body).input_tokens
         self.assertEqual(count, usage.input_tokens + usage.cache_read_input_tokens)
 
+    def test_an_answer_is_at_most_as_long_as_it_may_be(self):
+        ends = ["end_turn", "model_context_window_exceeded"]
+        body = self.ask(max_tokens=100_000)
+        whole = self.client.messages.create(**body)
+        self.assertIn(whole.stop_reason, ends)
+        with self.client.messages.stream(**body) as stream:
+            last = stream.get_final_message()
+        self.assertEqual((last.content[0].text, last.stop_reason), (whole.content[0].text, whole.stop_reason))
+
+    def test_what_was_thought_before_is_left_out(self):
+        said = {"type": "text", "text": "A cat."}
+        thought = {"type": "thinking", "thinking": "It purrs.", "signature": "AAAA"}
+        redacted = {"type": "redacted_thinking", "data": "AAAA"}
+        usage = []
+        for content in [[said], [thought, redacted, said]]:
+            body = self.ask()
+            body["messages"] += [
+                {"role": "assistant", "content": content},
+                {"role": "user", "content": "What colour?"},
+            ]
+            answer = self.client.messages.create(**body)
+            self.assertTrue(answer.content)
+            usage.append(answer.usage.input_tokens + answer.usage.cache_read_input_tokens)
+        self.assertEqual(usage[0], usage[1])
+
     def test_a_stop_sequence_is_told(self):
         text = self.client.messages.create(**self.ask(max_tokens=30)).content[0].text
         word = text.split()[1]
         cut = self.client.messages.create(**self.ask(max_tokens=30, stop_sequences=[word]))
         self.assertEqual((cut.stop_reason, cut.stop_sequence), ("stop_sequence", word))
+
+    def test_models_are_listed_and_found(self):
+        models = list(self.client.models.list())
+        self.assertEqual([model.id for model in models], ["visor-demo"])
+        self.assertEqual((models[0].type, models[0].display_name), ("model", "visor-demo"))
+        self.assertGreater(models[0].created_at.year, 2000)
+        self.assertEqual(self.client.models.retrieve("visor-demo"), models[0])
+        with self.assertRaises(anthropic.NotFoundError) as missing:
+            self.client.models.retrieve("no-such-model")
+        self.assertEqual(missing.exception.body["error"]["type"], "not_found_error")
 
     def test_errors_are_typed(self):
         with self.assertRaises(anthropic.NotFoundError):

@@ -8,7 +8,7 @@ import typing
 import openai
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAI
 
 from served import ENDLESS, QUESTION, Served, main, photo
 
@@ -42,6 +42,13 @@ class LangChainClient(Served):
         image = {"type": "image", "base64": photo("cat.jpg"), "mime_type": "image/jpeg"}
         standard = HumanMessage([{"type": "text", "text": QUESTION}, image])
         self.assertEqual(self.chat().invoke([standard]).content, self.chat().invoke([self.picture()]).content)
+
+    def test_a_batch_of_texts_is_one_request(self):
+        text = OpenAI(base_url=self.base + "/v1", api_key="unused", model="visor-demo", max_tokens=4, temperature=0, max_retries=0)
+        prompts = [f"{number} and" for number in range(20)]
+        together = text.batch(prompts)
+        self.assertEqual(len(together), 20)
+        self.assertEqual(together[7], text.invoke(prompts[7]))
 
     def test_responses_say_the_same(self):
         whole = self.chat().invoke([self.picture()])

@@ -70,6 +70,16 @@ class OllamaClient(Served):
         self.assertEqual(names, ["visor-demo"])
         self.assertEqual(self.client.show("visor-demo").capabilities, ["completion", "tools", "vision"])
 
+    def test_a_model_is_loaded_and_told_to_be_gone(self):
+        for ask in [self.client.chat, self.client.generate]:
+            self.assertEqual(ask(model="visor-demo").done_reason, "load")
+            self.assertEqual(ask(model="visor-demo", keep_alive=0).done_reason, "unload")
+            self.assertEqual(ask(model="visor-demo", keep_alive="0s").done_reason, "unload")
+        running = self.client.ps().models
+        self.assertEqual([model.model for model in running], ["visor-demo"])
+        info = self.client.show("visor-demo").modelinfo
+        self.assertIn(running[0].context_length, [value for key, value in info.items() if key.endswith(".context_length")])
+
     def test_errors_are_typed(self):
         with self.assertRaises(ollama.ResponseError) as missing:
             self.client.chat(model="no-such-model", messages=[{"role": "user", "content": "hi"}])
@@ -78,6 +88,10 @@ class OllamaClient(Served):
         with self.assertRaises(ollama.ResponseError) as bad:
             self.client.generate(model="visor-demo", prompt="hi", format={"type": "nothing"})
         self.assertEqual(bad.exception.status_code, 400)
+        with self.assertRaises(ollama.ResponseError) as thinking:
+            self.client.generate(model="visor-demo", prompt="hi", think=True)
+        self.assertEqual(thinking.exception.status_code, 400)
+        self.assertEqual(thinking.exception.error, '"visor-demo" does not support thinking')
 
 
 if __name__ == "__main__":

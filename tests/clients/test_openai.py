@@ -230,6 +230,29 @@ class OpenAIClient(Served):
         with self.assertRaises(openai.BadRequestError):
             self.client.completions.create(**more, echo=True)
 
+    def test_two_text_completions_at_once(self):
+        prompts = ["I see", "The picture shows"]
+        more = {"model": self.model, "max_tokens": 6, "temperature": 0}
+        alone = [self.client.completions.create(**more, prompt=prompt) for prompt in prompts]
+        whole = self.client.completions.create(**more, prompt=prompts)
+        self.assertEqual([c.index for c in whole.choices], [0, 1])
+        self.assertEqual([c.text for c in whole.choices], [one.choices[0].text for one in alone])
+        for count in ["prompt_tokens", "completion_tokens", "total_tokens"]:
+            self.assertEqual(getattr(whole.usage, count), sum(getattr(one.usage, count) for one in alone))
+        # Not strict, as above.
+        with openai.OpenAI(base_url=self.base + "/v1", api_key="unused", max_retries=0) as client:
+            streamed = list(client.completions.create(**more, prompt=prompts, stream=True, stream_options={"include_usage": True}))
+        choices = [chunk.choices[0] for chunk in streamed if chunk.choices]
+        for told in whole.choices:
+            own = [choice for choice in choices if choice.index == told.index]
+            self.assertEqual("".join(choice.text for choice in own), told.text)
+            self.assertEqual([c.finish_reason for c in own if c.finish_reason], [told.finish_reason])
+        self.assertEqual(streamed[-1].usage.total_tokens, whole.usage.total_tokens)
+        for wrong in [[], ["a"] * 129, [1, 2], [[1], [2]]]:
+            with self.assertRaises(openai.BadRequestError) as bad:
+                self.client.completions.create(**more, prompt=wrong)
+            self.assertEqual(bad.exception.param, "prompt")
+
     def test_a_response_streaming_and_not(self):
         content = [{"type": "input_text", "text": QUESTION},
                    {"type": "input_image", "detail": "auto", "image_url": data_uri("cat.jpg", "image/jpeg")}]

@@ -1,11 +1,14 @@
 //! The other dialects: Anthropic's messages, Ollama's chats, OpenAI's responses. One question, whoever
 //! asks it, is one prompt and one answer.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
 use serde_json::{Value, json};
 
 use crate::chat::content;
 use crate::client::Answer;
-use crate::server::{chat, data_url, fixture, pictures, shared, text, with};
+use crate::server::{Server, chat, data_url, fixture, pictures, shared, text, with};
 
 const QUESTION: &str = "what is this?";
 
@@ -244,6 +247,72 @@ fn ollama_tells_of_its_model_and_its_errors() {
         let error = refused.json()["error"].to_string();
         assert!(error.contains(says), "{error}");
     }
+}
+
+#[test]
+fn ollama_tells_what_its_clients_look_for() {
+    let version = shared().get("/api/version").ok();
+    assert_eq!(version["version"], "0.14.2");
+    let show = post("/api/show", &json!({"model": model()})).ok();
+    let info = show["model_info"].as_object().expect("an object");
+    let context = info
+        .iter()
+        .find(|(key, _)| key.ends_with(".context_length"));
+    let running = shared().get("/api/ps").ok();
+    let told = &running["models"][0]["context_length"];
+    assert_eq!(context.map(|(_, length)| length), Some(told));
+    for path in ["/api/chat", "/api/generate"] {
+        let unload = post(path, &json!({"model": model(), "keep_alive": 0})).ok();
+        assert_eq!(unload["done_reason"], "unload");
+    }
+    let messages = json!([{"role": "developer", "content": "Be brief."}, text("x")]);
+    let body = json!({"model": model(), "messages": messages, "stream": false, "think": false});
+    let body = with(body, json!({"options": {"num_predict": 1}}));
+    post("/api/chat", &body).ok();
+    let refused = post("/api/chat", &with(body, json!({"think": true})));
+    let error = format!("\"{}\" does not support thinking", model());
+    assert_eq!(
+        (refused.status, refused.json()),
+        (400, json!({"error": error}))
+    );
+}
+
+/// All that comes back for a request without a body, as text.
+fn raw(server: &Server, method: &str, path: &str) -> String {
+    let mut stream = TcpStream::connect(server.address).expect("the server accepts");
+    let head = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).expect("sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    answer
+}
+
+#[test]
+fn head_is_answered_as_get_without_the_body() {
+    let server = shared();
+    for path in [
+        "/api/version",
+        "/api/tags",
+        "/v1/models",
+        "/v1/models/nothing",
+    ] {
+        let (get, head) = (raw(&server, "GET", path), raw(&server, "HEAD", path));
+        let (get, body) = get.split_once("\r\n\r\n").expect("a body");
+        let head = head.strip_suffix("\r\n\r\n").expect("a head alone");
+        assert_eq!(head.lines().next(), get.lines().next());
+        let length = format!("content-length: {}", body.len());
+        assert!(head.lines().any(|line| line == length), "{length}: {head}");
+    }
+    let wrong = server.send("DELETE", "/v1/models", b"");
+    assert_eq!(
+        (wrong.status, wrong.header("allow")),
+        (405, Some("GET, HEAD"))
+    );
+    let wrong = raw(&server, "HEAD", "/v1/chat/completions");
+    assert!(
+        wrong.starts_with("HTTP/1.1 405") && wrong.contains("allow: POST\r\n"),
+        "{wrong}"
+    );
 }
 
 fn response(more: Value) -> Value {

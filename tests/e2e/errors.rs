@@ -98,7 +98,7 @@ fn what_this_server_does_not_do_is_said_and_not_ignored() {
 fn sampling_out_of_range_is_400_and_names_the_key() {
     let server = shared();
     for (wish, param) in [
-        (json!({"n": 5}), "n"),
+        (json!({"n": 21}), "n"),
         (json!({"n": 1_000_000}), "n"),
         (json!({"top_logprobs": 2}), "top_logprobs"),
         (

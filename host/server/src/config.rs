@@ -213,7 +213,7 @@ impl Default for ServerConfig {
             requests_in_flight_max: 64,
             queue_requests_max: 64,
             queue_tokens_max: 262_144,
-            generations_per_request_max: 4,
+            generations_per_request_max: 20,
             drain_s: 25,
             request_timeout_s: 600,
             head_read_timeout_s: 10,

@@ -106,6 +106,7 @@ pub struct Bounds {
 #[derive(Debug, PartialEq, Eq)]
 struct Wish {
     format: OutputFormat,
+    follow: Follow,
     calls: Option<Calls>,
     bounds: Bounds,
     limits: FormatsConfig,
@@ -153,14 +154,14 @@ impl Formats {
         }
     }
 
-    /// The grammar of a format and of tools, compiled or kept from before; none for free text without any. Blocks for as long as
-    /// compiling may take: not for the engine's thread.
+    /// The grammar of a format, followed so far, and of tools, compiled or kept from before; none for free text without any. Blocks
+    /// for as long as compiling may take: not for the engine's thread.
     ///
     /// # Errors
     /// What is wrong with the format, or with a tool.
     pub fn compile(
         &self,
-        format: &OutputFormat,
+        (format, follow): (&OutputFormat, Follow),
         calls: Option<&Calls>,
         bounds: Bounds,
         limits: &FormatsConfig,
@@ -178,6 +179,7 @@ impl Formats {
         }
         let wish = Wish {
             format: format.clone(),
+            follow,
             calls: calls.cloned(),
             bounds,
             limits: limits.clone(),
@@ -214,29 +216,40 @@ impl Formats {
     }
 }
 
-fn grammar(format: &OutputFormat) -> Result<TopLevelGrammar, FormatError> {
+fn grammar(format: &OutputFormat, follow: Follow) -> Result<TopLevelGrammar, FormatError> {
     if let OutputFormat::Regex(pattern) = format {
         return Ok(TopLevelGrammar::from_regex(whole(pattern)));
     }
-    let schema = Value::Object(json_schema(format)?);
+    let schema = Value::Object(json_schema(format, follow)?);
     Ok(TopLevelGrammar::from_json_schema(schema))
 }
 
 /// The schema of a format that is JSON.
-fn json_schema(format: &OutputFormat) -> Result<Map<String, Value>, FormatError> {
+fn json_schema(format: &OutputFormat, follow: Follow) -> Result<Map<String, Value>, FormatError> {
     match format {
-        OutputFormat::JsonSchema(text) => schema(text, Follow::Strictly),
-        _ => schema(r#"{"type": "object"}"#, Follow::Strictly),
+        OutputFormat::JsonSchema(text) => schema(text, follow),
+        _ => schema(r#"{"type": "object"}"#, follow),
     }
 }
 
 /// How a schema is followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Follow {
+pub enum Follow {
     /// To the letter: what cannot be followed makes it unusable.
     Strictly,
     /// As far as it can be.
     Leniently,
+}
+
+impl Follow {
+    /// As the client asks.
+    pub fn strictly(strict: bool) -> Self {
+        if strict {
+            Self::Strictly
+        } else {
+            Self::Leniently
+        }
+    }
 }
 
 /// A schema with our options, which are not the client's to set.

@@ -23,7 +23,7 @@ use exports::visor::plugin::adapter::{
     Response, Route, Step, ToolChoice,
 };
 use exports::visor::plugin::lifecycle;
-use reply::{Reply, Shape, headers};
+use reply::{Limits, Reply, Shape, headers};
 use visor::plugin::adapter_input::Request;
 use visor::plugin::media::Source;
 use visor::plugin::types::{Error, ErrorCode, ToolSpec};
@@ -76,14 +76,19 @@ impl GuestExchange for Messages {
     fn start(request: Request) -> Result<(Exchange, Step), Error> {
         let counts = request.path() == "/count_tokens";
         let wanted = request::parse(&request.text()?, &request.marker(), counts)?;
-        let model = find(&wanted.model)?.id();
+        let model = find(&wanted.model)?;
+        let limits = Limits {
+            max_tokens: wanted.max_tokens,
+            context_tokens: model.context_length(),
+        };
+        let model = model.id();
         let shape = match (counts, wanted.stream) {
             (true, _) => Shape::Count,
             (false, true) => Shape::Stream,
             (false, false) => Shape::Whole,
         };
         let id = format!("msg_{}", clock::unique(12));
-        let reply = Reply::new(shape, id, model.clone(), wanted.stop.clone());
+        let reply = Reply::new(shape, id, model.clone(), wanted.stop.clone(), limits);
         let generation = Generation {
             model: Some(model),
             input: Input::Chat(wanted.messages),

@@ -7,6 +7,9 @@ use serde_json::{Value, json};
 use crate::exports::visor::plugin::adapter::{Event, Next, Progress, Response};
 use crate::visor::plugin::types::{Error, ErrorCode, FinishReason, ToolCall, Usage};
 
+/// Why an answer ended that is as long as it may be: as the client has it, or the operator.
+const LENGTH: &str = "max_tokens";
+
 /// How the client wants the answer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Shape {
@@ -14,6 +17,15 @@ pub(crate) enum Shape {
     Stream,
     /// Only the size of the prompt.
     Count,
+}
+
+/// What ends an answer that does not end itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Most tokens of the answer, as the client has it.
+    pub(crate) max_tokens: u32,
+    /// Most tokens of prompt and answer together, as the model has it.
+    pub(crate) context_tokens: u32,
 }
 
 /// An answer in the making.
@@ -24,6 +36,7 @@ pub(crate) struct Reply {
     pub(crate) model: String,
     /// The client's, to tell them from the template's.
     pub(crate) stop_sequences: Vec<String>,
+    limits: Limits,
     /// Whether the first event is out.
     begun: bool,
     /// Blocks of a stream so far.
@@ -44,12 +57,14 @@ impl Reply {
         id: String,
         model: String,
         stop_sequences: Vec<String>,
+        limits: Limits,
     ) -> Self {
         Self {
             shape,
             id,
             model,
             stop_sequences,
+            limits,
             begun: false,
             blocks: 0,
             called: false,
@@ -99,6 +114,7 @@ impl Reply {
                 self.stop = Some(self.stop(finish.reason, finish.matched_stop)?);
             }
             Event::Done(total) => {
+                self.name_limit(&total.usage);
                 self.done(&total.usage, bytes);
                 return Ok(Next::End);
             }
@@ -148,6 +164,22 @@ impl Reply {
         ));
         bytes.extend(named("content_block_stop", json!({ "index": index })));
         self.called = true;
+    }
+
+    /// An answer can be cut by the end of the context before it is as long as the client lets it be.
+    fn name_limit(&mut self, usage: &Usage) {
+        let Limits {
+            max_tokens,
+            context_tokens,
+        } = self.limits;
+        let tokens = usage.prompt_tokens.saturating_add(usage.completion_tokens);
+        let fills = tokens >= context_tokens && usage.completion_tokens < max_tokens;
+        if let Some((reason, _)) = &mut self.stop
+            && *reason == LENGTH
+            && fills
+        {
+            *reason = "model_context_window_exceeded";
+        }
     }
 
     fn done(&mut self, usage: &Usage, bytes: &mut Vec<u8>) {
@@ -208,7 +240,7 @@ impl Reply {
                 };
                 Ok((word, own))
             }
-            FinishReason::Length => Ok(("max_tokens", None)),
+            FinishReason::Length => Ok((LENGTH, None)),
             FinishReason::ToolCalls => Ok(("tool_use", None)),
             // The API has no word for this, and half an answer must not look like a whole one.
             FinishReason::Cancelled => Err(Error {

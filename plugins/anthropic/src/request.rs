@@ -47,11 +47,16 @@ pub(crate) fn parse(text: &str, marker: &str, counts: bool) -> Result<MessagesRe
         images: Vec::new(),
         extensions: Vec::new(),
     };
-    let mut messages = system(&body.get("system"))?;
+    let system = body.get("system").given();
+    let system = system.map(|system| instruction(&system)).transpose()?;
+    let mut messages = Vec::from_iter(system);
     messages.extend(reader.messages(&body.get("messages"))?);
     let tools = tools::parse(&body, text)?;
     reader.extensions.extend(tools.hints());
     let format = format(&body, text, &mut reader.extensions)?;
+    // `max_tokens` is the most there may be, whatever the prompt leaves room for.
+    let at_most = ("max-tokens".to_owned(), "at-most".to_owned());
+    reader.extensions.push(at_most);
     Ok(MessagesRequest {
         model: body.get("model").string()?.to_owned(),
         messages,
@@ -85,13 +90,14 @@ fn format(body: &Field, text: &str, hints: &mut Extensions) -> Result<Format, Wr
         return Err(kind.wrong_value("json_schema"));
     }
     hints.push(("format.param".to_owned(), field.path.clone()));
-    Format::schema(&field.get("schema"), text)
+    let format = Format::schema(&field.get("schema"), text, true)?;
+    hints.extend(format.hints());
+    Ok(format)
 }
 
-/// A string, or blocks of text.
-fn system(system: &Field) -> Result<Vec<Message>, Wrong> {
-    let parts = match system.value() {
-        None => return Ok(Vec::new()),
+/// What the system says: a string, or blocks of text.
+fn instruction(content: &Field) -> Result<Message, Wrong> {
+    let parts = match content.value() {
         Some(Value::Array(_)) => {
             let text = |block: &Field| {
                 let kind = block.object()?.get("type");
@@ -100,12 +106,16 @@ fn system(system: &Field) -> Result<Vec<Message>, Wrong> {
                     _ => Err(kind.unsupported("a system prompt is text")),
                 }
             };
-            system.items()?.iter().map(text).collect::<Result<_, _>>()?
+            content
+                .items()?
+                .iter()
+                .map(text)
+                .collect::<Result<_, _>>()?
         }
-        _ => vec![Part::Text(system.string()?.to_owned())],
+        _ => vec![Part::Text(content.string()?.to_owned())],
     };
     let role = Role::System;
-    Ok(vec![Message { role, parts }])
+    Ok(Message { role, parts })
 }
 
 /// Collects images and hints while it reads the messages.
@@ -127,19 +137,20 @@ impl Reader<'_> {
         let read = read.collect::<Result<Vec<_>, _>>()?;
         // The template closes every turn, so an answer that the client began cannot be gone on with.
         if last.get("role").is_one_of(&["assistant"]) {
-            return Err(last.unsupported("the last message has to be the user's"));
+            return Err(last.unsupported("the last message cannot be the assistant's"));
         }
         Ok(read)
     }
 
     fn message(&mut self, message: &Field) -> Result<Message, Wrong> {
         let role = message.get("role");
+        let content = message.get("content");
         let role = match role.string()? {
             "user" => Role::User,
             "assistant" => Role::Assistant,
-            _ => return Err(role.wrong_value("user or assistant")),
+            "system" => return instruction(&content),
+            _ => return Err(role.wrong_value("user, assistant or system")),
         };
-        let content = message.get("content");
         let parts = match content.value() {
             Some(Value::String(text)) => vec![Part::Text(text.clone())],
             Some(Value::Array(_)) => {
@@ -163,9 +174,13 @@ impl Reader<'_> {
         match word {
             "text" => Ok(vec![Part::Text(block.get("text").string()?.to_owned())]),
             "image" if is_user => Ok(vec![self.image(&block.get("source"))?]),
-            "image" => {
-                Err(kind.invalid("Images are allowed in messages of the user only.".to_owned()))
+            "document" if is_user => Ok(vec![document(block)?]),
+            "image" | "document" => {
+                let message = "Images and documents are allowed in messages of the user only.";
+                Err(kind.invalid(message.to_owned()))
             }
+            // What the model thought before it spoke is no part of what it said.
+            "thinking" | "redacted_thinking" if !is_user => Ok(Vec::new()),
             "tool_use" if !is_user => Ok(vec![tools::call(block, self.text)?]),
             "tool_result" if is_user => self.result(block),
             "tool_use" | "tool_result" => {
@@ -173,7 +188,7 @@ impl Reader<'_> {
                 Err(kind.invalid(message.to_owned()))
             }
             _ => Err(kind.unsupported(
-                "this server reads blocks of type text, image, tool_use and tool_result",
+                "this server reads blocks of type text, image, document, tool_use and tool_result",
             )),
         }
     }
@@ -189,7 +204,7 @@ impl Reader<'_> {
                 let blocks = content.items()?;
                 let blocks = blocks.iter().map(|block| match block.object()? {
                     nested if nested.get("type").is_one_of(&["tool_result"]) => {
-                        Err(nested.wrong_value("text or image"))
+                        Err(nested.wrong_value("text, image or document"))
                     }
                     nested => self.block(nested, &user),
                 });
@@ -231,6 +246,35 @@ impl Reader<'_> {
     }
 }
 
+/// A document that is text: what it is called, what is said about it, itself, and a line break, for a text of its own follows.
+fn document(block: &Field) -> Result<Part, Wrong> {
+    let cited: [(&str, &str, IsNeutral); 1] = [("citations", "answers cite nothing", |field| {
+        let enabled = field.object().map(|citations| citations.get("enabled"));
+        enabled.is_ok_and(|enabled| enabled.flag() == Ok(false))
+    })];
+    block.refuse(&cited)?;
+    let source = block.get("source");
+    let kind = source.object()?.get("type");
+    if kind.string()? != "text" {
+        return Err(kind.unsupported("a document is given as text"));
+    }
+    let media_type = source.get("media_type");
+    if media_type.string()? != "text/plain" {
+        return Err(media_type.wrong_value("text/plain"));
+    }
+    let mut text = String::new();
+    let words = [block.get("title").text()?, block.get("context").text()?];
+    let words = words
+        .into_iter()
+        .flatten()
+        .filter(|words| !words.is_empty());
+    for words in words.chain([source.get("data").string()?.to_owned()]) {
+        text.push_str(&words);
+        text.push('\n');
+    }
+    Ok(Part::Text(text))
+}
+
 fn sampling(body: &Field) -> Result<Sampling, Wrong> {
     let number =
         |key: &str, what: &str, fits: fn(f64) -> bool| body.get(key).optional_number(what, fits);
@@ -265,259 +309,4 @@ fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-    use visor_plugin_body::Kind;
-
-    const MARKER: &str = "blob-7f";
-
-    fn parsed(body: &Value) -> Result<MessagesRequest, Wrong> {
-        parse(&body.to_string(), MARKER, false)
-    }
-
-    /// A request of one user message with that content.
-    fn content(content: Value) -> Value {
-        json!({ "model": "m", "max_tokens": 9, "messages": [{ "role": "user", "content": content }] })
-    }
-
-    fn with(key: &str, value: Value) -> Value {
-        let mut body = content(json!("hi"));
-        body[key] = value;
-        body
-    }
-
-    fn image(source: Value) -> Value {
-        content(json!([{ "type": "text", "text": "a" }, { "type": "image", "source": source }]))
-    }
-
-    #[test]
-    fn a_conversation_is_read_with_its_system_prompt_first() {
-        let read = parsed(&json!({
-            "model": "m", "max_tokens": 9, "system": [{ "type": "text", "text": "Be brief." }],
-            "messages": [
-                { "role": "user", "content": "hi" },
-                { "role": "assistant", "content": [{ "type": "text", "text": "Hello." }] },
-                { "role": "user", "content": [{ "type": "text", "text": "bye", "cache_control": {} }] },
-            ],
-            "stop_sequences": ["x"], "stream": true, "temperature": 1, "top_p": 0.5, "top_k": 3,
-            "metadata": { "user_id": "u" }, "service_tier": "auto", "tools": [],
-        }))
-        .unwrap();
-        let roles: Vec<_> = read.messages.iter().map(|m| &m.role).collect();
-        assert!(matches!(
-            roles[..],
-            [Role::System, Role::User, Role::Assistant, Role::User]
-        ));
-        assert_eq!((read.max_tokens, read.stream), (9, true));
-        assert_eq!(read.stop, ["x"]);
-        let Sampling {
-            temperature,
-            top_p,
-            top_k,
-            ..
-        } = read.sampling;
-        assert_eq!((temperature, top_p, top_k), (Some(1.0), Some(0.5), Some(3)));
-        assert_eq!(
-            parsed(&with("system", json!("Be brief.")))
-                .unwrap()
-                .messages
-                .len(),
-            2
-        );
-    }
-
-    #[test]
-    fn images_are_lifted_short_or_elsewhere() {
-        let place = |source: Value| parsed(&image(source)).unwrap().images[0].place.clone();
-        let base64 =
-            |data: &str| json!({ "type": "base64", "media_type": "image/png", "data": data });
-        assert_eq!(place(base64("blob-7f:3")), Place::Lifted(3));
-        let url = |url: &str| Place::Url(url.to_owned());
-        assert_eq!(place(base64("AAAA")), url("data:image/png;base64,AAAA"));
-        let elsewhere = json!({ "type": "url", "url": "https://a/b.png" });
-        assert_eq!(place(elsewhere), url("https://a/b.png"));
-        let read = parsed(&image(base64("AAAA"))).unwrap();
-        assert!(matches!(
-            read.messages[0].parts[..],
-            [Part::Text(_), Part::Image(0)]
-        ));
-        let hint = (
-            "image.0.param".to_owned(),
-            "messages[0].content[1].source".to_owned(),
-        );
-        assert_eq!(read.extensions, [hint]);
-    }
-
-    #[test]
-    fn calls_and_results_are_parts() {
-        let read = parsed(&json!({ "model": "m", "max_tokens": 9, "messages": [
-            { "role": "assistant", "content": [
-                { "type": "text", "text": "a" },
-                { "type": "tool_use", "id": "toolu_1", "name": "weather", "input": { "city": "Ulm" } },
-            ] },
-            { "role": "user", "content": [
-                { "type": "tool_result", "tool_use_id": "toolu_1", "content": [
-                    { "type": "text", "text": "dry" },
-                    { "type": "image", "source": { "type": "url", "url": "https://a/b.png" } },
-                ] },
-                { "type": "tool_result", "tool_use_id": "toolu_2", "is_error": true },
-            ] },
-        ] }))
-        .unwrap();
-        let [Part::Text(_), Part::ToolCall(call)] = &read.messages[0].parts[..] else {
-            panic!("{read:?}")
-        };
-        assert_eq!(
-            (call.id.as_str(), call.name.as_str()),
-            ("toolu_1", "weather")
-        );
-        assert_eq!(call.arguments, r#"{"city":"Ulm"}"#);
-        let [
-            Part::ToolResult(dry),
-            Part::Image(0),
-            Part::ToolResult(failed),
-        ] = &read.messages[1].parts[..]
-        else {
-            panic!("{read:?}")
-        };
-        assert_eq!((dry.id.as_str(), dry.content.as_str()), ("toolu_1", "dry"));
-        assert_eq!(failed.content, "error: ");
-    }
-
-    #[test]
-    fn an_answer_can_be_held_to_a_schema() {
-        let format = json!({ "type": "json_schema", "schema": { "type": "object" } });
-        let config = json!({ "effort": "low", "format": format });
-        for (body, place) in [
-            (with("output_config", config), "output_config.format"),
-            (with("output_format", format), "output_format"),
-        ] {
-            let read = parsed(&body).unwrap();
-            assert_eq!(
-                read.format,
-                Format::Schema(r#"{"type":"object"}"#.to_owned())
-            );
-            let hint = ("format.param".to_owned(), place.to_owned());
-            assert!(read.extensions.contains(&hint));
-        }
-        let effort = with("output_config", json!({ "effort": "low" }));
-        assert_eq!(parsed(&effort).unwrap().format, Format::Text);
-    }
-
-    #[test]
-    fn counting_needs_no_length() {
-        let body = json!({ "model": "m", "messages": [{ "role": "user", "content": "hi" }] });
-        assert_eq!(
-            parsed(&body).unwrap_err().param.as_deref(),
-            Some("max_tokens")
-        );
-        let read = parse(&body.to_string(), MARKER, true).unwrap();
-        assert_eq!(read.max_tokens, 0);
-    }
-
-    #[test]
-    fn what_is_wrong_is_named() {
-        let (invalid, unsupported) = (Kind::Invalid, Kind::Unsupported);
-        let table = [
-            (json!([]), invalid, ""),
-            (with("model", Value::Null), invalid, "model"),
-            (with("messages", json!([])), invalid, "messages"),
-            (with("max_tokens", json!(0)), invalid, "max_tokens"),
-            (with("temperature", json!(1.5)), invalid, "temperature"),
-            (with("system", json!(5)), invalid, "system"),
-            (
-                with("system", json!([{ "type": "image" }])),
-                unsupported,
-                "system[0].type",
-            ),
-            (
-                with("stop_sequences", json!([""])),
-                invalid,
-                "stop_sequences[0]",
-            ),
-            (
-                with("output_config", json!({ "format": { "type": "xml" } })),
-                invalid,
-                "output_config.format.type",
-            ),
-            (
-                with(
-                    "output_config",
-                    json!({ "format": { "type": "json_schema" } }),
-                ),
-                invalid,
-                "output_config.format.schema",
-            ),
-            (
-                with("thinking", json!({ "type": "enabled" })),
-                unsupported,
-                "thinking",
-            ),
-            (
-                with("messages", json!([{ "role": "system", "content": "x" }])),
-                invalid,
-                "messages[0].role",
-            ),
-            (
-                with("messages", json!([{ "role": "assistant", "content": "x" }])),
-                unsupported,
-                "messages[0]",
-            ),
-        ];
-        table.into_iter().for_each(named);
-    }
-
-    #[test]
-    fn blocks_that_are_wrong_are_named() {
-        let (invalid, unsupported) = (Kind::Invalid, Kind::Unsupported);
-        let part = "messages[0].content[1].source";
-        let table = [
-            (content(json!([])), invalid, "messages[0].content"),
-            (
-                content(json!([{ "type": "document" }])),
-                unsupported,
-                "messages[0].content[0].type",
-            ),
-            (
-                content(json!([{ "type": "tool_use" }])),
-                invalid,
-                "messages[0].content[0].type",
-            ),
-            (
-                content(json!([{ "type": "tool_result" }])),
-                invalid,
-                "messages[0].content[0].tool_use_id",
-            ),
-            (
-                content(
-                    json!([{ "type": "tool_result", "tool_use_id": "1", "content": [{ "type": "tool_result" }] }]),
-                ),
-                invalid,
-                "messages[0].content[0].content[0]",
-            ),
-            (
-                image(json!({ "type": "file" })),
-                unsupported,
-                &format!("{part}.type"),
-            ),
-            (
-                image(json!({ "type": "base64", "data": "" })),
-                invalid,
-                &format!("{part}.media_type"),
-            ),
-            (
-                image(json!({ "type": "base64", "media_type": "text/html", "data": "" })),
-                invalid,
-                &format!("{part}.media_type"),
-            ),
-        ];
-        table.into_iter().for_each(named);
-    }
-
-    fn named((body, kind, param): (Value, Kind, &str)) {
-        let wrong = parsed(&body).unwrap_err();
-        let named = wrong.param.as_deref().unwrap_or_default();
-        assert_eq!((wrong.kind, named), (kind, param), "{body}");
-    }
-}
+mod tests;

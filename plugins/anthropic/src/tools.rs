@@ -1,6 +1,6 @@
 //! Tools of a message: what the model may call, what it called before, and what came of it.
 
-use visor_plugin_body::{Choice, Field, Tool, Tools, Wrong, check_name, verbatim};
+use visor_plugin_body::{Choice, Field, Names, Tool, Tools, Wrong, check_name, verbatim};
 
 use crate::visor::plugin::types::{Part, ToolCall, ToolResult};
 
@@ -15,7 +15,7 @@ pub(crate) fn parse(body: &Field, text: &str) -> Result<Tools, Wrong> {
             return Err(kind.unsupported("tools are the client's to run"));
         }
         tool.get("input_schema").object()?;
-        Tool::read(tool, "input_schema", text)
+        Tool::read(tool, Names::LONG, "input_schema", text)
     };
     let place = body.get("tool_choice");
     let choice = choice(&place)?;
@@ -40,7 +40,7 @@ fn choice(field: &Field) -> Result<Choice, Wrong> {
 /// A block of an assistant that called; `text` is the whole body.
 pub(crate) fn call(block: &Field, text: &str) -> Result<Part, Wrong> {
     let (name, input) = (block.get("name"), block.get("input"));
-    check_name(&name)?;
+    check_name(&name, Names::LONG)?;
     input.object()?;
     Ok(Part::ToolCall(ToolCall {
         id: block.get("id").string()?.to_owned(),
@@ -82,6 +82,11 @@ mod tests {
         json!([{ "name": "weather", "description": "of a city", "input_schema": { "type": "object" } }])
     }
 
+    /// A tool whose name has that many characters.
+    fn named(characters: usize) -> Value {
+        json!([{ "name": "x".repeat(characters), "input_schema": {} }])
+    }
+
     #[test]
     fn tools_and_the_choice_among_them_are_read() {
         let read = |choice: Value| {
@@ -92,8 +97,9 @@ mod tests {
         assert_eq!(read(json!({ "type": "none" })), (0, Choice::None, true));
         let alone = json!({ "type": "any", "disable_parallel_tool_use": true });
         assert_eq!(read(alone), (1, Choice::Required, false));
-        let named = json!({ "type": "tool", "name": "weather" });
-        assert_eq!(read(named).1, Choice::Named("weather".to_owned()));
+        let weather_alone = json!({ "type": "tool", "name": "weather" });
+        assert_eq!(read(weather_alone).1, Choice::Named("weather".to_owned()));
+        assert_eq!(parsed(named(128), Value::Null).unwrap().tools.len(), 1);
         let tools = parsed(weather(), Value::Null).unwrap();
         assert_eq!(tools.tools[0].param, "tools[0].input_schema");
     }
@@ -130,6 +136,7 @@ mod tests {
                 "tool_choice",
             ),
             (json!([]), json!({ "type": "any" }), invalid, "tool_choice"),
+            (named(129), Value::Null, invalid, "tools[0].name"),
         ] {
             let wrong = parsed(tools, choice).unwrap_err();
             assert_eq!((wrong.kind, wrong.param.as_deref()), (kind, Some(param)));

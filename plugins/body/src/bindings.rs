@@ -26,7 +26,7 @@ macro_rules! into_bindings {
                 match format {
                     $crate::Format::Text => Self::Text,
                     $crate::Format::Json => Self::Json,
-                    $crate::Format::Schema(schema) => Self::JsonSchema(schema),
+                    $crate::Format::Schema { text, .. } => Self::JsonSchema(text),
                     $crate::Format::Regex(pattern) => Self::Regex(pattern),
                 }
             }

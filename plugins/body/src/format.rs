@@ -12,15 +12,20 @@ pub enum Format {
     Text,
     /// A JSON object.
     Json,
-    /// JSON that fits a schema, which is as the client wrote it.
-    Schema(String),
+    /// JSON that fits a schema.
+    Schema {
+        /// As the client wrote it.
+        text: String,
+        /// Whether one that cannot be followed to the letter is no good.
+        strict: bool,
+    },
     /// Text that matches a regular expression.
     Regex(String),
 }
 
 impl Format {
     /// Reads `{"type": …}`. A schema stands in the member `json_schema` of it with some APIs, in itself with others, beside a
-    /// name, which tells the model nothing here, and `strict`, which is always so. `text` is the whole body.
+    /// name, which tells the model nothing here, and `strict`. `text` is the whole body.
     ///
     /// # Errors
     /// What is no format.
@@ -35,8 +40,8 @@ impl Format {
             "json_schema" => {
                 let holder = schema_in.map_or_else(|| field.clone(), |key| field.get(key));
                 holder.object()?.get("name").text()?;
-                holder.get("strict").flag()?;
-                Self::schema(&holder.get("schema"), text)
+                let strict = holder.get("strict").flag()?;
+                Self::schema(&holder.get("schema"), text, strict)
             }
             "regex" => Ok(Self::Regex(field.get("regex").string()?.to_owned())),
             _ => Err(kind.wrong_value("text, json_object, json_schema or regex")),
@@ -47,12 +52,21 @@ impl Format {
     ///
     /// # Errors
     /// Anything else, or nothing.
-    pub fn schema(field: &Field, text: &str) -> Result<Self, Wrong> {
+    pub fn schema(field: &Field, text: &str, strict: bool) -> Result<Self, Wrong> {
         field.object()?;
-        let schema = verbatim(text, &field.path);
-        schema
-            .map(|schema| Self::Schema(schema.to_owned()))
-            .ok_or_else(|| field.wrong_type("an object"))
+        let schema = verbatim(text, &field.path).ok_or_else(|| field.wrong_type("an object"))?;
+        Ok(Self::Schema {
+            text: schema.to_owned(),
+            strict,
+        })
+    }
+
+    /// What the host is told of it in extensions.
+    pub fn hints(&self) -> impl Iterator<Item = (String, String)> {
+        let strict = matches!(self, Self::Schema { strict: true, .. });
+        strict
+            .then(|| ("format.strict".to_owned(), "true".to_owned()))
+            .into_iter()
     }
 }
 
@@ -123,6 +137,11 @@ mod tests {
     use crate::Kind;
     use serde_json::json;
 
+    fn schema(text: &str, strict: bool) -> Format {
+        let text = text.to_owned();
+        Format::Schema { text, strict }
+    }
+
     fn read(text: &str, schema_in: Option<&str>) -> Result<Format, Wrong> {
         let body: Value = serde_json::from_str(text).unwrap();
         let body = Field::body(&body).unwrap();
@@ -135,14 +154,11 @@ mod tests {
         let flat = format!(
             r#"{{"b": 1, "a": {{"f": {{"type": "json_schema", "name": "n", "schema": {schema} }} }} }}"#
         );
-        assert_eq!(read(&flat, None), Ok(Format::Schema(schema.to_owned())));
+        assert_eq!(read(&flat, None), Ok(self::schema(schema, false)));
         let inner = format!(
             r#"{{"a":{{"f":{{"type":"json_schema","in":{{"schema":{schema},"strict":true}}}}}}}}"#
         );
-        assert_eq!(
-            read(&inner, Some("in")),
-            Ok(Format::Schema(schema.to_owned()))
-        );
+        assert_eq!(read(&inner, Some("in")), Ok(self::schema(schema, true)));
     }
 
     #[test]
@@ -151,10 +167,7 @@ mod tests {
             r#"{"a":{"f":{"type":"text"}},"a":{"f":{"type":"regex","regex":"x","regex":"y"}}}"#;
         assert_eq!(read(text, None), Ok(Format::Regex("y".to_owned())));
         let text = r#"{"a":{"f":{"type":"json_schema","schema":{"x":1},"schema":{"y":2}}}}"#;
-        assert_eq!(
-            read(text, None),
-            Ok(Format::Schema(r#"{"y":2}"#.to_owned()))
-        );
+        assert_eq!(read(text, None), Ok(self::schema(r#"{"y":2}"#, false)));
     }
 
     #[test]

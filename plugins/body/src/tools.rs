@@ -5,10 +5,35 @@ use serde_json::{Map, Value};
 use crate::format::verbatim;
 use crate::{Field, Wrong};
 
-/// Longest name of a tool, in characters.
-const NAME_MAX: usize = 64;
 /// Parameters of a tool that has none.
 const NOTHING: &str = r#"{"type":"object","properties":{}}"#;
+
+/// What tools may be called: letters, digits, and what else a dialect has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Names {
+    /// Longest, in characters.
+    pub characters_max: usize,
+    /// What they may have beside letters and digits, in ASCII.
+    pub marks: &'static str,
+}
+
+impl Names {
+    /// 64 letters, digits, `_` and `-`.
+    pub const SHORT: Self = Self {
+        characters_max: 64,
+        marks: "_-",
+    };
+    /// 128 of them.
+    pub const LONG: Self = Self {
+        characters_max: 128,
+        ..Self::SHORT
+    };
+    /// 128 of them, and what separates names within names: for dialects that say nothing about it.
+    pub const LOOSE: Self = Self {
+        marks: "_-.:/",
+        ..Self::LONG
+    };
+}
 
 /// A tool.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,9 +81,9 @@ impl Tool {
     ///
     /// # Errors
     /// What is no tool.
-    pub fn read(tool: &Field, schema_key: &str, text: &str) -> Result<Self, Wrong> {
+    pub fn read(tool: &Field, names: Names, schema_key: &str, text: &str) -> Result<Self, Wrong> {
         let name = tool.object()?.get("name");
-        check_name(&name)?;
+        check_name(&name, names)?;
         let strict = tool.get("strict").flag()?;
         let schema = tool.get(schema_key);
         let parameters = match schema.clone().given() {
@@ -151,14 +176,19 @@ impl Tools {
 /// Refuses what is no name of a tool.
 ///
 /// # Errors
-/// Anything but 1 to 64 letters, digits, `_` and `-`.
-pub fn check_name(field: &Field) -> Result<(), Wrong> {
+/// Anything but what `names` allows.
+pub fn check_name(field: &Field, names: Names) -> Result<(), Wrong> {
+    let Names {
+        characters_max,
+        marks,
+    } = names;
     let name = field.string()?;
-    let fits = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
-    if (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(fits) {
+    let fits = |letter: char| letter.is_ascii_alphanumeric() || marks.contains(letter);
+    if (1..=characters_max).contains(&name.len()) && name.chars().all(fits) {
         return Ok(());
     }
-    Err(field.wrong_value("1 to 64 letters, digits, underscores and dashes"))
+    let wanted = format!("1 to {characters_max} letters, digits and any of `{marks}`");
+    Err(field.wrong_value(&wanted))
 }
 
 #[cfg(test)]
@@ -169,7 +199,7 @@ mod tests {
     fn read(body: &str, choice: Choice) -> Result<Tools, Wrong> {
         let value: Value = serde_json::from_str(body).unwrap();
         let field = Field::body(&value).unwrap();
-        let tool = |tool: &Field| Tool::read(tool, "schema", body);
+        let tool = |tool: &Field| Tool::read(tool, Names::SHORT, "schema", body);
         Tools::read(
             &field.get("tools"),
             tool,
@@ -211,6 +241,27 @@ mod tests {
         assert_eq!(read(&body, Choice::None).unwrap().tools, []);
         assert_eq!(read(&body, Choice::Auto).unwrap().tools.len(), 1);
         assert_eq!(read("{}", Choice::Auto).unwrap().tools, []);
+    }
+
+    #[test]
+    fn a_name_is_as_long_and_has_the_marks_that_its_dialect_allows() {
+        let fits = |name: &str| {
+            let name = json!({ "name": name });
+            let name = Field::body(&name).unwrap().get("name");
+            [Names::SHORT, Names::LONG, Names::LOOSE].map(|names| check_name(&name, names).is_ok())
+        };
+        assert_eq!(fits(&"x".repeat(64)), [true, true, true]);
+        assert_eq!(fits(&"x".repeat(65)), [false, true, true]);
+        assert_eq!(fits(&"x".repeat(128)), [false, true, true]);
+        assert_eq!(fits(&"x".repeat(129)), [false, false, false]);
+        assert_eq!(fits("mcp:files/read.all"), [false, false, true]);
+        for none in ["", "a b", "grün", "a\"b", "a\\b"] {
+            assert_eq!(fits(none), [false, false, false], "{none}");
+        }
+        let name = json!({ "name": "a b" });
+        let name = Field::body(&name).unwrap().get("name");
+        let message = check_name(&name, Names::LOOSE).unwrap_err().message;
+        assert!(message.ends_with("1 to 128 letters, digits and any of `_-.:/`."));
     }
 
     #[test]

@@ -10,13 +10,12 @@
 
 mod reply;
 mod request;
-mod time;
 mod tools;
 
 use std::cell::RefCell;
 
 use serde_json::{Value, json};
-use visor_plugin_body::{Field, Picture, into_bindings, sources};
+use visor_plugin_body::{Field, Picture, into_bindings, rfc3339, sources};
 
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
@@ -31,6 +30,10 @@ use visor::plugin::adapter_input::Request;
 use visor::plugin::media::Source;
 use visor::plugin::types::{Error, ErrorCode, ToolSpec};
 use visor::plugin::{clock, model};
+
+/// The release of Ollama whose API this is. Clients ask for a least one (Copilot Chat of VS Code for 0.6.4, others for 0.14.2) and turn
+/// away what is older; a version of our own would tell them nothing.
+const API_VERSION: &str = "0.14.2";
 
 /// What clients of Ollama put behind a name that says no version.
 const LATEST: &str = ":latest";
@@ -98,7 +101,7 @@ impl GuestExchange for Answer {
         let respond = |body: &Value| (None, Step::Respond(json_response(200, body)));
         let path = request.path();
         let (reply, step) = match path.as_str() {
-            "/version" => respond(&json!({ "version": env!("CARGO_PKG_VERSION") })),
+            "/version" => respond(&version()),
             "/tags" => respond(&tags()),
             "/ps" => respond(&running()),
             "/show" => respond(&show(&request)?),
@@ -119,7 +122,7 @@ impl GuestExchange for Answer {
         let mut reply = self.reply.borrow_mut();
         let reply = reply.as_mut().expect("only generations have events");
         reply.spent_ns = clock::monotonic().saturating_sub(self.began_ns);
-        reply.advance(events, &time::rfc3339(clock::now()))
+        reply.advance(events, &rfc3339(clock::now()))
     }
 
     /// There is no line that says nothing.
@@ -133,7 +136,7 @@ fn answer(shape: Shape, wanted: Wanted, request: &Request) -> Result<(Option<Rep
     let logprobs = wanted.sampling.logprobs.is_some();
     let reply = Reply::new(shape, wanted.model, wanted.stream, logprobs);
     let Some(input) = wanted.input else {
-        let response = reply.loaded(&time::rfc3339(clock::now()));
+        let response = reply.loaded(wanted.unloads, &rfc3339(clock::now()));
         return Ok((None, Step::Respond(response)));
     };
     let head = Head {
@@ -165,31 +168,41 @@ fn pictures(pictures: Vec<Picture>, request: &Request) -> Result<Vec<Source>, Er
     Ok(sources(pictures, Source::Url, blob)?)
 }
 
+fn version() -> Value {
+    json!({ "version": API_VERSION })
+}
+
 fn tags() -> Value {
-    let tag = |model: &model::Handle| {
-        let id = model.id();
-        let size: u64 = detail(model, "weights_bytes").parse().unwrap_or(0);
-        json!({
-            "name": id,
-            "model": id,
-            "modified_at": time::rfc3339(model.created().saturating_mul(1000)),
-            "size": size,
-            "digest": detail(model, "digest"),
-            "details": details(model),
-        })
-    };
     json!({ "models": model::available().iter().map(tag).collect::<Value>() })
+}
+
+fn tag(model: &model::Handle) -> Value {
+    let id = model.id();
+    let size: u64 = detail(model, "weights_bytes").parse().unwrap_or(0);
+    json!({
+        "name": id,
+        "model": id,
+        "modified_at": rfc3339(model.created().saturating_mul(1000)),
+        "size": size,
+        "digest": detail(model, "digest"),
+        "details": details(model),
+    })
 }
 
 /// What is loaded: every model there is, for good.
 fn running() -> Value {
-    let mut models = tags()["models"].take();
-    for model in models.as_array_mut().into_iter().flatten() {
-        let for_good = clock::now().saturating_add(AGE_MS);
-        model["expires_at"] = json!(time::rfc3339(for_good));
-        model["size_vram"] = json!(0);
-    }
-    json!({ "models": models })
+    let now = clock::now();
+    let running = |model: &model::Handle| resident(tag(model), model.context_length(), now);
+    json!({ "models": model::available().iter().map(running).collect::<Value>() })
+}
+
+/// A tag, and what is told of a model that is loaded beside it.
+fn resident(mut tag: Value, context_length: u32, now_ms: u64) -> Value {
+    let for_good = now_ms.saturating_add(AGE_MS);
+    tag["expires_at"] = json!(rfc3339(for_good));
+    tag["size_vram"] = json!(0);
+    tag["context_length"] = json!(context_length);
+    tag
 }
 
 fn show(request: &Request) -> Result<Value, Error> {
@@ -203,7 +216,7 @@ fn show(request: &Request) -> Result<Value, Error> {
         "modelfile": "",
         "parameters": "",
         "template": "",
-        "modified_at": time::rfc3339(model.created().saturating_mul(1000)),
+        "modified_at": rfc3339(model.created().saturating_mul(1000)),
         "details": details(&model),
         "model_info": {
             "general.architecture": family,
@@ -246,3 +259,29 @@ fn find(name: &str) -> Result<model::Handle, Error> {
 into_bindings!(Format);
 into_bindings!(Tool);
 into_bindings!(Wrong);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Copilot Chat of VS Code and others compare it with what they need, number by number.
+    #[test]
+    fn the_version_is_recent_enough_for_clients() {
+        let version = version()["version"].clone();
+        let numbers = version.as_str().unwrap().split('.');
+        let numbers: Vec<u32> = numbers.map(|number| number.parse().unwrap()).collect();
+        assert!(
+            numbers.len() == 3 && numbers >= vec![0, 14, 2],
+            "{numbers:?}"
+        );
+    }
+
+    #[test]
+    fn a_loaded_model_is_told_with_its_context() {
+        let loaded = resident(json!({ "name": "m" }), 4096, 0);
+        let told = json!({
+            "name": "m", "expires_at": "2069-12-07T00:00:00.000Z", "size_vram": 0, "context_length": 4096,
+        });
+        assert_eq!(loaded, told);
+    }
+}

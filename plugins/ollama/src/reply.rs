@@ -164,11 +164,11 @@ impl Reply {
         piece["eval_duration"] = json!(of_all(total.decode_micros));
     }
 
-    /// The answer to a request that only wants the model to be there.
-    pub(crate) fn loaded(&self, now: &str) -> Response {
+    /// The answer to a request that only wants the model to be there, or to be gone.
+    pub(crate) fn loaded(&self, unloads: bool, now: &str) -> Response {
         let mut piece = self.piece("", &[], now);
         piece["done"] = json!(true);
-        piece["done_reason"] = json!("load");
+        piece["done_reason"] = json!(if unloads { "unload" } else { "load" });
         Response {
             status: 200,
             headers: headers(self.stream),

@@ -4,7 +4,9 @@
 //! Pure: nothing here calls the host.
 
 use serde_json::Value;
-use visor_plugin_body::{Field, Format, IsNeutral, Picture, Place, Tools, Wrong, is_url, lifted};
+use visor_plugin_body::{
+    Field, Format, IsNeutral, Kind, Picture, Place, Tools, Wrong, is_url, lifted,
+};
 
 use crate::exports::visor::plugin::adapter::{Input, Sampling};
 use crate::tools::{self, Pending};
@@ -21,6 +23,8 @@ pub(crate) struct Wanted {
     pub(crate) model: String,
     /// None asks for nothing but a model that is there.
     pub(crate) input: Option<Input>,
+    /// Whether the model need not stay. Here it stays; clients wait to be told otherwise.
+    pub(crate) unloads: bool,
     /// In the order the input refers to.
     pub(crate) images: Vec<Picture>,
     pub(crate) sampling: Sampling,
@@ -114,7 +118,8 @@ fn wanted(
     input: Option<Input>,
     mut pictures: Pictures,
 ) -> Result<Wanted, Wrong> {
-    refuse_unsupported(body)?;
+    let model = model(body)?;
+    refuse_thinking(body, &model)?;
     let options = body.get("options");
     let options = match options.clone().given() {
         Some(given) => given.object()?.clone(),
@@ -130,8 +135,9 @@ fn wanted(
     let at_most = ("max-tokens".to_owned(), "at-most".to_owned());
     pictures.extensions.push(at_most);
     Ok(Wanted {
-        model: model(body)?,
+        model,
         input,
+        unloads: is_no_time(&body.get("keep_alive")),
         images: pictures.images,
         sampling: sampling(&options, logprobs(body)?)?,
         max_tokens: max_tokens(&options.get("num_predict"))?,
@@ -146,7 +152,7 @@ fn wanted(
 /// `json`, or a schema.
 fn format(field: &Field, text: &str) -> Result<Format, Wrong> {
     match field.value() {
-        Some(Value::Object(_)) => Format::schema(field, text),
+        Some(Value::Object(_)) => Format::schema(field, text, false),
         None => Ok(Format::Text),
         Some(Value::String(word)) if word.is_empty() => Ok(Format::Text),
         Some(Value::String(word)) if word == "json" => Ok(Format::Json),
@@ -170,7 +176,8 @@ fn message(
 ) -> Result<Message, Wrong> {
     let role = message.get("role");
     let role = match role.string()? {
-        "system" => Role::System,
+        // What OpenAI calls the system's of late: Ollama leaves roles to the template.
+        "system" | "developer" => Role::System,
         "user" => Role::User,
         "assistant" => Role::Assistant,
         "tool" => {
@@ -178,7 +185,7 @@ fn message(
             let role = Role::Tool;
             return Ok(Message { role, parts });
         }
-        _ => return Err(role.wrong_value("system, user, assistant or tool")),
+        _ => return Err(role.wrong_value("system, developer, user, assistant or tool")),
     };
     let images = message.get("images");
     if !matches!(role, Role::User) && images.value().is_some() && !images.is_empty() {
@@ -291,11 +298,29 @@ fn max_tokens(field: &Field) -> Result<Option<u32>, Wrong> {
     }
 }
 
-fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
-    let table: [(&str, &str, IsNeutral); 1] = [("think", "the model answers at once", |field| {
-        field.is_false()
-    })];
-    body.refuse(&table)
+/// Whether a duration is none: a number of seconds, or a text as Go writes durations (`0`, `0s`, `0h0m`).
+fn is_no_time(field: &Field) -> bool {
+    match field.value() {
+        Some(Value::String(text)) => {
+            let mut digits = text.chars().filter(char::is_ascii_digit).peekable();
+            digits.peek().is_some() && digits.all(|digit| digit == '0')
+        }
+        Some(value) => value.as_f64() == Some(0.0),
+        None => false,
+    }
+}
+
+/// The model answers at once. In Ollama's words, by which clients know to ask without.
+fn refuse_thinking(body: &Field, model: &str) -> Result<(), Wrong> {
+    let think = body.get("think");
+    if think.value().is_none() || think.is_false() {
+        return Ok(());
+    }
+    let message = format!("{model:?} does not support thinking");
+    Err(Wrong {
+        kind: Kind::Unsupported,
+        ..think.invalid(message)
+    })
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 
-use visor_plugin_body::{Choice, Field, Tool, Tools, Wrong, check_name, verbatim};
+use visor_plugin_body::{Choice, Field, Names, Tool, Tools, Wrong, check_name, verbatim};
 
 use crate::visor::plugin::types::{Part, ToolCall, ToolResult};
 
@@ -15,10 +15,10 @@ use crate::visor::plugin::types::{Part, ToolCall, ToolResult};
 pub(crate) fn parse(body: &Field, text: &str) -> Result<Tools, Wrong> {
     let tool = |tool: &Field| {
         let kind = tool.get("type");
-        if kind.value().is_some() && !kind.is_one_of(&["function"]) {
+        if kind.value().is_some() && !kind.is_one_of(&["function", ""]) {
             return Err(kind.unsupported("tools are functions"));
         }
-        Tool::read(&tool.get("function"), "parameters", text)
+        Tool::read(&tool.get("function"), Names::LOOSE, "parameters", text)
     };
     let tools = body.get("tools");
     Tools::read(&tools, tool, (&tools, Choice::Auto), true)
@@ -41,7 +41,7 @@ impl Pending {
         for call in calls.items()? {
             let function = call.object()?.get("function");
             let name = function.object()?.get("name");
-            check_name(&name)?;
+            check_name(&name, Names::LOOSE)?;
             let arguments = function.get("arguments");
             let arguments = match arguments.value() {
                 None => "{}",
@@ -94,6 +94,13 @@ mod tests {
         let tools = parsed(json!([{ "type": "function", "function": function }])).unwrap();
         assert_eq!(tools.tools[0].param, "tools[0].function.parameters");
         assert_eq!(tools.choice, Choice::Auto);
+        for untyped in [
+            json!([{ "function": function }]),
+            json!([{ "type": null, "function": function }]),
+            json!([{ "type": "", "function": function }]),
+        ] {
+            assert_eq!(parsed(untyped).unwrap().tools[0].name, "weather");
+        }
         for (tools, param) in [
             (json!([{ "type": "other" }]), "tools[0].type"),
             (json!([{}]), "tools[0].function"),

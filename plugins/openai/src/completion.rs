@@ -1,8 +1,9 @@
-//! Reads the body of a completion, the older API: a text to go on with, past every template.
+//! Reads the body of a completion, the older API: texts to go on with, past every template.
 
 use serde_json::Value;
 use visor_plugin_body::{Field, IsNeutral, Wrong};
 
+use crate::ANSWERS_MAX;
 use crate::options::{self, Options};
 
 /// Tokens of an answer that does not say, as OpenAI has it.
@@ -13,7 +14,8 @@ const LOGPROBS_MAX: u8 = 5;
 /// A request as far as it can be understood without the host.
 #[derive(Debug)]
 pub(crate) struct CompletionRequest {
-    pub(crate) prompt: String,
+    /// At least one.
+    pub(crate) prompts: Vec<String>,
     pub(crate) options: Options,
 }
 
@@ -38,20 +40,26 @@ pub(crate) fn parse(text: &str) -> Result<CompletionRequest, Wrong> {
     options.max_tokens = options.max_tokens.or(Some(MAX_TOKENS));
     best_of(&body, options.count)?;
     Ok(CompletionRequest {
-        prompt: prompt(&body.get("prompt"))?,
+        prompts: prompts(&body.get("prompt"))?,
         options,
     })
 }
 
-/// One text, alone or in an array, as some clients send it.
-fn prompt(prompt: &Field) -> Result<String, Wrong> {
-    let Some(Value::Array(_)) = prompt.value() else {
-        return Ok(prompt.string()?.to_owned());
+/// One text, or an array of them. The API takes arrays of token ids, too, one prompt each or alone.
+fn prompts(prompt: &Field) -> Result<Vec<String>, Wrong> {
+    let Some(Value::Array(items)) = prompt.value() else {
+        return Ok(vec![prompt.string()?.to_owned()]);
     };
-    match &prompt.items()?[..] {
-        [only] => Ok(only.string()?.to_owned()),
-        _ => Err(prompt.unsupported("one prompt per request")),
+    if let Some(Value::Number(_) | Value::Array(_)) = items.first() {
+        return Err(prompt.unsupported("prompts are text, not token ids"));
     }
+    if items.is_empty() || items.len() > ANSWERS_MAX as usize {
+        let what = format!("a string or an array of 1 to {ANSWERS_MAX} strings");
+        return Err(prompt.wrong_value(&what));
+    }
+    let texts = prompt.items()?;
+    let text = |field: &Field| Ok(field.string()?.to_owned());
+    texts.iter().map(text).collect()
 }
 
 /// The best of as many as are returned are all of them.
@@ -77,16 +85,25 @@ mod tests {
     #[test]
     fn a_text_is_gone_on_with() {
         let plain = parsed(&json!({ "prompt": "Once", "echo": false, "suffix": null })).unwrap();
-        assert_eq!(plain.prompt, "Once");
+        assert_eq!(plain.prompts, ["Once"]);
         assert_eq!(plain.options.max_tokens, Some(16));
         assert_eq!(plain.options.sampling.logprobs, None);
         let more = parsed(&json!({
             "prompt": ["Once"], "max_tokens": 7, "logprobs": 5, "n": 2, "best_of": 2, "stop": "x",
         }))
         .unwrap();
-        assert_eq!(more.prompt, "Once");
+        assert_eq!(more.prompts, ["Once"]);
         assert_eq!((more.options.max_tokens, more.options.count), (Some(7), 2));
         assert_eq!(more.options.sampling.logprobs, Some(5));
+    }
+
+    #[test]
+    fn several_texts_keep_their_order() {
+        let several = parsed(&json!({ "prompt": ["b", "", "a", "b"], "n": 2 })).unwrap();
+        assert_eq!(several.prompts, ["b", "", "a", "b"]);
+        assert_eq!(several.options.count, 2, "of each");
+        let most = parsed(&json!({ "prompt": vec!["a"; 128] })).unwrap();
+        assert_eq!(most.prompts.len(), 128);
     }
 
     #[test]
@@ -96,8 +113,11 @@ mod tests {
             (json!({}), invalid, "prompt"),
             (json!({ "prompt": 5 }), invalid, "prompt"),
             (json!({ "prompt": [1, 2] }), unsupported, "prompt"),
-            (json!({ "prompt": [[1]] }), invalid, "prompt[0]"),
-            (json!({ "prompt": ["a", "b"] }), unsupported, "prompt"),
+            (json!({ "prompt": [[1], [2]] }), unsupported, "prompt"),
+            (json!({ "prompt": [] }), invalid, "prompt"),
+            (json!({ "prompt": vec!["a"; 129] }), invalid, "prompt"),
+            (json!({ "prompt": ["a", 1] }), invalid, "prompt[1]"),
+            (json!({ "prompt": [null] }), invalid, "prompt[0]"),
             (json!({ "prompt": "a", "echo": true }), unsupported, "echo"),
             (
                 json!({ "prompt": "a", "suffix": "z" }),

@@ -19,10 +19,12 @@
 //! - `request`, `completion`: body → what is wanted (`options`: what both may ask for; `tools`)
 //! - `reply`: events → one answer or chunks of it (`logprobs`: of its tokens); `error`: error objects
 //! - `tokens`: text to token ids and back
+//! - `anthropic`: the models as another client reads them
 //! - here: the exports, and everything that asks the host.
 
 #![expect(missing_docs, reason = "what `generate!` makes is documented in wit/")]
 
+mod anthropic;
 mod completion;
 mod error;
 mod logprobs;
@@ -113,17 +115,17 @@ struct Chat(RefCell<Option<Reply>>);
 
 impl GuestExchange for Chat {
     fn start(request: Request) -> Result<(Exchange, Step), Error> {
-        let respond = |body: &Value| (None, Step::Respond(json_response(200, body)));
+        let respond = |response| (None, Step::Respond(response));
+        let tell = |body: &Value| respond(json_response(200, body));
         let (reply, step) = match (
             request.path().trim_end_matches('/'),
             request.path_param("id"),
         ) {
-            (_, Some(id)) => respond(&describe(&find(&id)?)),
-            ("/models", None) => respond(&list()),
+            (_, id @ Some(_)) | ("/models", id) => respond(models(&request, id.as_deref())?),
             ("/chat/completions", None) => chat(&request)?,
             ("/completions", None) => complete(&request)?,
-            ("/tokenize", None) => respond(&tokenize(&request)?),
-            ("/detokenize", None) => respond(&detokenize(&request)?),
+            ("/tokenize", None) => tell(&tokenize(&request)?),
+            ("/detokenize", None) => tell(&detokenize(&request)?),
             (path, None) => return Err(not_found(&format!("There is nothing at {path}."), None)),
         };
         Ok((Exchange::new(Self(RefCell::new(reply))), step))
@@ -151,20 +153,24 @@ fn chat(request: &Request) -> Result<(Option<Reply>, Step), Error> {
         tools: chat.tools,
         extensions: chat.extensions,
     };
-    generate(Shape::Chat, chat.options, task)
+    generate(Shape::Chat, chat.options, vec![task])
 }
 
-/// The same for a text to go on with.
+/// The same for texts to go on with.
 fn complete(request: &Request) -> Result<(Option<Reply>, Step), Error> {
     let completion = completion::parse(&request.text()?)?;
-    let task = Task {
-        input: Input::Text(completion.prompt),
+    // Too many answers are the fault of `n`, unless there are many for each.
+    let blamed = (completion.prompts.len() > 1).then_some(("count.param", "prompt"));
+    let blamed = blamed.map(|(key, name)| (key.to_owned(), name.to_owned()));
+    let task = |prompt| Task {
+        input: Input::Text(prompt),
         images: Vec::new(),
         format: OutputFormat::Text,
         tools: Tools::default(),
-        extensions: Vec::new(),
+        extensions: blamed.clone().into_iter().collect(),
     };
-    generate(Shape::Completion, completion.options, task)
+    let tasks = completion.prompts.into_iter().map(task).collect();
+    generate(Shape::Completion, completion.options, tasks)
 }
 
 /// What is to be answered, beside the options that all kinds of request share.
@@ -176,30 +182,31 @@ struct Task {
     extensions: Extensions,
 }
 
-fn generate(shape: Shape, options: Options, task: Task) -> Result<(Option<Reply>, Step), Error> {
+/// Each task is a generation of its own.
+fn generate(
+    shape: Shape,
+    options: Options,
+    tasks: Vec<Task>,
+) -> Result<(Option<Reply>, Step), Error> {
     let model = served(options.model.as_deref())?.id();
     let id = match shape {
         Shape::Chat => format!("chatcmpl-{}", clock::unique(12)),
         Shape::Completion => format!("cmpl-{}", clock::unique(12)),
     };
-    // The host refuses more answers than it gives; none is made before it has.
-    let mut reply = Reply::new(
-        shape,
-        id,
-        clock::now() / 1000,
-        options.count.min(ANSWERS_MAX),
-    );
+    // The host refuses more answers than it gives; none is told before it has.
+    let each = options.count.min(ANSWERS_MAX) as usize;
+    let mut reply = Reply::new(shape, id, clock::now() / 1000, (tasks.len(), each));
     reply.model = model.clone();
     reply.stream = options.stream;
     reply.include_usage = options.include_usage;
     reply.logprobs = options.sampling.logprobs.is_some();
-    let generation = Generation {
-        model: Some(model),
+    let generation = |task: Task| Generation {
+        model: Some(model.clone()),
         input: task.input,
         images: task.images,
-        sampling: options.sampling,
+        sampling: options.sampling.clone(),
         max_tokens: options.max_tokens,
-        stop: options.stop,
+        stop: options.stop.clone(),
         format: task.format,
         tools: task.tools.tools.into_iter().map(ToolSpec::from).collect(),
         tool_choice: task.tools.choice.into(),
@@ -207,7 +214,8 @@ fn generate(shape: Shape, options: Options, task: Task) -> Result<(Option<Reply>
         count: options.count,
         extensions: task.extensions,
     };
-    let step = Step::Generate((head(options.stream), vec![generation]));
+    let generations = tasks.into_iter().map(generation).collect();
+    let step = Step::Generate((head(options.stream), generations));
     Ok((Some(reply), step))
 }
 
@@ -274,9 +282,30 @@ fn find(name: &str) -> Result<model::Handle, Error> {
     })
 }
 
-fn list() -> Value {
-    let data: Vec<Value> = model::available().iter().map(describe).collect();
-    json!({ "object": "list", "data": data })
+/// The model of that name, or all of them, as whoever asks reads them.
+fn models(request: &Request, id: Option<&str>) -> Result<Response, Error> {
+    let others = request.header(anthropic::HEADER).is_some();
+    let body = match id {
+        Some(id) if others => match model::find(id) {
+            Some(model) => describe_otherwise(&model),
+            None => return Ok(json_response(404, &anthropic::not_found(id))),
+        },
+        Some(id) => describe(&find(id)?),
+        None if others => {
+            let all: Vec<Value> = model::available().iter().map(describe_otherwise).collect();
+            anthropic::page(&all)
+        }
+        None => {
+            let all: Vec<Value> = model::available().iter().map(describe).collect();
+            json!({ "object": "list", "data": all })
+        }
+    };
+    Ok(json_response(200, &body))
+}
+
+/// A model, as Anthropic's client reads it.
+fn describe_otherwise(model: &model::Handle) -> Value {
+    anthropic::model(&model.id(), model.created(), model.context_length())
 }
 
 /// A model, with what clients of other servers look for as well.

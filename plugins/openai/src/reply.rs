@@ -1,6 +1,11 @@
 //! Writes answers: one object, or a stream of chunks, for chats and for completions.
 //!
+//! A request may have several prompts. Each is a generation of its own, with as many answers as the
+//! others; choices are numbered over all of them.
+//!
 //! Pure: events in, bytes out, so a conversation can be replayed in a test.
+
+use std::ops::Range;
 
 use serde_json::{Value, json};
 
@@ -32,7 +37,14 @@ pub(crate) struct Reply {
     pub(crate) logprobs: bool,
     /// Whether the first chunk is out.
     begun: bool,
+    /// Answers to each prompt.
+    each: usize,
+    /// Of all prompts, in their order.
     choices: Vec<Choice>,
+    /// Generations that are not over.
+    open: usize,
+    /// Of those that are, together.
+    usage: Usage,
 }
 
 /// One of several answers to the same request.
@@ -53,7 +65,13 @@ struct Choice {
 }
 
 impl Reply {
-    pub(crate) fn new(shape: Shape, id: String, created: u64, choices: u32) -> Self {
+    /// Nothing is told yet of the answers to so many prompts, so many to each.
+    pub(crate) fn new(
+        shape: Shape,
+        id: String,
+        created: u64,
+        (prompts, each): (usize, usize),
+    ) -> Self {
         Self {
             shape,
             id,
@@ -63,7 +81,15 @@ impl Reply {
             include_usage: false,
             logprobs: false,
             begun: false,
-            choices: vec![Choice::default(); choices as usize],
+            each,
+            choices: vec![Choice::default(); prompts * each],
+            open: prompts,
+            usage: Usage {
+                prompt_tokens: 0,
+                image_tokens: 0,
+                cached_tokens: 0,
+                completion_tokens: 0,
+            },
         }
     }
 
@@ -96,20 +122,44 @@ impl Reply {
 
     fn event(&mut self, event: Event, bytes: &mut Vec<u8>) -> Result<Next, Error> {
         match event {
-            Event::Started(_) => (0..self.choices.len()).for_each(|index| self.begin(index, bytes)),
+            Event::Started((generation, _)) => {
+                for index in self.indices(generation) {
+                    self.begin(index, bytes);
+                }
+            }
             Event::Delta(delta) => self.delta(delta, bytes),
-            Event::ToolCall(call) => self.call(call.choice as usize, call.call, bytes),
+            Event::ToolCall(call) => {
+                self.call(self.index(call.generation, call.choice), call.call, bytes);
+            }
             Event::Finish(finish) => {
-                self.finish(finish.choice as usize, finish_reason(finish.reason)?, bytes);
+                let index = self.index(finish.generation, finish.choice);
+                self.finish(index, finish_reason(finish.reason)?, bytes);
             }
             Event::Done(total) => {
-                (0..self.choices.len()).for_each(|index| self.finish(index, "stop", bytes));
-                self.done(&total.usage, bytes);
-                return Ok(Next::End);
+                for index in self.indices(total.generation) {
+                    self.finish(index, "stop", bytes);
+                }
+                add(&mut self.usage, &total.usage);
+                self.open = self.open.saturating_sub(1);
+                if self.open == 0 {
+                    self.done(bytes);
+                    return Ok(Next::End);
+                }
             }
             Event::Failed((_, error)) => return Err(error),
         }
         Ok(Next::More)
+    }
+
+    /// The number of a choice among those of all prompts.
+    fn index(&self, generation: u32, choice: u32) -> usize {
+        generation as usize * self.each + choice as usize
+    }
+
+    /// The numbers of all choices of a prompt.
+    fn indices(&self, generation: u32) -> Range<usize> {
+        let first = self.index(generation, 0);
+        first..first + self.each
     }
 
     /// The first chunk of a choice in a chat says who speaks.
@@ -127,7 +177,7 @@ impl Reply {
     }
 
     fn delta(&mut self, delta: Delta, bytes: &mut Vec<u8>) {
-        let index = delta.choice as usize;
+        let index = self.index(delta.generation, delta.choice);
         if !self.stream {
             self.choices[index].text.push_str(&delta.text);
             self.choices[index].tokens.extend(delta.tokens);
@@ -188,18 +238,18 @@ impl Reply {
         }
     }
 
-    fn done(&self, usage: &Usage, bytes: &mut Vec<u8>) {
+    fn done(&self, bytes: &mut Vec<u8>) {
         if !self.stream {
-            bytes.extend(self.whole(usage).to_string().into_bytes());
+            bytes.extend(self.whole().to_string().into_bytes());
             return;
         }
         if self.include_usage {
-            bytes.extend(self.event_data(json!([]), Some(usage)));
+            bytes.extend(self.event_data(json!([]), Some(&self.usage)));
         }
         bytes.extend(b"data: [DONE]\n\n");
     }
 
-    fn whole(&self, usage: &Usage) -> Value {
+    fn whole(&self) -> Value {
         let choice = |(index, choice): (usize, &Choice)| {
             let mut told = json!({
                 "index": index,
@@ -231,7 +281,7 @@ impl Reply {
             "created": self.created,
             "model": self.model,
             "choices": self.choices.iter().enumerate().map(choice).collect::<Value>(),
-            "usage": counts(usage),
+            "usage": counts(&self.usage),
         })
     }
 
@@ -281,6 +331,18 @@ fn finish_reason(reason: FinishReason) -> Result<&'static str, Error> {
             retry_after: None,
         }),
     }
+}
+
+/// Counts another prompt and its answers.
+fn add(sum: &mut Usage, usage: &Usage) {
+    *sum = Usage {
+        prompt_tokens: sum.prompt_tokens.saturating_add(usage.prompt_tokens),
+        image_tokens: sum.image_tokens.saturating_add(usage.image_tokens),
+        cached_tokens: sum.cached_tokens.saturating_add(usage.cached_tokens),
+        completion_tokens: sum
+            .completion_tokens
+            .saturating_add(usage.completion_tokens),
+    };
 }
 
 fn counts(usage: &Usage) -> Value {

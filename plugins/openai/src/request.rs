@@ -45,12 +45,14 @@ pub(crate) fn parse(text: &str, marker: &str) -> Result<ChatRequest, Wrong> {
     reader.num_crops(&body)?;
     let tools = tools::parse(&body, text)?;
     reader.extensions.extend(tools.hints());
+    let format = Format::read(&body.get("response_format"), text, Some("json_schema"))?;
+    reader.extensions.extend(format.hints());
     Ok(ChatRequest {
         messages,
         images: reader.images,
         extensions: reader.extensions,
         options: options::parse(&body, logprobs(&body)?)?,
-        format: Format::read(&body.get("response_format"), text, Some("json_schema"))?,
+        format,
         tools,
     })
 }
@@ -138,10 +140,12 @@ impl Reader<'_> {
         let index = u32::try_from(self.images.len()).unwrap_or(u32::MAX);
         self.hint(&format!("image.{index}.param"), &image.path);
         if let Some(detail) = image.get("detail").given() {
-            let known = ["auto", "low", "high"]
-                .into_iter()
-                .find(|known| detail.is_one_of(&[*known]));
-            let known = known.ok_or_else(|| detail.wrong_value("auto, low or high"))?;
+            let known = match detail.string()? {
+                // As finely as it is to be had.
+                "high" | "original" => "high",
+                known @ ("auto" | "low") => known,
+                _ => return Err(detail.wrong_value("auto, low, high or original")),
+            };
             self.hint(&format!("image.{index}.detail"), known);
         }
         self.images.push(Picture {

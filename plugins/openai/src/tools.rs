@@ -1,6 +1,6 @@
 //! Tools of a chat: what the model may call, what it called before, and what came of it.
 
-use visor_plugin_body::{Choice, Field, Tool, Tools, Wrong, check_name};
+use visor_plugin_body::{Choice, Field, Names, Tool, Tools, Wrong, check_name};
 
 use crate::visor::plugin::types::{Part, ToolCall, ToolResult};
 
@@ -12,7 +12,7 @@ pub(crate) fn parse(body: &Field, text: &str) -> Result<Tools, Wrong> {
     let tool = |tool: &Field| {
         let kind = tool.get("type");
         match kind.string()? {
-            "function" => Tool::read(&tool.get("function"), "parameters", text),
+            "function" => Tool::read(&tool.get("function"), Names::SHORT, "parameters", text),
             _ => Err(kind.unsupported("tools are functions")),
         }
     };
@@ -59,7 +59,7 @@ pub(crate) fn calls(message: &Field) -> Result<Vec<Part>, Wrong> {
         }
         let function = call.get("function");
         let name = function.object()?.get("name");
-        check_name(&name)?;
+        check_name(&name, Names::SHORT)?;
         Ok(Part::ToolCall(ToolCall {
             id: call.get("id").string()?.to_owned(),
             name: name.string()?.to_owned(),

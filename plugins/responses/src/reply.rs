@@ -272,8 +272,6 @@ impl Reply {
             "model": self.model,
             "output": output,
             "previous_response_id": null,
-            "reasoning": { "effort": null, "summary": null },
-            "store": false,
             "usage": usage.map(counts),
         });
         for (key, value) in &self.repeated {

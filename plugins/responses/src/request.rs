@@ -61,6 +61,7 @@ pub(crate) fn parse(text: &str, marker: &str, counts: bool) -> Result<ResponseRe
     if format != Format::Text {
         reader.hint("format.param", "text.format");
     }
+    reader.extensions.extend(format.hints());
     Ok(ResponseRequest {
         model: body.get("model").text()?,
         messages,
@@ -71,20 +72,30 @@ pub(crate) fn parse(text: &str, marker: &str, counts: bool) -> Result<ResponseRe
         tools,
         stream: body.get("stream").flag()?,
         extensions: reader.extensions,
-        repeated: repeated(&body),
+        repeated: repeated(&body)?,
     })
 }
 
 /// The settings an answer shows again, with what OpenAI shows where nothing was said.
-fn repeated(body: &Field) -> Map<String, Value> {
+fn repeated(body: &Field) -> Result<Map<String, Value>, Wrong> {
     let said = |key: &str| body.get(key).value().cloned();
     let format = body.get("text").get("format").value().cloned();
-    let format = format.unwrap_or_else(|| json!({ "type": "text" }));
-    let defaults: [(&str, Value); 11] = [
+    let mut text = json!({ "format": format.unwrap_or_else(|| json!({ "type": "text" })) });
+    if let Some(verbosity) = body.get("text").get("verbosity").text()? {
+        text["verbosity"] = json!(verbosity);
+    }
+    let thought = body.get("reasoning");
+    if thought.value().is_some() {
+        thought.object()?;
+    }
+    let reasoning = json!({ "effort": thought.get("effort").text()?, "summary": null });
+    let stored = body.get("store").flag()?;
+    let defaults: [(&str, Value); 12] = [
         ("instructions", Value::Null),
         ("max_output_tokens", Value::Null),
         ("metadata", Value::Object(Map::new())),
         ("parallel_tool_calls", Value::from(true)),
+        ("store", Value::from(stored)),
         ("temperature", Value::Null),
         ("tool_choice", Value::from("auto")),
         ("tools", Value::Array(Vec::new())),
@@ -97,8 +108,9 @@ fn repeated(body: &Field) -> Map<String, Value> {
         let value = said(key).unwrap_or(default);
         (key.to_owned(), value)
     });
-    let text = ("text".to_owned(), json!({ "format": format }));
-    filled.chain([text]).collect()
+    let built = [("text", text), ("reasoning", reasoning)];
+    let built = built.map(|(key, value)| (key.to_owned(), value));
+    Ok(filled.chain(built).collect())
 }
 
 fn message(role: Role, parts: Vec<Part>) -> Message {
@@ -120,13 +132,13 @@ impl Reader<'_> {
                 Ok(vec![message(Role::User, vec![Part::Text(text.clone())])])
             }
             Some(Value::Array(_)) => {
-                let items = input.items()?;
-                if items.is_empty() {
-                    return Err(input.wrong_value("an array with at least one item"));
-                }
                 let mut messages = Vec::new();
-                for item in &items {
+                for item in &input.items()? {
                     self.item(item.object()?, &mut messages)?;
+                }
+                if messages.is_empty() {
+                    let what = "an array with at least one item that is no reasoning";
+                    return Err(input.wrong_value(what));
                 }
                 Ok(messages)
             }
@@ -141,9 +153,11 @@ impl Reader<'_> {
             "message" => messages.push(self.message(item)?),
             "function_call" => tools::call(item, messages)?,
             "function_call_output" => messages.push(tools::result(item)?),
+            // Clients send back all of an answer, and another model's may have had some.
+            "reasoning" => {}
             "item_reference" => return Err(kind.unsupported(NO_STORE)),
             _ => {
-                let what = "this server reads items of type message, function_call and function_call_output";
+                let what = "this server reads items of type message, function_call, function_call_output and reasoning";
                 return Err(kind.unsupported(what));
             }
         }
@@ -207,9 +221,12 @@ impl Reader<'_> {
         let index = u32::try_from(self.images.len()).unwrap_or(u32::MAX);
         self.hint(&format!("image.{index}.param"), &url.path);
         if let Some(detail) = part.get("detail").given() {
-            let known = ["auto", "low", "high"];
-            let known = known.into_iter().find(|known| detail.is_one_of(&[*known]));
-            let known = known.ok_or_else(|| detail.wrong_value("auto, low or high"))?;
+            let known = match detail.string()? {
+                // As finely as it is to be had.
+                "high" | "original" => "high",
+                known @ ("auto" | "low") => known,
+                _ => return Err(detail.wrong_value("auto, low, high or original")),
+            };
             self.hint(&format!("image.{index}.detail"), known);
         }
         let param = url.path.clone();
@@ -266,16 +283,20 @@ fn logprobs(body: &Field) -> Result<Option<u8>, Wrong> {
 }
 
 fn refuse_unsupported(body: &Field) -> Result<(), Wrong> {
-    let table: [(&str, &str, IsNeutral); 5] = [
+    let table: [(&str, &str, IsNeutral); 4] = [
         ("previous_response_id", NO_STORE, |_| false),
         ("conversation", NO_STORE, |_| false),
         ("background", NO_STORE, |field| field.is_false()),
         ("prompt", "this server keeps no prompts", |_| false),
-        ("truncation", "nothing is left out of a prompt", |field| {
-            field.is_one_of(&["disabled"])
-        }),
     ];
-    body.refuse(&table)
+    body.refuse(&table)?;
+    // Nothing is left out of a prompt that does not fit, and whoever allows that is told as well.
+    match body.get("truncation").given() {
+        Some(field) if !field.is_one_of(&["auto", "disabled"]) => {
+            Err(field.wrong_value("auto or disabled"))
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

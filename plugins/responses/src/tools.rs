@@ -1,7 +1,7 @@
 //! Tools of a response: what the model may call, what it called before, and what came of it.
 
 use serde_json::Value;
-use visor_plugin_body::{Choice, Field, Tool, Tools, Wrong, check_name};
+use visor_plugin_body::{Choice, Field, Names, Tool, Tools, Wrong, check_name};
 
 use crate::visor::plugin::types::{Message, Part, Role, ToolCall, ToolResult};
 
@@ -13,7 +13,7 @@ pub(crate) fn parse(body: &Field, text: &str) -> Result<Tools, Wrong> {
     let tool = |tool: &Field| {
         let kind = tool.get("type");
         match kind.string()? {
-            "function" => Tool::read(tool, "parameters", text),
+            "function" => Tool::read(tool, Names::LONG, "parameters", text),
             _ => Err(kind.unsupported("tools are functions, and the client's to run")),
         }
     };
@@ -46,7 +46,7 @@ fn choice(field: &Field) -> Result<Choice, Wrong> {
 /// An item that is a call belongs to what the assistant said last.
 pub(crate) fn call(item: &Field, messages: &mut Vec<Message>) -> Result<(), Wrong> {
     let name = item.get("name");
-    check_name(&name)?;
+    check_name(&name, Names::LONG)?;
     let call = Part::ToolCall(ToolCall {
         id: item.get("call_id").string()?.to_owned(),
         name: name.string()?.to_owned(),

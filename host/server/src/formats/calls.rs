@@ -26,7 +26,7 @@ const OTHER_MEMBERS: [&str; 9] = [
 /// A tool whose parameters are no schema, or the format.
 pub(super) fn grammar(
     calls: &Calls,
-    format: &OutputFormat,
+    (format, follow): (&OutputFormat, Follow),
 ) -> Result<TopLevelGrammar, FormatError> {
     let syntax = &calls.syntax;
     let (open, between) = (literal(&syntax.open), literal(&syntax.between));
@@ -49,19 +49,19 @@ pub(super) fn grammar(
     }
     let _ = writeln!(lark, "call: {}", names.join(" | "));
     lark.push_str(&match calls.choice {
-        ToolChoice::Auto => format!("start: calls | {}", answer(format, &open)?),
+        ToolChoice::Auto => format!("start: calls | {}", answer((format, follow), &open)?),
         ToolChoice::Required | ToolChoice::Named(_) => "start: calls\n".to_owned(),
     });
     Ok(TopLevelGrammar::from_lark(lark))
 }
 
 /// What is no call, and what defines it. JSON is told from calls by its own grammar.
-fn answer(format: &OutputFormat, open: &str) -> Result<String, FormatError> {
+fn answer((format, follow): (&OutputFormat, Follow), open: &str) -> Result<String, FormatError> {
     let pattern = match format {
         OutputFormat::Text => r"(?s:.*)".to_owned(),
         OutputFormat::Regex(pattern) => llguidance::regex_to_lark(whole(pattern), ""),
         OutputFormat::Json | OutputFormat::JsonSchema(_) => {
-            let schema = Value::Object(json_schema(format)?);
+            let schema = Value::Object(json_schema(format, follow)?);
             return Ok(format!("%json {schema}\n"));
         }
     };
@@ -73,11 +73,7 @@ fn answer(format: &OutputFormat, open: &str) -> Result<String, FormatError> {
 /// The schema of the arguments of the tool with that number. They are an object, and one that lists its properties has no others:
 /// what a tool does not declare it does not take.
 pub(super) fn arguments(calls: &Calls, index: usize) -> Result<Map<String, Value>, FormatError> {
-    let follow = if calls.strict.contains(&index) {
-        Follow::Strictly
-    } else {
-        Follow::Leniently
-    };
+    let follow = Follow::strictly(calls.strict.contains(&index));
     let mut schema = schema(&calls.tools[index].parameters, follow)?;
     match schema.get("type") {
         None => schema.insert("type".to_owned(), json!("object")),

@@ -16,7 +16,7 @@ use visor_sandbox::{OutputFormat, ToolChoice};
 
 use super::follow::Compiled;
 use super::vocabulary::Vocabulary;
-use super::{Bounds, FormatError, Wish, calls, explained, grammar};
+use super::{Bounds, Follow, FormatError, Wish, calls, explained, grammar};
 use crate::calls::Calls;
 use crate::config::FormatsConfig;
 
@@ -100,14 +100,20 @@ pub(super) fn compile(
     places.run((limits.compiles_max, patience), move |abandoned| {
         let Wish {
             format,
+            follow,
             calls,
             bounds,
             limits,
         } = &*wish;
         let Some(calls) = calls else {
-            return build(&vocabulary, grammar(format)?, bounds.clone(), limits);
+            return build(
+                &vocabulary,
+                grammar(format, *follow)?,
+                bounds.clone(),
+                limits,
+            );
         };
-        let built = calls::grammar(calls, format)
+        let built = calls::grammar(calls, (format, *follow))
             .and_then(|grammar| build(&vocabulary, grammar, bounds.clone(), limits));
         built.map_err(|error| blame(&vocabulary, (error, calls), limits, abandoned))
     })
@@ -144,7 +150,8 @@ fn blame(
     let failing = offered.find_map(|(index, tool)| {
         // Outside of a call, all that the library can complain of is what the client wrote.
         let built = bare(index).and_then(|_| {
-            let grammar = calls::grammar(&alone(&tool.name), &OutputFormat::Text)?;
+            let grammar =
+                calls::grammar(&alone(&tool.name), (&OutputFormat::Text, Follow::Strictly))?;
             build(vocabulary, grammar, Bounds::default(), limits)
         });
         Some(built.err()?.of_tool(index, tool))
@@ -177,6 +184,9 @@ fn parser(
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
+    use super::super::tests::{bounds, formats, said_within, schema_of};
     use super::*;
 
     const LONG: Duration = Duration::from_secs(60);
@@ -207,5 +217,31 @@ mod tests {
         let failed = places.run((1, LONG), |_| -> Result<(), _> { panic!("on purpose") });
         assert!(matches!(failed, Err(FormatError::Unusable(_))));
         assert_eq!(places.run((1, LONG), |_| Ok(1)), Ok(1));
+    }
+
+    #[test]
+    fn a_schema_that_need_not_be_followed_to_the_letter_is_as_far_as_it_can_be() {
+        let properties = json!({
+            "a": { "type": "array", "items": { "type": "boolean" }, "uniqueItems": true, "minItems": 1, "maxItems": 2 },
+            "b": { "type": "string", "format": "binary", "maxLength": 3 },
+        });
+        let schema = json!({ "type": "object", "properties": properties, "required": ["a", "b"], "additionalProperties": false });
+        let format = schema_of(&schema);
+        let limits = FormatsConfig::default();
+        let compile = |follow| formats().compile((&format, follow), None, bounds(), &limits);
+        let strict = compile(Follow::Strictly).err();
+        assert!(
+            matches!(strict, Some(FormatError::Unusable(_))),
+            "{strict:?}"
+        );
+        let grammar = compile(Follow::Leniently).unwrap().expect("no free text");
+        let (texts, _) = said_within(&grammar);
+        assert!(!texts.is_empty());
+        for text in texts {
+            let said: Value = serde_json::from_str(&text).unwrap();
+            let flags = said["a"].as_array().unwrap();
+            assert!((1..=2).contains(&flags.len()) && flags.iter().all(Value::is_boolean));
+            assert!(said["b"].as_str().unwrap().chars().count() <= 3, "{said}");
+        }
     }
 }

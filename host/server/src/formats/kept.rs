@@ -108,7 +108,7 @@ mod tests {
     use visor_sandbox::OutputFormat;
 
     use super::super::tests::{formats, walk};
-    use super::super::{Bounds, Formats};
+    use super::super::{Bounds, Follow, Formats};
     use crate::config::FormatsConfig;
     use crate::stats::Memory;
     use std::sync::Arc;
@@ -131,7 +131,7 @@ mod tests {
             stop_ids: formats.stop_ids.clone(),
             ..Bounds::default()
         };
-        let compiled = formats.compile(format, None, bounds, &limits(kept_mib));
+        let compiled = formats.compile((format, Follow::Strictly), None, bounds, &limits(kept_mib));
         compiled.unwrap().expect("no free text")
     }
 
@@ -162,7 +162,7 @@ mod tests {
             prefill: Some("ab".to_owned()),
             ..Bounds::default()
         };
-        let begun = formats.compile(&format, None, begun, &limits(32));
+        let begun = formats.compile((&format, Follow::Strictly), None, begun, &limits(32));
         assert!(begun.is_ok());
         assert_eq!(formats.compiled(), 6, "another beginning");
     }
@@ -205,7 +205,12 @@ mod tests {
                         stop_ids: (0..2 + number).collect(),
                         ..Bounds::default()
                     };
-                    let compiled = formats.compile(&format(number), None, bounds, &limits(1 << 10));
+                    let compiled = formats.compile(
+                        (&format(number), Follow::Strictly),
+                        None,
+                        bounds,
+                        &limits(1 << 10),
+                    );
                     compiled.unwrap();
                 }
                 began.elapsed() / count

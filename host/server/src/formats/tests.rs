@@ -21,7 +21,7 @@ pub(super) fn formats() -> &'static Formats {
     })
 }
 
-fn bounds() -> Bounds {
+pub(super) fn bounds() -> Bounds {
     Bounds {
         stop_ids: formats().stop_ids.clone(),
         ..Bounds::default()
@@ -29,7 +29,12 @@ fn bounds() -> Bounds {
 }
 
 fn compile_within(format: &OutputFormat, bounds: Bounds) -> Result<Arc<dyn Grammar>, FormatError> {
-    let compiled = formats().compile(format, None, bounds, &FormatsConfig::default());
+    let compiled = formats().compile(
+        (format, Follow::Strictly),
+        None,
+        bounds,
+        &FormatsConfig::default(),
+    );
     compiled.map(|grammar| grammar.expect("no free text"))
 }
 
@@ -37,7 +42,7 @@ fn compile(format: &OutputFormat) -> Result<Arc<dyn Grammar>, FormatError> {
     compile_within(format, bounds())
 }
 
-fn schema_of(schema: &Value) -> OutputFormat {
+pub(super) fn schema_of(schema: &Value) -> OutputFormat {
     OutputFormat::JsonSchema(schema.to_string())
 }
 
@@ -124,7 +129,7 @@ fn said(format: &OutputFormat) -> (Vec<String>, usize) {
     said_within(&compile(format).unwrap())
 }
 
-fn said_within(grammar: &Arc<dyn Grammar>) -> (Vec<String>, usize) {
+pub(super) fn said_within(grammar: &Arc<dyn Grammar>) -> (Vec<String>, usize) {
     let mut cut = 0;
     let mut texts = Vec::new();
     for seed in 0..30 {
@@ -354,7 +359,12 @@ fn calls(choice: ToolChoice, count_max: u32) -> Calls {
 }
 
 fn compile_calls(calls: &Calls, format: &OutputFormat) -> Result<Arc<dyn Grammar>, FormatError> {
-    let compiled = formats().compile(format, Some(calls), bounds(), &FormatsConfig::default());
+    let compiled = formats().compile(
+        (format, Follow::Strictly),
+        Some(calls),
+        bounds(),
+        &FormatsConfig::default(),
+    );
     compiled.map(|grammar| grammar.expect("no free text"))
 }
 

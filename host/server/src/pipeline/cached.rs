@@ -76,8 +76,8 @@ pub(super) struct AnswerKey<'a> {
     pub stop_strings: &'a [String],
     /// Tokens that end the output.
     pub stop_ids: &'a [u32],
-    /// What the answer is held to.
-    pub format: &'a OutputFormat,
+    /// What the answer is held to, and whether to the letter.
+    pub format: (&'a OutputFormat, bool),
     /// What it may call.
     pub calls: Option<&'a Calls>,
     /// What is done to logits before the likeliest is taken.
@@ -88,7 +88,7 @@ impl AnswerKey<'_> {
     /// SHA-256 over all of it, every part with its length before it.
     pub(super) fn digest(&self) -> [u8; 32] {
         let mut sha = Sha256::new();
-        sha.update(b"visor answer 5\0");
+        sha.update(b"visor answer 6\0");
         let pinned = self.pinned;
         for plugin in [&pinned.adapter, &pinned.template, &pinned.image_policy] {
             text(&mut sha, plugin.revision());
@@ -136,14 +136,14 @@ fn adjustments(sha: &mut Sha256, sampling: &Sampling) {
     }
 }
 
-fn shape(sha: &mut Sha256, format: &OutputFormat) {
+fn shape(sha: &mut Sha256, (format, is_strict): (&OutputFormat, bool)) {
     let (kind, written) = match format {
         OutputFormat::Text => (0, ""),
         OutputFormat::Json => (1, ""),
         OutputFormat::JsonSchema(schema) => (2, schema.as_str()),
         OutputFormat::Regex(pattern) => (3, pattern.as_str()),
     };
-    sha.update([kind]);
+    sha.update([kind, u8::from(is_strict)]);
     text(sha, written);
 }
 

@@ -73,15 +73,19 @@ impl Drive<'_> {
     /// Takes generations as far as the engine's queue.
     fn start(&mut self, work: &mut Work, generations: Vec<Generation>) -> Result<(), Stop> {
         let count_max = work.call.pinned.config.server.generations_per_request_max;
+        let more = generations.iter().map(|generation| generation.count);
+        self.answers = more.fold(self.answers, u32::saturating_add);
+        if self.answers > count_max {
+            let message = format!(
+                "{} answers were asked for; a request may have {count_max}",
+                self.answers
+            );
+            let mut hints = generations.iter().flat_map(|asked| &asked.extensions);
+            let named = hints.find(|(key, _)| key == "count.param");
+            let named = named.map_or("n", |(_, name)| name.as_str());
+            return Err(Failure::invalid(message).at(named).into());
+        }
         for mut generation in generations {
-            self.answers = self.answers.saturating_add(generation.count);
-            if self.answers > count_max {
-                let message = format!(
-                    "{} answers were asked for; a request may have {count_max}",
-                    self.answers
-                );
-                return Err(Failure::invalid(message).at("n").into());
-            }
             let restored = work.restorer.generation(&mut generation);
             let adapter = work.call.pinned.adapter.id();
             restored.map_err(|repeated| Failure::nonsense(adapter, &repeated.to_string()))?;

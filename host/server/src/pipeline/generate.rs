@@ -21,7 +21,7 @@ use super::prompt::{self, Task};
 use super::vision::{self, Decoded, Planned, Rendered};
 use super::work::{Stop, Work};
 use crate::calls::Calls;
-use crate::formats::{Bounds, FormatError};
+use crate::formats::{Bounds, Follow, FormatError};
 
 /// Seconds after which a client that met a full queue may come back.
 const RETRY_AFTER_S: u32 = 2;
@@ -213,6 +213,8 @@ fn calls(
 /// What the client calls what its answer is held to: the adapter says it in extensions.
 struct Names {
     format: String,
+    /// Whether a schema of the answer is followed to the letter or not at all.
+    is_strict: bool,
     /// By number; those that were not named are missing.
     tools: BTreeMap<usize, String>,
     /// Numbers of the tools that are strict.
@@ -230,7 +232,9 @@ impl Names {
         let strict = extensions.iter().filter(|(_, value)| value == "true");
         let strict = strict.filter_map(|(key, _)| number(key, ".strict"));
         let mut format = extensions.iter().filter(|(key, _)| key == "format.param");
+        let is_strict = |(key, value): &(String, String)| key == "format.strict" && value == "true";
         Self {
+            is_strict: extensions.iter().any(is_strict),
             format: format
                 .next()
                 .map_or_else(|| "response_format".to_owned(), |(_, name)| name.clone()),
@@ -262,7 +266,8 @@ fn grammar(
     };
     let limits = &work.call.pinned.config.formats;
     let formats = &work.call.house.formats;
-    let compiled = formats.compile(&counted.format, counted.calls.as_deref(), bounds, limits);
+    let format = (&counted.format, Follow::strictly(counted.names.is_strict));
+    let compiled = formats.compile(format, counted.calls.as_deref(), bounds, limits);
     Ok(compiled.map_err(|error| match error {
         FormatError::Busy => {
             Failure::new(ErrorCode::Overloaded, error.to_string()).retry_after(RETRY_AFTER_S)
@@ -298,7 +303,7 @@ fn share(work: &mut Work, counted: &mut Counted) -> (Sharing, Option<CacheKey>) 
             tokens_max: counted.tokens_max,
             stop_strings: &counted.stop_strings,
             stop_ids: &counted.stop_ids,
-            format: &counted.format,
+            format: (&counted.format, counted.names.is_strict),
             calls: counted.calls.as_deref(),
             sampling: &counted.sampling,
         };

@@ -10,9 +10,19 @@ const USAGE: Usage = Usage {
     completion_tokens: 2,
 };
 
+/// As many tokens as `USAGE` has, in a context that holds more.
+const LIMITS: Limits = Limits {
+    max_tokens: 2,
+    context_tokens: 4096,
+};
+
 fn reply(shape: Shape) -> Reply {
+    limited(shape, LIMITS)
+}
+
+fn limited(shape: Shape, limits: Limits) -> Reply {
     let stops = vec!["END".to_owned()];
-    Reply::new(shape, "msg_1".to_owned(), "m".to_owned(), stops)
+    Reply::new(shape, "msg_1".to_owned(), "m".to_owned(), stops, limits)
 }
 
 fn delta(text: &str) -> Event {
@@ -64,7 +74,11 @@ fn answer(reason: FinishReason, matched_stop: Option<&str>) -> Vec<Event> {
 }
 
 fn run(shape: Shape, events: Vec<Event>) -> String {
-    let progress = reply(shape).advance(events).unwrap();
+    written(reply(shape), events)
+}
+
+fn written(mut reply: Reply, events: Vec<Event>) -> String {
+    let progress = reply.advance(events).unwrap();
     assert!(matches!(progress.next, Next::End));
     String::from_utf8(progress.bytes).unwrap()
 }
@@ -110,6 +124,31 @@ fn a_stop_sequence_is_told_when_it_is_the_clients() {
         let message: Value = serde_json::from_str(&body).unwrap();
         assert_eq!(message["stop_reason"], reason);
         assert_eq!(message["stop_sequence"], told);
+    }
+}
+
+#[test]
+fn an_answer_that_fills_the_context_before_its_length_says_so() {
+    let (length, context) = (FinishReason::Length, "model_context_window_exceeded");
+    for (finish, max_tokens, context_tokens, reason) in [
+        (length, 3, 772, context),
+        (length, u32::MAX, 772, context),
+        (length, 2, 772, "max_tokens"),
+        // The operator has a limit, too.
+        (length, 3, 773, "max_tokens"),
+        (FinishReason::Stop, 3, 772, "end_turn"),
+    ] {
+        let limits = Limits {
+            max_tokens,
+            context_tokens,
+        };
+        let whole = written(limited(Shape::Whole, limits), answer(finish, None));
+        let message: Value = serde_json::from_str(&whole).unwrap();
+        assert_eq!(message["stop_reason"], reason, "{limits:?}");
+        let stream = written(limited(Shape::Stream, limits), answer(finish, None));
+        let events = events(&stream);
+        assert_eq!(events[0].1["message"]["stop_reason"], Value::Null);
+        assert_eq!(events[5].1["delta"]["stop_reason"], reason, "{limits:?}");
     }
 }
 

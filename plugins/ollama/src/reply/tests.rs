@@ -187,14 +187,31 @@ fn errors_are_one_sentence_that_names_what_is_wrong() {
 }
 
 #[test]
-fn a_model_that_is_there_is_loaded() {
-    let response = reply(Shape::Generate, true).loaded(NOW);
+fn a_model_that_is_there_is_loaded_or_unloaded() {
+    for (unloads, done_reason) in [(false, "load"), (true, "unload")] {
+        let response = reply(Shape::Generate, true).loaded(unloads, NOW);
+        let body: Value = serde_json::from_slice(&response.body).unwrap();
+        assert_eq!(
+            (&body["done"], &body["done_reason"]),
+            (&json!(true), &json!(done_reason))
+        );
+        assert_eq!(body["response"], "");
+    }
+}
+
+/// A message that names its parameter as a part of a word is not given it twice.
+#[test]
+fn what_a_model_cannot_do_is_said_as_ollama_says_it() {
+    let error = Error {
+        code: ErrorCode::Unsupported,
+        message: r#""m" does not support thinking"#.to_owned(),
+        param: Some("think".to_owned()),
+        retry_after: None,
+    };
+    let response = render_error(&error, false);
     let body: Value = serde_json::from_slice(&response.body).unwrap();
-    assert_eq!(
-        (&body["done"], &body["done_reason"]),
-        (&json!(true), &json!("load"))
-    );
-    assert_eq!(body["response"], "");
+    let said = json!({ "error": "\"m\" does not support thinking" });
+    assert_eq!((response.status, body), (400, said));
 }
 
 #[test]

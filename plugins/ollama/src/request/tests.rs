@@ -31,6 +31,7 @@ fn a_chat_is_read_with_its_images() {
             { "role": "user", "content": "What?", "images": ["blob-7f:2", "AAAA"] },
             { "role": "assistant", "content": "A cat." },
             { "role": "user", "content": "And?", "images": null },
+            { "role": "developer", "content": "Be briefer." },
         ],
         "keep_alive": "5m", "options": { "num_ctx": 8192 },
     }))
@@ -42,6 +43,7 @@ fn a_chat_is_read_with_its_images() {
         [Part::Image(0), Part::Image(1), Part::Text(_)]
     ));
     assert!(matches!(read[3].parts[..], [Part::Text(_)]));
+    assert!(matches!(read[4].role, Role::System));
     let places: Vec<_> = wanted
         .images
         .iter()
@@ -120,6 +122,48 @@ fn nothing_to_answer_asks_for_the_model_alone() {
             .input
             .is_none()
     );
+}
+
+#[test]
+fn a_model_that_need_not_stay_is_told_to_be_gone() {
+    let unloads = |keep_alive: Value| {
+        let body = json!({ "model": "m", "keep_alive": keep_alive });
+        let (chat, generate) = (chat(&body).unwrap(), generate(&body).unwrap());
+        assert_eq!(chat.unloads, generate.unloads);
+        chat.unloads
+    };
+    for none in [
+        json!(0),
+        json!(0.0),
+        json!("0"),
+        json!("0s"),
+        json!("0h0m0s"),
+    ] {
+        assert!(unloads(none.clone()), "{none}");
+    }
+    for some in [
+        Value::Null,
+        json!(-1),
+        json!(300),
+        json!("5m"),
+        json!("10s"),
+        json!(""),
+    ] {
+        assert!(!unloads(some.clone()), "{some}");
+    }
+}
+
+#[test]
+fn thinking_is_refused_as_ollama_refuses_it() {
+    let with = |think: Value| json!({ "model": "m", "prompt": "a", "think": think });
+    for think in [json!(true), json!("high")] {
+        let wrong = generate(&with(think)).unwrap_err();
+        assert_eq!(wrong.message, r#""m" does not support thinking"#);
+        assert_eq!(wrong.kind, Kind::Unsupported);
+    }
+    for none in [json!(false), Value::Null] {
+        assert!(generate(&with(none)).is_ok());
+    }
 }
 
 #[test]
@@ -211,7 +255,10 @@ fn options_out_of_range_are_brought_into_it() {
 #[test]
 fn a_format_is_a_word_or_a_schema() {
     let text = r#"{ "model": "m", "messages": [], "format": { "z": 1, "a": 2 } }"#;
-    let schema = Format::Schema(r#"{ "z": 1, "a": 2 }"#.to_owned());
+    let schema = Format::Schema {
+        text: r#"{ "z": 1, "a": 2 }"#.to_owned(),
+        strict: false,
+    };
     assert_eq!(parse_chat(text, MARKER).unwrap().format, schema);
     let mut body = json!({ "model": "m", "prompt": "a", "format": "json" });
     let wanted = generate(&body).unwrap();

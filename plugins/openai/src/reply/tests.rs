@@ -15,8 +15,8 @@ fn reply(stream: bool, include_usage: bool) -> Reply {
     reply_of(Shape::Chat, 1, stream, include_usage)
 }
 
-fn reply_of(shape: Shape, choices: u32, stream: bool, include_usage: bool) -> Reply {
-    let mut reply = Reply::new(shape, "chatcmpl-1".to_owned(), 1_700_000_000, choices);
+fn reply_of(shape: Shape, choices: usize, stream: bool, include_usage: bool) -> Reply {
+    let mut reply = Reply::new(shape, "chatcmpl-1".to_owned(), 1_700_000_000, (1, choices));
     reply.model = "m".to_owned();
     (reply.stream, reply.include_usage) = (stream, include_usage);
     reply
@@ -275,6 +275,94 @@ fn a_text_completion_has_no_roles() {
         .filter_map(|c| c["choices"][0]["text"].as_str());
     assert_eq!(texts.collect::<String>(), "Héllo");
     assert_eq!(chunks[3]["usage"]["prompt_tokens"], 770);
+}
+
+/// Events of one of several generations.
+fn of(generation: u32, mut event: Event) -> Event {
+    match &mut event {
+        Event::Started((own, _)) | Event::Failed((own, _)) => *own = generation,
+        Event::Delta(delta) => delta.generation = generation,
+        Event::ToolCall(call) => call.generation = generation,
+        Event::Finish(finish) => finish.generation = generation,
+        Event::Done(total) => total.generation = generation,
+    }
+    event
+}
+
+/// Two answers to each of two prompts, the second of which is done first.
+fn two_prompts() -> Vec<Event> {
+    vec![
+        of(1, Event::Started((0, USAGE))),
+        of(1, delta_of(0, "c")),
+        of(0, Event::Started((0, USAGE))),
+        of(0, delta_of(1, "b")),
+        of(1, delta_of(1, "d")),
+        of(1, finish_of(0, FinishReason::Length)),
+        of(1, finish_of(1, FinishReason::Stop)),
+        of(1, done()),
+        of(0, delta_of(0, "a")),
+        of(0, finish_of(1, FinishReason::Length)),
+        of(0, delta_of(0, "!")),
+        of(0, finish_of(0, FinishReason::Stop)),
+        of(0, done()),
+    ]
+}
+
+#[test]
+fn several_prompts_are_one_answer() {
+    let make = |stream| {
+        let prompts = (2, 2);
+        let mut reply = Reply::new(Shape::Completion, "cmpl-1".to_owned(), 1, prompts);
+        (reply.stream, reply.include_usage) = (stream, stream);
+        (reply, two_prompts())
+    };
+    let texts = [
+        ("a!", "stop"),
+        ("b", "length"),
+        ("c", "length"),
+        ("d", "stop"),
+    ];
+    let whole: Value = serde_json::from_str(&run(|| make(false))).unwrap();
+    let choices = whole["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), 4);
+    let body = run(|| make(true));
+    assert_eq!(body.matches("[DONE]").count(), 1);
+    let chunks = chunks(&body);
+    for (index, (text, reason)) in texts.into_iter().enumerate() {
+        assert_eq!(
+            choices[index],
+            json!({ "index": index, "text": text, "logprobs": null, "finish_reason": reason })
+        );
+        let own = chunks.iter().map(|chunk| &chunk["choices"][0]);
+        let own: Vec<&Value> = own.filter(|choice| choice["index"] == index).collect();
+        let pieces = own.iter().filter_map(|choice| choice["text"].as_str());
+        assert_eq!(pieces.collect::<String>(), text);
+        let ends = own
+            .iter()
+            .filter_map(|choice| choice["finish_reason"].as_str());
+        assert_eq!(ends.collect::<Vec<_>>(), [reason]);
+    }
+    let usage = &chunks[chunks.len() - 1]["usage"];
+    assert_eq!(*usage, whole["usage"], "a stream counts as a whole does");
+    let totals = ["prompt_tokens", "completion_tokens", "total_tokens"].map(|key| &usage[key]);
+    assert_eq!(totals, [&json!(1540), &json!(4), &json!(1544)]);
+    assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 6);
+}
+
+#[test]
+fn one_prompt_that_fails_ends_the_answer() {
+    let prompts = (2, 1);
+    let mut reply = Reply::new(Shape::Completion, "cmpl-1".to_owned(), 1, prompts);
+    reply.stream = true;
+    let events = vec![
+        of(0, Event::Started((0, USAGE))),
+        of(0, done()),
+        of(1, Event::Failed((0, failure()))),
+    ];
+    let progress = reply.advance(events).unwrap();
+    assert!(matches!(progress.next, Next::End));
+    let body = String::from_utf8(progress.bytes).unwrap();
+    assert!(body.contains("it broke") && !body.contains("[DONE]"));
 }
 
 #[test]

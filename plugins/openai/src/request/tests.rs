@@ -89,6 +89,18 @@ fn images_are_numbered_over_all_messages() {
 }
 
 #[test]
+fn the_original_is_looked_at_as_finely_as_can_be() {
+    for (detail, hint) in [("original", "high"), ("high", "high"), ("auto", "auto")] {
+        let image = json!({ "url": "blob-7f:0", "detail": detail });
+        let chat = parsed(&content(
+            json!([{ "type": "image_url", "image_url": image }]),
+        ));
+        let chat = chat.unwrap();
+        assert_eq!(extension(&chat, "image.0.detail"), Some(hint), "{detail}");
+    }
+}
+
+#[test]
 fn a_marker_counts_only_when_it_is_the_hosts() {
     let url = |url: &str| parsed(&content(json!([{ "type": "image_url", "image_url": url }])));
     assert_eq!(
@@ -361,7 +373,18 @@ fn a_format_is_read_and_a_wrong_one_named() {
     assert_eq!(read(json!({ "type": "json_object" })), Ok(Format::Json));
     let schema =
         json!({ "type": "json_schema", "json_schema": { "name": "n", "schema": { "a": 1 } } });
-    assert_eq!(read(schema), Ok(Format::Schema(r#"{"a":1}"#.to_owned())));
+    let expected = Format::Schema {
+        text: r#"{"a":1}"#.to_owned(),
+        strict: false,
+    };
+    assert_eq!(read(schema), Ok(expected));
+    let strict = json!({ "name": "n", "schema": {}, "strict": true });
+    let strict = with(
+        "response_format",
+        json!({ "type": "json_schema", "json_schema": strict }),
+    );
+    let hint = ("format.strict".to_owned(), "true".to_owned());
+    assert!(parsed(&strict).unwrap().extensions.contains(&hint));
     let regex = json!({ "type": "regex", "regex": "a|b" });
     assert_eq!(read(regex), Ok(Format::Regex("a|b".to_owned())));
     let wrong = read(json!({ "type": "json_schema", "json_schema": {} })).unwrap_err();

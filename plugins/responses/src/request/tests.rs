@@ -69,6 +69,57 @@ fn items_are_read_with_their_images() {
     assert_eq!(counted.max_tokens, Some(0));
 }
 
+#[test]
+fn reasoning_is_left_out() {
+    let reasoning = json!({ "type": "reasoning", "id": "rs_1", "summary": [] });
+    let call = |id: &str| json!({ "type": "function_call", "call_id": id, "name": "f", "arguments": "{}" });
+    let read = parsed(&json!({ "input": [
+        { "role": "user", "content": "hi" }, reasoning, call("1"), reasoning, call("2"),
+    ]}))
+    .unwrap();
+    assert!(matches!(
+        read.messages[1].parts[..],
+        [Part::ToolCall(_), Part::ToolCall(_)]
+    ));
+    assert_eq!(read.messages.len(), 2);
+}
+
+#[test]
+fn the_original_is_looked_at_as_finely_as_can_be() {
+    for (detail, hint) in [("original", "high"), ("high", "high"), ("auto", "auto")] {
+        let image = json!({ "type": "input_image", "image_url": "blob-7f:0", "detail": detail });
+        let read = parsed(&content(json!([image]))).unwrap();
+        let hint = ("image.0.detail".to_owned(), hint.to_owned());
+        assert!(read.extensions.contains(&hint), "{detail}");
+    }
+}
+
+#[test]
+fn settings_are_repeated_as_they_were_asked_for() {
+    let repeated = |body: Value| parsed(&body).unwrap().repeated;
+    for word in ["auto", "disabled"] {
+        assert_eq!(
+            repeated(with("truncation", json!(word)))["truncation"],
+            word
+        );
+    }
+    let plain = repeated(with("store", Value::Null));
+    assert_eq!(plain["store"], false);
+    assert_eq!(plain["text"], json!({ "format": { "type": "text" } }));
+    assert_eq!(
+        plain["reasoning"],
+        json!({ "effort": null, "summary": null })
+    );
+    assert_eq!(repeated(with("store", json!(true)))["store"], true);
+    let low = json!({ "verbosity": "low" });
+    assert_eq!(repeated(with("text", low))["text"]["verbosity"], "low");
+    let low = json!({ "effort": "low" });
+    assert_eq!(
+        repeated(with("reasoning", low))["reasoning"]["effort"],
+        "low"
+    );
+}
+
 fn named((body, kind, param): (Value, Kind, &str)) {
     let wrong = parsed(&body).unwrap_err();
     let named = wrong.param.as_deref().unwrap_or_default();
@@ -93,9 +144,19 @@ fn input_that_is_wrong_is_named() {
             "input[0].role",
         ),
         (
-            with("input", json!([{ "type": "reasoning" }])),
+            with("input", json!([{ "type": "web_search_call" }])),
             unsupported,
             "input[0].type",
+        ),
+        (
+            with("input", json!([{ "type": "reasoning" }])),
+            invalid,
+            "input",
+        ),
+        (
+            content(json!([{ "type": "input_image", "image_url": "data:,", "detail": "ultra" }])),
+            invalid,
+            "input[0].content[0].detail",
         ),
         (
             content(json!([{ "type": "input_file" }])),
@@ -138,7 +199,17 @@ fn settings_that_are_wrong_are_named() {
         ),
         ("background", json!(true), unsupported, "background"),
         ("tools", json!([{}]), invalid, "tools[0].type"),
-        ("truncation", json!("auto"), unsupported, "truncation"),
+        ("store", json!("yes"), invalid, "store"),
+        ("reasoning", json!("low"), invalid, "reasoning"),
+        (
+            "reasoning",
+            json!({ "effort": 1 }),
+            invalid,
+            "reasoning.effort",
+        ),
+        ("text", json!({ "verbosity": 1 }), invalid, "text.verbosity"),
+        ("truncation", json!("most"), invalid, "truncation"),
+        ("truncation", json!(true), invalid, "truncation"),
         ("text", schema, invalid, "text.format.schema"),
         ("text", json!([]), invalid, "text"),
     ];
@@ -152,7 +223,14 @@ fn a_format_is_read_and_repeated() {
     let format = json!({ "type": "json_schema", "name": "n", "schema": { "type": "integer" } });
     let read = parsed(&with("text", json!({ "format": format }))).unwrap();
     let schema = r#"{"type":"integer"}"#.to_owned();
-    assert_eq!(read.format, Format::Schema(schema));
+    let strict = false;
+    assert_eq!(
+        read.format,
+        Format::Schema {
+            text: schema,
+            strict
+        }
+    );
     assert_eq!(read.repeated["text"]["format"], format);
     let hint = ("format.param".to_owned(), "text.format".to_owned());
     assert!(read.extensions.contains(&hint));
