@@ -36,6 +36,8 @@ const BLANK: &str = r"\x20";
 /// Least common multiple of all `multipleOf` in a schema, decimal points left out: what a number leaves when it is divided is kept
 /// track of digit by digit, and the library's limits on work do not count that.
 const MULTIPLE_MAX: u64 = 1000;
+/// Largest magnitude of a number that an answer is to repeat: 2^53.
+const LITERAL_MAX: f64 = 9_007_199_254_740_992.0;
 /// Longest explanation a client is given, in bytes; some repeat the schema.
 const MESSAGE_BYTES_MAX: usize = 400;
 
@@ -115,16 +117,22 @@ struct Wish {
 impl Wish {
     /// Memory it takes, in bytes, but for what is the same size in all of them.
     fn bytes(&self) -> u64 {
+        let tools = self.calls.iter().flat_map(|calls| &calls.tools);
+        let tools = tools.map(|tool| size_of_val(tool));
+        let prefill = self.bounds.prefill.as_ref().map_or(0, String::len);
+        (size_of_val(self) + tools.sum::<usize>() + prefill + self.text_bytes()) as u64
+    }
+
+    /// What the client wrote, in bytes.
+    fn text_bytes(&self) -> usize {
         let format = match &self.format {
             OutputFormat::Text | OutputFormat::Json => 0,
             OutputFormat::JsonSchema(text) | OutputFormat::Regex(text) => text.len(),
         };
         let tools = self.calls.iter().flat_map(|calls| &calls.tools);
-        let tools = tools.map(|tool| {
-            size_of_val(tool) + tool.name.len() + tool.description.len() + tool.parameters.len()
-        });
-        let prefill = self.bounds.prefill.as_ref().map_or(0, String::len);
-        (size_of_val(self) + format + tools.sum::<usize>() + prefill) as u64
+        let tools =
+            tools.map(|tool| tool.name.len() + tool.description.len() + tool.parameters.len());
+        format + tools.sum::<usize>()
     }
 }
 
@@ -263,6 +271,10 @@ fn schema(text: &str, follow: Follow) -> Result<Map<String, Value>, FormatError>
         );
         return Err(unusable(message));
     }
+    if !literals_fit(&schema, false) {
+        let message = "numbers in `const` and `enum` lie between -2^53 and 2^53".to_owned();
+        return Err(unusable(message));
+    }
     let mut schema = match schema {
         Value::Object(schema) => schema,
         Value::Bool(true) => Map::new(),
@@ -274,6 +286,27 @@ fn schema(text: &str, follow: Follow) -> Result<Map<String, Value>, FormatError>
         json!({ "whitespace_pattern": BLANK, "lenient": follow == Follow::Leniently }),
     );
     Ok(schema)
+}
+
+/// Whether every number that an answer is to repeat is one that other readers of JSON know exactly. Near the ends of 64 bits the
+/// library (llguidance 1.9.1, `rx_int_range`) calls itself without end, which ends the process.
+fn literals_fit(value: &Value, is_literal: bool) -> bool {
+    match value {
+        Value::Number(number) => {
+            !is_literal
+                || number
+                    .as_f64()
+                    .is_some_and(|number| number.abs() <= LITERAL_MAX)
+        }
+        Value::Array(items) => items.iter().all(|item| literals_fit(item, is_literal)),
+        Value::Object(members) => members.iter().all(|(key, member)| {
+            literals_fit(
+                member,
+                is_literal || matches!(key.as_str(), "const" | "enum"),
+            )
+        }),
+        _ => true,
+    }
 }
 
 /// The least common multiple of every `multipleOf` in a schema, if it is not too large. One that is no number is none, for a

@@ -20,6 +20,12 @@ use super::{Bounds, Follow, FormatError, Wish, calls, explained, grammar};
 use crate::calls::Calls;
 use crate::config::FormatsConfig;
 
+/// The library calls itself for every step into a schema, and a schema can be as deep as it is long: steps lead on through `$ref`s. A
+/// thread that runs out of stack ends the process, so it has more than any text of that length takes: with an eighth of this the test
+/// below passes, with a thirtieth it does not. It is address space; what is not used takes no memory.
+const STACK_BYTES_EACH: usize = 2 << 10;
+const STACK_BYTES_MIN: usize = 4 << 20;
+
 /// Where grammars are compiled: so many at once.
 #[derive(Debug, Default)]
 pub(super) struct Places {
@@ -54,17 +60,19 @@ impl Places {
         Some(Place(Arc::clone(self)))
     }
 
-    /// Runs a job on a thread of its own, once there is a place for it; both may take so long. The job is told when nobody waits for
-    /// it any more.
+    /// Runs a job on a thread of its own with so much of a stack, once there is a place for it; both may take so long. The job is told
+    /// when nobody waits for it any more.
     fn run<T: Send + 'static>(
         self: &Arc<Self>,
         (places_max, patience): (usize, Duration),
+        stack_bytes: usize,
         job: impl FnOnce(&AtomicBool) -> Result<T, FormatError> + Send + 'static,
     ) -> Result<T, FormatError> {
         let place = self.enter(places_max, patience).ok_or(FormatError::Busy)?;
         let (tell, told) = mpsc::sync_channel(1);
         let abandoned = Arc::new(AtomicBool::new(false));
         let thread = std::thread::Builder::new().name("format".to_owned());
+        let thread = thread.stack_size(stack_bytes);
         let spawned = thread.spawn({
             let abandoned = Arc::clone(&abandoned);
             move || {
@@ -97,26 +105,31 @@ pub(super) fn compile(
 ) -> Result<Compiled, FormatError> {
     let limits = &wish.limits;
     let patience = Duration::from_millis(limits.compile_ms_max);
-    places.run((limits.compiles_max, patience), move |abandoned| {
-        let Wish {
-            format,
-            follow,
-            calls,
-            bounds,
-            limits,
-        } = &*wish;
-        let Some(calls) = calls else {
-            return build(
-                &vocabulary,
-                grammar(format, *follow)?,
-                bounds.clone(),
+    let stack_bytes = STACK_BYTES_MIN + STACK_BYTES_EACH * wish.text_bytes();
+    places.run(
+        (limits.compiles_max, patience),
+        stack_bytes,
+        move |abandoned| {
+            let Wish {
+                format,
+                follow,
+                calls,
+                bounds,
                 limits,
-            );
-        };
-        let built = calls::grammar(calls, (format, *follow))
-            .and_then(|grammar| build(&vocabulary, grammar, bounds.clone(), limits));
-        built.map_err(|error| blame(&vocabulary, (error, calls), limits, abandoned))
-    })
+            } = &*wish;
+            let Some(calls) = calls else {
+                return build(
+                    &vocabulary,
+                    grammar(format, *follow)?,
+                    bounds.clone(),
+                    limits,
+                );
+            };
+            let built = calls::grammar(calls, (format, *follow))
+                .and_then(|grammar| build(&vocabulary, grammar, bounds.clone(), limits));
+            built.map_err(|error| blame(&vocabulary, (error, calls), limits, abandoned))
+        },
+    )
 }
 
 fn build(
@@ -184,6 +197,8 @@ fn parser(
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write as _;
+
     use serde_json::{Value, json};
 
     use super::super::tests::{bounds, formats, said_within, schema_of};
@@ -197,26 +212,36 @@ mod tests {
         let (go, wait) = mpsc::channel::<()>();
         let (tell, told) = mpsc::channel();
         let soon = Duration::from_millis(20);
-        let slow = places.run((1, soon), move |abandoned| {
+        let slow = places.run((1, soon), STACK_BYTES_MIN, move |abandoned| {
             _ = wait.recv();
             tell.send(abandoned.load(Relaxed)).unwrap();
             Ok(())
         });
         assert_eq!(slow, Err(FormatError::Slow { compile_ms_max: 20 }));
-        let refused = places.run((1, soon), |_| Ok(()));
+        let refused = places.run((1, soon), STACK_BYTES_MIN, |_| Ok(()));
         assert_eq!(refused, Err(FormatError::Busy));
-        assert_eq!(places.run((2, LONG), |_| Ok(2)), Ok(2), "another place");
+        assert_eq!(
+            places.run((2, LONG), STACK_BYTES_MIN, |_| Ok(2)),
+            Ok(2),
+            "another place"
+        );
         go.send(()).unwrap();
         assert_eq!(told.recv(), Ok(true), "it knows that nobody waits");
-        assert_eq!(places.run((1, LONG), |_| Ok(1)), Ok(1), "it has ended");
+        assert_eq!(
+            places.run((1, LONG), STACK_BYTES_MIN, |_| Ok(1)),
+            Ok(1),
+            "it has ended"
+        );
     }
 
     #[test]
     fn a_job_that_panics_gives_its_place_back() {
         let places = Arc::new(Places::default());
-        let failed = places.run((1, LONG), |_| -> Result<(), _> { panic!("on purpose") });
+        let failed = places.run((1, LONG), STACK_BYTES_MIN, |_| -> Result<(), _> {
+            panic!("on purpose")
+        });
         assert!(matches!(failed, Err(FormatError::Unusable(_))));
-        assert_eq!(places.run((1, LONG), |_| Ok(1)), Ok(1));
+        assert_eq!(places.run((1, LONG), STACK_BYTES_MIN, |_| Ok(1)), Ok(1));
     }
 
     #[test]
@@ -242,6 +267,66 @@ mod tests {
             let flags = said["a"].as_array().unwrap();
             assert!((1..=2).contains(&flags.len()) && flags.iter().all(Value::is_boolean));
             assert!(said["b"].as_str().unwrap().chars().count() <= 3, "{said}");
+        }
+    }
+
+    /// As long a way through definitions as there is room for, each but a step into the next.
+    #[test]
+    fn a_schema_that_is_as_deep_as_it_is_long_ends_no_process() {
+        let limits = FormatsConfig::default();
+        for step in [
+            r##"{"items":R}"##,
+            r##"{"type":"array","items":R}"##,
+            r##"{"properties":{"a":R}}"##,
+            r##"{"additionalProperties":R}"##,
+            r##"{"prefixItems":[R]}"##,
+            r##"{"anyOf":[R]}"##,
+            r##"{"oneOf":[R,{"type":"null"}]}"##,
+            r##"{"allOf":[R]}"##,
+            r##"{"items":{"items":{"items":{"items":{"items":{"items":R}}}}}}"##,
+            "R",
+        ] {
+            let mut text = r##"{"$ref":"#/$defs/0","$defs":{"##.to_owned();
+            let mut number = 0;
+            while text.len() + step.len() + 80 < limits.bytes_max as usize {
+                number += 1;
+                let next = step.replace('R', &format!(r##"{{"$ref":"#/$defs/{number}"}}"##));
+                let before = number - 1;
+                let _ = write!(text, r#""{before}":{next},"#);
+            }
+            let _ = write!(text, r#""{number}":{{"type":"null"}}}}}}"#);
+            let format = OutputFormat::JsonSchema(text);
+            for follow in [Follow::Strictly, Follow::Leniently] {
+                let compiled = formats().compile((&format, follow), None, bounds(), &limits);
+                if let Err(error) = compiled {
+                    assert!(
+                        !matches!(error, FormatError::TooLarge { .. }),
+                        "{step}: {error}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_near_the_ends_of_64_bits_are_no_literals() {
+        let limits = FormatsConfig::default();
+        for schema in [
+            json!({ "const": i64::MIN }),
+            json!({ "enum": [1, [i64::MIN + 1]] }),
+            json!({ "properties": { "a": { "const": { "b": u64::MAX } } } }),
+        ] {
+            let format = schema_of(&schema);
+            let compiled = formats().compile((&format, Follow::Leniently), None, bounds(), &limits);
+            let error = compiled.err().expect("refused").to_string();
+            assert!(error.contains("between -2^53 and 2^53"), "{error}");
+        }
+        let bounded = json!({ "type": "integer", "minimum": i64::MIN, "maximum": u64::MAX });
+        let known = json!({ "enum": [(1_u64 << 53), -(1_i64 << 53)] });
+        for schema in [bounded, known] {
+            let format = schema_of(&schema);
+            let compiled = formats().compile((&format, Follow::Leniently), None, bounds(), &limits);
+            assert!(!matches!(compiled, Err(FormatError::Slow { .. })));
         }
     }
 }
