@@ -310,6 +310,37 @@ fn a_bad_file_changes_nothing_and_says_why() {
     });
 }
 
+#[cfg(unix)]
+#[test]
+fn a_folder_that_cannot_be_read_changes_nothing_and_says_why() {
+    use std::os::unix::fs::symlink;
+    // The folder is a link, so that what it is changes at once.
+    let server = Server::launch("", |folder| {
+        fs::rename(folder.join("visor-plugins"), folder.join("real")).expect("renamed");
+        symlink("real", folder.join("visor-plugins")).expect("linked");
+        fs::write(folder.join("real/phi3.wasm"), revised("phi3", 1)).expect("written");
+    });
+    server.wait_ready();
+    let before = plugins_of(&server);
+    assert!(before.contains(&revision(&revised("phi3", 1))), "{before}");
+    let point_to = |target: &str| {
+        let next = server.folder().join("next");
+        symlink(target, &next).expect("linked");
+        fs::rename(next, server.folder().join("visor-plugins")).expect("swapped");
+    };
+    point_to("visor.toml");
+    let reason = until("the reason is told", || told_reason(&server, ""));
+    assert!(reason.contains("Not a directory"), "{reason}");
+    assert_eq!(plugins_of(&server), before);
+    point_to("real");
+    until("the reason is gone", || {
+        told_reason(&server, "").is_none().then_some(())
+    });
+    assert_eq!(plugins_of(&server), before);
+    let log = server.wait_logged("plugin folder read again");
+    assert_eq!(log.matches("plugin folder not read").count(), 1, "{log}");
+}
+
 #[test]
 fn a_half_written_file_is_not_taken_before_it_is_whole() {
     let server = Server::start();
@@ -329,36 +360,66 @@ fn a_half_written_file_is_not_taken_before_it_is_whole() {
     assert!(told_reason(&server, "phi3").is_none());
 }
 
+/// Whether `/stats` lists a plugin of this id.
+fn is_there(server: &Server, id: &str) -> bool {
+    let stats = server.stats();
+    let mut plugins = stats["plugins"].as_array().into_iter().flatten();
+    plugins.any(|plugin| plugin["id"] == id)
+}
+
+/// A configuration file that names this image policy.
+fn routed(policy: &str) -> String {
+    format!(
+        "[[routes]]\nprefix = \"/v1\"\nadapter = \"openai\"\ntemplate = \"phi3\"\n\
+         image_policy = \"{policy}\"\ncache_strategy = \"lru\"\n"
+    )
+}
+
+fn wait_refused(server: &Server, because_of: &str) {
+    until("a route to nothing is refused", || {
+        let error = server.stats()["config"]["last_error"].clone();
+        error.as_str()?.contains(because_of).then_some(())
+    });
+}
+
 #[test]
 fn a_plugin_under_a_new_name_is_wired_by_the_configuration() {
     let server = Server::start();
-    let config = server.folder().join("visor.toml");
-    let route = |policy: &str| {
-        format!(
-            "[[routes]]\nprefix = \"/v1\"\nadapter = \"openai\"\ntemplate = \"phi3\"\n\
-                 image_policy = \"{policy}\"\ncache_strategy = \"lru\"\n"
-        )
-    };
-    fs::write(&config, route("mine")).expect("written");
-    until("a route to nothing is refused", || {
-        server.stats()["config"]["last_error"]
-            .as_str()
-            .is_some_and(|why| why.contains("mine"))
-            .then_some(())
-    });
-    assert!(plugins_of(&server).contains("image-policy=hd@"));
     server.install("mine", &shipped("hd"));
     until("the new plugin is there", || {
-        let stats: Value = server.stats();
-        stats["plugins"]
-            .as_array()
-            .is_some_and(|all| all.iter().any(|one| one["id"] == "mine"))
-            .then_some(())
+        is_there(&server, "mine").then_some(())
     });
-    fs::write(&config, route("mine") + "# again\n").expect("written");
+    assert!(plugins_of(&server).contains("image-policy=hd@"));
+    fs::write(server.folder().join("visor.toml"), routed("mine")).expect("written");
     until("it serves", || {
         plugins_of(&server)
             .contains("image-policy=mine@")
             .then_some(())
     });
+}
+
+/// Whoever copies both into place need not think of the order.
+#[test]
+fn a_configuration_that_was_refused_waits_for_its_plugin() {
+    let settings = |key: &str| format!("[plugins]\npoll_s = 0\n[plugins.mine.config]\n{key} = 4\n");
+    // The plugin will not load with what is in force, only with what was refused.
+    let server = Server::start_with(&settings("most_crops"));
+    let file = server.folder().join("visor.toml");
+    fs::write(&file, routed("mine") + &settings("auto_crops")).expect("written");
+    wait_refused(&server, "no plugin `mine`");
+    assert!(plugins_of(&server).contains("image-policy=hd@"));
+    server.install("other", &shipped("hd"));
+    until("another plugin is there", || {
+        is_there(&server, "other").then_some(())
+    });
+    wait_refused(&server, "no plugin `mine`");
+    server.install("mine", &shipped("hd"));
+    until("the file is in force", || {
+        plugins_of(&server)
+            .contains("image-policy=mine@")
+            .then_some(())
+    });
+    let config = server.stats()["config"].clone();
+    assert_eq!(config["last_error"], Value::Null, "{config}");
+    assert_eq!(config["applied"], 1, "{config}");
 }

@@ -1,7 +1,8 @@
 //! The plugin folder: watched, loaded in the background, swapped in as a whole.
 //!
 //! One thread looks, compiles and swaps, one file at a time. A file that does not load changes
-//! nothing; why is kept in the status until the file changes.
+//! nothing; why is kept in the status until the file changes. Neither does a folder that cannot be
+//! read: only what is not found is gone.
 
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
@@ -13,6 +14,8 @@ use crate::options::PluginSettings;
 use crate::registry::{PluginSet, Registry};
 use crate::sandbox::Sandbox;
 
+#[cfg(test)]
+pub(crate) mod heard;
 pub(crate) mod keeper;
 pub(crate) mod look;
 
@@ -39,7 +42,7 @@ pub type OnChange = Box<dyn Fn(&Arc<PluginSet>) -> Result<(), String> + Send + S
 pub struct FolderOptions {
     /// The folder; it need not exist yet.
     pub folder: PathBuf,
-    /// Time between two looks beside the system's events; zero trusts the events.
+    /// Time between two looks beside the system's events; zero trusts the events while there are any.
     pub poll: Duration,
     /// Plugins that are there without a file.
     pub shipped: Vec<Shipped>,
@@ -49,12 +52,12 @@ pub struct FolderOptions {
     pub on_change: OnChange,
 }
 
-/// Why a file of the folder is not in use.
+/// Why a file of the folder is not in use, or why nobody knows what is in the folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileError {
-    /// The file.
+    /// The file, or the folder.
     pub path: PathBuf,
-    /// Id it would have.
+    /// Id it would have; the folder has none.
     pub id: String,
     /// What is wrong.
     pub message: String,
@@ -65,13 +68,13 @@ pub struct FileError {
 /// State of the folder, for `/stats`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FolderStatus {
-    /// Files that are not in use, and why.
+    /// The folder if it cannot be read, then files that are not in use, and why.
     pub last_errors: Vec<FileError>,
     /// Why the server refused the last set it was offered, if it did.
     pub refused: Option<String>,
     /// Sets swapped in, the first one included.
     pub reloads: u64,
-    /// Files and sets that were not taken.
+    /// Files and sets that were not taken, and times that the folder became unreadable.
     pub failures: u64,
 }
 

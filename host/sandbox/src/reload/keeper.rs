@@ -1,6 +1,7 @@
 //! What the watcher thread knows and decides: which file stands for which plugin id.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crate::check::{load_file, plugin_id};
 use crate::plugin::{Origin, Plugin};
 use crate::registry::{PluginSet, Registry};
-use crate::reload::look::{Events, SETTLE, SETTLE_WAIT_MAX, Settling, Stamp, list};
+use crate::reload::look::{Events, RETRY, SETTLE, SETTLE_WAIT_MAX, Settling, Stamp, list};
 use crate::reload::{Command, FileError, FolderOptions, FolderStatus, ReloadError, SettingsFor};
 use crate::sandbox::Sandbox;
 
@@ -35,6 +36,8 @@ pub(crate) struct Keeper {
     options: FolderOptions,
     shipped: BTreeMap<String, ShippedPlugin>,
     files: BTreeMap<PathBuf, File>,
+    /// Why nobody knows what is in the folder; until that is known, everything stays as it is.
+    unread: Option<FileError>,
     settling: Settling,
     events: Option<Events>,
     status: Arc<Mutex<FolderStatus>>,
@@ -53,6 +56,7 @@ impl Keeper {
             options,
             shipped: BTreeMap::new(),
             files: BTreeMap::new(),
+            unread: None,
             settling: Settling::default(),
             events: None,
             status,
@@ -63,9 +67,12 @@ impl Keeper {
         self.events = Some(Events::new(commands));
     }
 
-    /// How long to wait for events; none is for ever.
+    /// How long to wait for events; none is for ever. No event tells when an unreadable folder can be read.
     pub(crate) fn poll(&self) -> Option<Duration> {
-        Some(self.options.poll).filter(|poll| !poll.is_zero())
+        let is_blind = self.events.as_ref().is_none_or(Events::are_missing);
+        let retry = (is_blind || self.unread.is_some()).then_some(RETRY);
+        let poll = Some(self.options.poll).filter(|poll| !poll.is_zero());
+        poll.or(retry)
     }
 
     /// Loads the first set.
@@ -141,7 +148,14 @@ impl Keeper {
 
     fn changes(&mut self) -> Changes {
         let now = Instant::now();
-        let listed = list(&self.options.folder);
+        let listed = match list(&self.options.folder) {
+            Ok(listed) => listed,
+            Err(error) => {
+                self.note_unread(&error);
+                return Changes::none();
+            }
+        };
+        self.note_read();
         let known = |path: &Path| self.files.get(path).and_then(|file| file.stamp);
         let gone = self
             .files
@@ -161,6 +175,29 @@ impl Keeper {
         Changes {
             is_settled: different.len() == count,
             found: different,
+        }
+    }
+
+    /// Every look tries again, so the same reason is said once.
+    fn note_unread(&mut self, error: &io::Error) {
+        let folder = &self.options.folder;
+        let message = format!("the folder cannot be read: {error}");
+        if matches!(&self.unread, Some(unread) if unread.message == message) {
+            return;
+        }
+        tracing::warn!(path = %folder.display(), reason = %error, "plugin folder not read; everything stays as it is");
+        self.unread = Some(FileError {
+            id: String::new(),
+            ..file_error(folder, &message)
+        });
+        self.count_failure();
+        self.report();
+    }
+
+    fn note_read(&mut self) {
+        if self.unread.take().is_some() {
+            tracing::info!(path = %self.options.folder.display(), "plugin folder read again");
+            self.report();
         }
     }
 
@@ -323,7 +360,7 @@ impl Keeper {
                 revision = plugin.revision_short(),
                 path = %path.display(),
                 took_ms,
-                "plugin in service"
+                "plugin loaded"
             ),
             None => tracing::info!(path = %path.display(), "plugin file gone"),
         }
@@ -334,11 +371,9 @@ impl Keeper {
     }
 
     fn report(&self) {
-        let errors = self
-            .files
-            .values()
-            .filter_map(|file| file.error.clone())
-            .collect();
+        let files = self.files.values();
+        let errors = files.filter_map(|file| file.error.clone());
+        let errors = self.unread.clone().into_iter().chain(errors).collect();
         self.status().last_errors = errors;
     }
 
@@ -350,6 +385,15 @@ impl Keeper {
 struct Changes {
     found: Vec<(PathBuf, Option<Stamp>)>,
     is_settled: bool,
+}
+
+impl Changes {
+    fn none() -> Self {
+        Self {
+            found: Vec::new(),
+            is_settled: true,
+        }
+    }
 }
 
 /// What a file contributes: the address of its plugin tells one from another.
@@ -372,5 +416,70 @@ fn file_error(path: &Path, message: &str) -> FileError {
         id: stem.unwrap_or_default(),
         message: message.to_owned(),
         at_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::options::{PluginSettings, SandboxOptions};
+    use crate::reload::heard::heard;
+    use crate::services::SampleModel;
+
+    fn keeper(folder: PathBuf) -> Keeper {
+        let options = FolderOptions {
+            folder,
+            poll: Duration::ZERO,
+            shipped: Vec::new(),
+            settings: Arc::new(|_| PluginSettings::default()),
+            on_change: Box::new(|_| Ok(())),
+        };
+        let sandbox = Sandbox::new(SandboxOptions::default(), Arc::new(SampleModel)).unwrap();
+        let mut keeper = Keeper::new(sandbox, Arc::default(), options, Arc::default());
+        keeper.watch_with(channel().0);
+        keeper.start().unwrap();
+        keeper
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_that_cannot_be_read_is_told_once_and_tried_again() {
+        let temporary = tempfile::tempdir().unwrap();
+        let folder = temporary.path().join("plugins");
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("bad.wasm"), "no plugin").unwrap();
+        let mut keeper = keeper(folder.clone());
+        assert_eq!(keeper.poll(), None);
+        fs::rename(&folder, temporary.path().join("away")).unwrap();
+
+        let said = |keeper: &mut Keeper| heard(|| (0..3).for_each(|_| assert!(keeper.look())));
+        let told = |keeper: &Keeper| -> Vec<String> {
+            let errors = keeper.status().last_errors.clone().into_iter();
+            errors
+                .map(|error| error.id + ": " + &error.message)
+                .collect()
+        };
+        let warning = ["WARN plugin folder not read; everything stays as it is"];
+        fs::write(&folder, "a file").unwrap();
+        assert_eq!(said(&mut keeper), warning);
+        assert_eq!(said(&mut keeper), [""; 0]);
+        let all = told(&keeper);
+        assert!(all[0].starts_with(": the folder cannot be read: Not a dir"));
+        assert!(all[1].starts_with("bad: "), "{all:?}");
+        assert_eq!(keeper.status().failures, 2);
+        assert_eq!(keeper.poll(), Some(RETRY));
+
+        fs::remove_file(&folder).unwrap();
+        std::os::unix::fs::symlink("plugins", &folder).unwrap();
+        assert_eq!(said(&mut keeper), warning, "another reason is news");
+
+        fs::remove_file(&folder).unwrap();
+        fs::rename(temporary.path().join("away"), &folder).unwrap();
+        assert_eq!(said(&mut keeper), ["INFO plugin folder read again"]);
+        assert_eq!(told(&keeper), all[1..]);
+        assert_eq!(keeper.poll(), None);
     }
 }

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, Metadata};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant, SystemTime};
 
 use notify::event::{AccessKind, AccessMode};
-use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use notify::{Event, EventKind, RecursiveMode, Watcher};
 
 use crate::reload::Command;
 
@@ -16,6 +17,9 @@ pub(crate) const SETTLE: Duration = Duration::from_millis(120);
 
 /// Longest anybody waits for files to settle: one that is written without end holds up nobody else.
 pub(crate) const SETTLE_WAIT_MAX: Duration = Duration::from_secs(3);
+
+/// Time between two looks where no event can be waited for.
+pub(crate) const RETRY: Duration = Duration::from_secs(2);
 
 /// What tells one state of a file from another without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,19 +54,44 @@ fn inode(_: &Metadata) -> u64 {
 
 /// What a folder has under the names of plugins; links are followed. What is no file under such a name is listed, too: whoever
 /// put it there is told that it cannot be read. A folder that is not there has none.
-pub(crate) fn list(folder: &Path) -> BTreeMap<PathBuf, Stamp> {
-    let Ok(entries) = fs::read_dir(folder) else {
-        return BTreeMap::new();
+///
+/// # Errors
+/// Why it cannot be told what is there; a server that is out of file descriptors, for one, has lost no plugin by that.
+pub(crate) fn list(folder: &Path) -> io::Result<BTreeMap<PathBuf, Stamp>> {
+    let mut listed = BTreeMap::new();
+    let Some(entries) = unless_gone(fs::read_dir(folder))? else {
+        return Ok(listed);
     };
-    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    paths
-        .filter(|path| is_plugin_name(path))
-        .filter_map(|path| {
-            let metadata = fs::metadata(&path).or_else(|_| fs::symlink_metadata(&path));
-            let metadata = metadata.ok()?;
-            Some((path, Stamp::of(&metadata)))
-        })
-        .collect()
+    for entry in entries {
+        let path = entry?.path();
+        if !is_plugin_name(&path) {
+            continue;
+        }
+        if let Some(stamp) = stamp(&path)? {
+            listed.insert(path, stamp);
+        }
+    }
+    Ok(listed)
+}
+
+/// None when nothing has the name any more.
+fn stamp(path: &Path) -> io::Result<Option<Stamp>> {
+    let found = fs::metadata(path).or_else(|_| fs::symlink_metadata(path));
+    let named = |error: io::Error| {
+        let name = path.file_name().unwrap_or_default().display();
+        io::Error::new(error.kind(), format!("{name}: {error}"))
+    };
+    let metadata = unless_gone(found).map_err(named)?;
+    Ok(metadata.as_ref().map(Stamp::of))
+}
+
+/// Only what is not found is gone.
+fn unless_gone<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// `*.wasm`, but not the hidden names of editors and copy tools.
@@ -110,8 +139,10 @@ impl Settling {
 
 /// The system's events of the folder, or of its nearest ancestor while it is not there.
 pub(crate) struct Events {
-    watcher: Option<RecommendedWatcher>,
+    watcher: Option<Box<dyn Watcher + Send>>,
     watched: Option<(PathBuf, u64)>,
+    /// Why there are none, as it was said.
+    missing: Option<String>,
 }
 
 impl Events {
@@ -122,13 +153,21 @@ impl Events {
                 let _ = commands.send(Command::Look);
             }
         });
-        let watcher = watcher
-            .inspect_err(|error| tracing::warn!(%error, "no file events; the folder is polled"))
-            .ok();
-        Self {
-            watcher,
+        let mut events = Self {
+            watcher: None,
             watched: None,
+            missing: None,
+        };
+        match watcher {
+            Ok(watcher) => events.watcher = Some(Box::new(watcher)),
+            Err(error) => events.miss(error.to_string()),
         }
+        events
+    }
+
+    /// Whether only looking tells of changes.
+    pub(crate) fn are_missing(&self) -> bool {
+        self.missing.is_some()
     }
 
     /// Watches `folder` as it is now: it may have come, gone, or been replaced by another.
@@ -148,13 +187,22 @@ impl Events {
             // It fails when the folder is gone, and then there is nothing to undo.
             let _ = watcher.unwatch(&old);
         }
-        if let Some((path, _)) = &found
-            && let Err(error) = watcher.watch(path, RecursiveMode::NonRecursive)
-        {
-            tracing::warn!(path = %path.display(), %error, "no file events; the folder is polled");
-            return;
+        let Some((path, _)) = &found else { return };
+        match watcher.watch(path, RecursiveMode::NonRecursive) {
+            Err(error) => self.miss(format!("{}: {error}", path.display())),
+            Ok(()) => {
+                self.missing = None;
+                self.watched = found;
+            }
         }
-        self.watched = found;
+    }
+
+    /// Every look tries again, so the same reason is said once.
+    fn miss(&mut self, reason: String) {
+        if self.missing.as_ref() != Some(&reason) {
+            tracing::warn!(%reason, "no file events; the folder is polled");
+        }
+        self.missing = Some(reason);
     }
 }
 
@@ -169,7 +217,11 @@ fn changes_something(event: &Event) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io::ErrorKind;
+    use std::sync::{Arc, Mutex};
+
     use super::*;
+    use crate::reload::heard::heard;
 
     #[test]
     fn a_file_settles_when_two_looks_a_while_apart_agree() {
@@ -198,11 +250,79 @@ mod tests {
         }
         let inside = folder.path().join("e.wasm");
         fs::create_dir(&inside).unwrap();
-        let listed = list(folder.path());
+        let listed = list(folder.path()).unwrap();
         let names: Vec<_> = listed.keys().cloned().collect();
         assert_eq!(names, [folder.path().join("a.wasm"), inside.clone()]);
         fs::write(inside.join("more"), "more").unwrap();
-        assert_eq!(list(folder.path()), listed, "it is what it was");
-        assert_eq!(list(&folder.path().join("missing")), BTreeMap::new());
+        let again = list(folder.path()).unwrap();
+        assert_eq!(again, listed, "it is what it was");
+    }
+
+    #[test]
+    fn only_what_is_not_found_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (missing, file) = (folder.path().join("missing"), folder.path().join("file"));
+        fs::write(&file, "no folder").unwrap();
+        assert_eq!(list(&missing).unwrap(), BTreeMap::new());
+        assert_eq!(list(&file).unwrap_err().kind(), ErrorKind::NotADirectory);
+        assert_eq!(stamp(&missing.join("a.wasm")).unwrap(), None);
+        let error = stamp(&file.join("a.wasm")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotADirectory);
+        assert!(error.to_string().starts_with("a.wasm: "), "{error}");
+        // EMFILE, ESTALE, EIO: a folder whose server is out of reach has lost nothing.
+        for code in [24, 116, 5] {
+            let found: io::Result<()> = Err(io::Error::from_raw_os_error(code));
+            assert!(unless_gone(found).is_err(), "{code}");
+        }
+    }
+
+    /// Watches once it may; until then it says what it is told to.
+    #[derive(Debug, Default)]
+    struct Moody(Arc<Mutex<Option<&'static str>>>);
+
+    impl Watcher for Moody {
+        fn new<F: notify::EventHandler>(_: F, _: notify::Config) -> notify::Result<Self> {
+            Ok(Self::default())
+        }
+
+        fn watch(&mut self, _: &Path, _: RecursiveMode) -> notify::Result<()> {
+            self.0
+                .lock()
+                .unwrap()
+                .map_or(Ok(()), |reason| Err(notify::Error::generic(reason)))
+        }
+
+        fn unwatch(&mut self, _: &Path) -> notify::Result<()> {
+            Ok(())
+        }
+
+        fn kind() -> notify::WatcherKind {
+            notify::WatcherKind::NullWatcher
+        }
+    }
+
+    #[test]
+    fn why_there_are_no_events_is_said_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let mood = Arc::new(Mutex::new(None));
+        let mut events = Events {
+            watcher: Some(Box::new(Moody(Arc::clone(&mood)))),
+            watched: None,
+            missing: None,
+        };
+        let mut said = |reason: Option<&'static str>| {
+            *mood.lock().unwrap() = reason;
+            let looks = || (0..3).for_each(|_| events.follow(folder.path()));
+            let lines = heard(looks);
+            assert_eq!(events.are_missing(), reason.is_some());
+            lines.len()
+        };
+        assert_eq!(said(Some("denied")), 1);
+        assert_eq!(said(Some("denied")), 0);
+        assert_eq!(said(Some("too many")), 1, "another reason is news");
+        assert_eq!(said(None), 0);
+        events.watched = None;
+        let lines = heard(|| events.follow(folder.path()));
+        assert_eq!(lines, [""; 0]);
     }
 }

@@ -264,6 +264,46 @@ fn a_folder_may_come_later_and_be_replaced() {
     assert_eq!(house.word(), "ho");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_folder_that_cannot_be_read_takes_no_plugin_away() {
+    let house = House::new(sandbox(), "plugins");
+    let parent = house.path.parent().unwrap();
+    // The folder is a link, so that what it is changes at once.
+    let point_to = |target: &str| {
+        let next = parent.join("next");
+        std::os::unix::fs::symlink(target, &next).unwrap();
+        fs::rename(next, &house.path).unwrap();
+        house.folder.scan();
+    };
+    fs::create_dir(parent.join("real")).unwrap();
+    fs::write(parent.join("real/greet.wasm"), says("yo")).unwrap();
+    fs::write(parent.join("file"), "no folder").unwrap();
+    point_to("real");
+    house.wait_for_change();
+    assert_eq!(house.word(), "yo");
+    let before = house.registry.current().number;
+
+    point_to("file");
+    house.folder.apply(settings()).unwrap(); // It does not look like a removal to a reload either.
+    house.wait_for_change();
+    (0..3).for_each(|_| house.folder.scan());
+    assert_eq!(house.word(), "yo");
+    assert_eq!(house.registry.current().number, before + 1);
+    let status = house.folder.status();
+    assert_eq!((status.last_errors.len(), status.failures), (1, 1));
+    let error = &status.last_errors[0];
+    assert_eq!((error.id.as_str(), &error.path), ("", &house.path));
+    assert!(error.message.contains("cannot be read: Not a directory"));
+
+    // Once it can be read, what happened meanwhile is seen.
+    fs::remove_file(parent.join("real/greet.wasm")).unwrap();
+    point_to("real");
+    assert_eq!(house.folder.status().last_errors, []);
+    house.wait_for_change();
+    assert_eq!(house.word(), "hi");
+}
+
 #[test]
 fn the_same_bytes_again_are_no_change() {
     let house = House::new(sandbox(), "");
