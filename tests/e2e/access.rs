@@ -223,6 +223,52 @@ fn keys_come_and_go_while_the_server_runs() {
     });
 }
 
+/// A file that is cut short is one without keys.
+#[test]
+fn the_last_key_stays_while_other_machines_reach_the_server() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("visor.toml");
+    let whole = key("alice", "one", "");
+    std::fs::write(&file, &whole).expect("written");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_visor"));
+    let model = repository("tests/golden/ckpt_mha_int4");
+    command.args(["serve", "--listen", "0.0.0.0:0", "--config", "visor.toml"]);
+    command.arg("--model").arg(model);
+    let mut server = Server::spawn(command, folder);
+    server.address.set_ip([127, 0, 0, 1].into());
+    server.wait_ready();
+    let alice = [("x-api-key", "one")];
+    let config = || send(&server, "GET", "/stats", &alice).ok()["config"].clone();
+    for (refused, cut) in ["", "[server]\nkeep_alive_s = 13\n"].iter().enumerate() {
+        std::fs::write(&file, cut).expect("written");
+        let told = until("it is refused", || {
+            let config = config();
+            (config["refused"] == refused + 1).then_some(config)
+        });
+        let why = told["last_error"].as_str().expect("it says why");
+        for words in ["access.keys", "0.0.0.0:0 is reached", "keep one", "restart"] {
+            assert!(why.contains(words), "no {words}: {why}");
+        }
+        assert!(server.wait_logged(why).contains("the old one stays"));
+        assert_eq!(ask(&server, &[]).status, 401);
+        ask(&server, &alice).ok();
+    }
+    let other = whole.replace("alice", "bob");
+    std::fs::write(&file, other).expect("written");
+    until("another key for the last one is taken", || {
+        let config = config();
+        (config["applied"] == 1 && config["last_error"].is_null()).then_some(())
+    });
+    std::fs::remove_file(&file).expect("it was there");
+    let told = until("a file that is gone is refused", || {
+        let config = config();
+        (config["refused"] == 3).then_some(config)
+    });
+    let why = told["last_error"].as_str().expect("it says why");
+    assert!(why.starts_with("visor.toml: cannot be read"), "{why}");
+    assert_eq!(ask(&server, &[]).status, 401);
+}
+
 #[test]
 fn a_key_that_asks_too_much_is_told_when_to_come_back() {
     let keys = key("slow", "slow", "requests_per_minute = 2")

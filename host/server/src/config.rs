@@ -194,7 +194,7 @@ pub struct ServerConfig {
     pub stats_per_s_max: u32,
     /// How log lines are written. Needs a restart.
     pub log_format: LogFormat,
-    /// Which log lines are written: `error|warn|info|debug|trace`, or directives such as
+    /// Which log lines are written: `off|error|warn|info|debug|trace`, or directives such as
     /// `info,visor_engine=debug`. Needs a restart.
     pub log_filter: String,
 }

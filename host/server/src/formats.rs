@@ -118,7 +118,7 @@ impl Wish {
     /// Memory it takes, in bytes, but for what is the same size in all of them.
     fn bytes(&self) -> u64 {
         let tools = self.calls.iter().flat_map(|calls| &calls.tools);
-        let tools = tools.map(|tool| size_of_val(tool));
+        let tools = tools.map(size_of_val);
         let prefill = self.bounds.prefill.as_ref().map_or(0, String::len);
         (size_of_val(self) + tools.sum::<usize>() + prefill + self.text_bytes()) as u64
     }

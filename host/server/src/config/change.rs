@@ -1,6 +1,8 @@
 //! What differs between two configurations, and what of it waits for a restart.
 
-use super::Config;
+use std::net::ToSocketAddrs;
+
+use super::{Config, Issue};
 
 /// Keys that are read once, at start. Everything else is applied live.
 const RESTART_KEYS: [&str; 22] = [
@@ -88,6 +90,28 @@ pub fn keep_restart_keys(running: &Config, new: &Config) -> Config {
     applied
 }
 
+/// The one step that only a start takes: without any key where other machines reach the server. A file that was cut short, or is being
+/// written, looks like one without keys.
+#[must_use]
+pub fn opens_to_all(running: &Config, applied: &Config) -> Option<Issue> {
+    let listen = &running.server.listen;
+    let gives_up_keys = !running.access.keys.is_empty() && applied.access.keys.is_empty();
+    if !gives_up_keys || is_loopback(listen) {
+        return None;
+    }
+    let message = format!(
+        "{listen} is reached from other machines, and no key would be left; keep one, or restart the server without"
+    );
+    let allowed = "at least one [[access.keys]]";
+    Some(Issue::at_key("access.keys", message, allowed))
+}
+
+/// Whether only this machine reaches what listens there. What cannot be told is reached by others.
+fn is_loopback(listen: &str) -> bool {
+    let addresses = listen.to_socket_addrs();
+    addresses.is_ok_and(|mut all| all.all(|address| address.ip().is_loopback()))
+}
+
 fn needs_restart(key: &str) -> bool {
     RESTART_KEYS.iter().any(|restart| {
         key == *restart
@@ -135,6 +159,35 @@ mod tests {
         let change = Change::between(&old, &new);
         assert_eq!(change.live, ["cache.pixels_mib", "images.count_max"]);
         assert_eq!(change.restart, ["model.context_tokens", "server.listen"]);
+    }
+
+    #[test]
+    fn the_last_key_goes_only_where_nobody_else_reaches_the_server() {
+        let listening = |listen: &str, names: &[&str]| {
+            let mut config = Config::default();
+            config.server.listen = listen.to_owned();
+            let key = |name: &&str| super::super::KeyConfig {
+                name: (*name).to_owned(),
+                ..Default::default()
+            };
+            config.access.keys = names.iter().map(key).collect();
+            config
+        };
+        let opens = |listen: &str, before: &[&str], after: &[&str]| {
+            opens_to_all(&listening(listen, before), &listening(listen, after))
+        };
+        for open in ["0.0.0.0:8080", "[::]:8080", "192.168.0.7:1", "nowhere"] {
+            let issue = opens(open, &["alice"], &[]).expect("everybody could ask");
+            assert_eq!(issue.key, "access.keys");
+            assert!(issue.message.contains(open), "{issue:?}");
+            assert_eq!(opens(open, &["alice", "bob"], &["bob"]), None);
+            assert_eq!(opens(open, &["alice"], &["bob"]), None);
+            assert_eq!(opens(open, &[], &[]), None);
+            assert_eq!(opens(open, &[], &["alice"]), None);
+        }
+        for local in ["127.0.0.1:8080", "[::1]:0", "localhost:8080"] {
+            assert_eq!(opens(local, &["alice"], &[]), None, "{local}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! TOML and types are checked while reading; this is what only a reader of the meaning can see.
 
 mod images;
+mod log;
 
 use std::collections::HashMap;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -170,13 +171,7 @@ fn check_server(config: &Config, found: &mut Found) {
     for (name, value, low, high) in rows {
         found.range(&format!("server.{name}"), value, low, high);
     }
-    if let Err(error) = tracing_subscriber::EnvFilter::try_new(&server.log_filter) {
-        found.add(
-            "server.log_filter",
-            error.to_string(),
-            "error, warn, info, debug, trace, or directives such as info,visor_engine=debug",
-        );
-    }
+    log::check(&server.log_filter, found);
 }
 
 /// What is meant by a host that is written in another way than URLs have it (lower case, punycode, addresses in their one

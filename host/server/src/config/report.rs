@@ -105,10 +105,15 @@ impl ConfigError {
     #[must_use]
     pub fn one_line(&self) -> String {
         let lines = self.issues.iter().map(|issue| {
-            let at = issue
-                .line
-                .map_or(String::new(), |line| format!("line {line}, "));
-            format!("{at}{}: {}", issue.key, issue.message)
+            // What is about no key is about the file.
+            let file = self.file.display();
+            let at = match (issue.line, issue.key.as_str()) {
+                (None, "") => file.to_string(),
+                (Some(line), "") => format!("{file}, line {line}"),
+                (None, key) => key.to_owned(),
+                (Some(line), key) => format!("line {line}, {key}"),
+            };
+            format!("{at}: {}", issue.message)
         });
         lines.collect::<Vec<_>>().join("; ")
     }
@@ -239,15 +244,9 @@ fn split_allowed(message: &str) -> (String, String) {
         .split('`')
         .nth(1)
         .filter(|_| what.starts_with("unknown"))
+        && let Some(near) = near(wrong, allowed.split('`').skip(1).step_by(2))
     {
-        let near = allowed
-            .split('`')
-            .skip(1)
-            .step_by(2)
-            .min_by_key(|name| distance(wrong, name));
-        if let Some(near) = near.filter(|near| distance(wrong, near) <= 1 + wrong.len() / 4) {
-            what = format!("{what}; did you mean `{near}`?");
-        }
+        what = format!("{what}; did you mean `{near}`?");
     }
     (in_words(&what), allowed_in_words(allowed))
 }
@@ -289,6 +288,12 @@ fn allowed_in_words(allowed: &str) -> String {
         other => other,
     };
     words.to_owned()
+}
+
+/// The name that was probably meant; none when all are far from what was written.
+pub(super) fn near<'a>(wrong: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let nearest = names.into_iter().min_by_key(|name| distance(wrong, name));
+    nearest.filter(|name| distance(wrong, name) <= 1 + wrong.len() / 4)
 }
 
 /// Levenshtein distance in characters.

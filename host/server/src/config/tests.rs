@@ -266,6 +266,17 @@ fn a_file_that_is_not_there_says_so() {
         error.to_string().contains("no-such-folder/visor.toml"),
         "{error}"
     );
+    let line = error.one_line();
+    assert!(
+        line.starts_with("no-such-folder/visor.toml: cannot be read"),
+        "{line}"
+    );
+    let broken = parse("[server]\nlisten = \n").expect_err("no TOML");
+    assert!(
+        broken.one_line().starts_with("visor.toml, line 2: "),
+        "{}",
+        broken.one_line()
+    );
 }
 
 #[test]

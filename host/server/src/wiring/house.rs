@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
@@ -20,7 +20,7 @@ use super::{
     Pinned, WiredRoute, Wiring, open_checkpoint, quantized_cache, sandbox_options, served_facts,
     settings_for, shipped, wire,
 };
-use crate::config::change::{Change, keep_restart_keys};
+use crate::config::change::{Change, keep_restart_keys, opens_to_all};
 use crate::config::check::check;
 use crate::config::{CacheConfig, Config, ConfigError};
 use crate::formats::Formats;
@@ -78,7 +78,6 @@ pub struct House {
     pub(super) started: Instant,
     pub(super) reloads: Mutex<ReloadState>,
     load: Arc<Load>,
-    watcher: Mutex<Option<ConfigWatcher>>,
     source: Option<ConfigSource>,
 }
 
@@ -91,6 +90,8 @@ pub(super) struct Current {
     asked: Mutex<Arc<Config>>,
     /// Held while a wiring is built and stored.
     swapping: Mutex<()>,
+    /// Reads the configuration file, and again what was refused when plugins change.
+    watcher: Mutex<Option<ConfigWatcher>>,
 }
 
 impl House {
@@ -153,6 +154,7 @@ impl House {
             caches: caches.clone(),
             asked: Mutex::new(Arc::clone(&config)),
             swapping: Mutex::new(()),
+            watcher: Mutex::default(),
         });
         let sandbox = Sandbox::new(
             sandbox_options(&config),
@@ -182,7 +184,6 @@ impl House {
             started,
             reloads: Mutex::default(),
             load,
-            watcher: Mutex::default(),
         }))
     }
 
@@ -284,10 +285,16 @@ impl House {
     /// Reads the configuration and the plugin folder now; returns when what is there is in force or
     /// refused, which the reports tell.
     pub fn look_again(&self) {
-        if let Some(source) = &self.source {
-            self.take_config(source.read());
-        }
+        let take = || {
+            let source = self.source.as_ref();
+            source.is_some_and(|source| self.take_config(source.read()))
+        };
+        let may_fit_later = take();
+        let revision = self.wiring().revision;
         self.folder.scan();
+        if may_fit_later && self.wiring().revision != revision {
+            take();
+        }
     }
 
     /// From here on `/ready` says no; what is in flight goes on.
@@ -298,12 +305,7 @@ impl House {
     /// Stops watching and computing. Sequences still running are given up.
     pub fn stop(&self) {
         self.drain();
-        let watcher = self
-            .watcher
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        drop(watcher);
+        drop(self.current.watcher().take());
         self.load.stop();
         self.engine.stop(Duration::ZERO);
         if let Some(telemetry) = &self.telemetry {
@@ -337,33 +339,31 @@ impl House {
     fn watch(self: &Arc<Self>, source: ConfigSource) -> std::io::Result<()> {
         let poll = Duration::from_secs(self.config().plugins.poll_s);
         let house: Weak<Self> = Arc::downgrade(self);
-        let watcher = ConfigWatcher::start(source, poll, move |read| {
-            if let Some(house) = house.upgrade() {
-                house.take_config(read);
-            }
-        })?;
-        *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(watcher);
+        // Held from before it runs: plugins that change meanwhile wait for somebody to tell it to.
+        let mut watcher = self.current.watcher();
+        *watcher = Some(ConfigWatcher::start(source, poll, move |read| {
+            house.upgrade().is_some_and(|house| house.take_config(read))
+        })?);
         Ok(())
     }
 
-    /// Applies what a changed file says, or says why not.
-    fn take_config(&self, read: Result<Config, ConfigError>) {
+    /// Applies what a changed file says, or says why not. True when it was refused and could fit other plugins.
+    fn take_config(&self, read: Result<Config, ConfigError>) -> bool {
         let running = self.config();
-        let outcome = match read {
-            Err(error) => Err(error.one_line()),
-            Ok(new) => {
-                let change = Change::between(&running, &new);
-                let applied = if change.live.is_empty() {
-                    Ok(())
-                } else {
-                    fitting(keep_restart_keys(&running, &new))
-                        .and_then(|config| self.apply(Arc::new(config)))
-                };
-                applied.map(|()| change)
+        let mut may_fit_later = false;
+        let outcome = read.map_err(|error| error.one_line()).and_then(|new| {
+            let change = Change::between(&running, &new);
+            if !change.live.is_empty() {
+                let config = fitting(&running, keep_restart_keys(&running, &new))?;
+                let applied = self.apply(Arc::new(config));
+                may_fit_later = applied.is_err();
+                applied?;
             }
-        };
+            Ok(change)
+        });
         let mut reloads = self.reloads.lock().unwrap_or_else(PoisonError::into_inner);
         reloads.note(outcome);
+        may_fit_later
     }
 
     /// Puts a configuration in force: plugins that have other settings are loaded with them, then
@@ -388,10 +388,10 @@ impl House {
 }
 
 /// What makes sense in a file need not do so together with values that stay until the next start.
-fn fitting(applied: Config) -> Result<Config, String> {
-    let issues = check(&applied);
+fn fitting(running: &Config, applied: Config) -> Result<Config, String> {
+    let issues = check(&applied).into_iter();
     let told = issues
-        .iter()
+        .chain(opens_to_all(running, &applied))
         .map(|issue| format!("{}: {}", issue.key, issue.message));
     match told.reduce(|all, one| format!("{all}; {one}")) {
         None => Ok(applied),
@@ -422,6 +422,16 @@ impl Current {
             .expect("the first wiring is stored before a house exists")
     }
 
+    fn watcher(&self) -> MutexGuard<'_, Option<ConfigWatcher>> {
+        self.watcher.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell_watcher(&self) {
+        if let Some(watcher) = &*self.watcher() {
+            watcher.plugins_changed();
+        }
+    }
+
     /// Plugin settings of a configuration, noting that they were asked for.
     fn settings(self: &Arc<Self>, config: Arc<Config>) -> visor_sandbox::SettingsFor {
         let current = Arc::downgrade(self);
@@ -429,6 +439,11 @@ impl Current {
         Arc::new(move |id| {
             if let Some(current) = current.upgrade() {
                 *current.asked.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&config);
+                let wiring = current.wiring.load_full();
+                // A file is read, and no configuration tried. It may only load with settings that were refused without it.
+                if wiring.is_some_and(|wiring| Arc::ptr_eq(&wiring.config, &config)) {
+                    current.tell_watcher();
+                }
             }
             settings(id)
         })
@@ -437,7 +452,9 @@ impl Current {
     /// A new plugin set: wired with the configuration its settings came from.
     fn take_plugins(&self, plugins: &Arc<PluginSet>) -> Result<(), String> {
         let config = Arc::clone(&self.asked.lock().unwrap_or_else(PoisonError::into_inner));
-        self.swap(&config, plugins)
+        self.swap(&config, plugins)?;
+        self.tell_watcher();
+        Ok(())
     }
 
     /// Builds a wiring and puts it in force; on an error the old one stays.

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -54,30 +55,42 @@ enum Wake {
 /// Calls back with every new content of the file. Dropping it ends its thread.
 pub struct ConfigWatcher {
     wake: Sender<Wake>,
+    plugins_changed: Arc<AtomicBool>,
     _watcher: Option<RecommendedWatcher>,
 }
 
 impl ConfigWatcher {
     /// Watches the folder of the file (editors and `mv` replace the file itself) and looks every
     /// `poll` besides; zero trusts the events. `apply` runs on the watcher's thread, first with the
-    /// content of now, so that nothing between reading and watching is missed.
+    /// content of now, so that nothing between reading and watching is missed. It says whether it refused what other plugins
+    /// could make fit: that is handed on again when they change.
     ///
     /// # Errors
     /// When the system gives no thread.
     pub fn start(
         source: ConfigSource,
         poll: Duration,
-        apply: impl Fn(Result<Config, ConfigError>) + Send + 'static,
+        apply: impl Fn(Result<Config, ConfigError>) -> bool + Send + 'static,
     ) -> std::io::Result<Self> {
         let (wake, woken) = channel();
         let watcher = watch_folder(&source.file, wake.clone());
+        let plugins_changed = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&plugins_changed);
         std::thread::Builder::new()
             .name("visor-config".to_owned())
-            .spawn(move || run(&source, poll, &woken, &apply))?;
+            .spawn(move || run(&source, poll, (&woken, &told), &apply))?;
         Ok(Self {
             wake,
+            plugins_changed,
             _watcher: watcher,
         })
+    }
+
+    /// Other plugins are there, or soon.
+    pub fn plugins_changed(&self) {
+        self.plugins_changed.store(true, SeqCst);
+        // The thread is gone already when nobody listens.
+        let _ = self.wake.send(Wake::Look);
     }
 }
 
@@ -115,11 +128,11 @@ fn watch_folder(file: &Path, wake: Sender<Wake>) -> Option<RecommendedWatcher> {
 fn run(
     source: &ConfigSource,
     poll: Duration,
-    woken: &Receiver<Wake>,
-    apply: &dyn Fn(Result<Config, ConfigError>),
+    (woken, plugins_changed): (&Receiver<Wake>, &AtomicBool),
+    apply: &dyn Fn(Result<Config, ConfigError>) -> bool,
 ) {
     let mut known = source.text();
-    apply(source.read());
+    let mut may_fit_later = apply(source.read());
     loop {
         let wake = if poll.is_zero() {
             woken.recv().map_err(|_| RecvTimeoutError::Disconnected)
@@ -131,15 +144,19 @@ fn run(
             Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return,
         }
         let text = source.text();
-        if text == known {
+        let is_due = |text: &Option<Vec<u8>>| {
+            *text != known || may_fit_later && plugins_changed.load(SeqCst)
+        };
+        if !is_due(&text) {
             continue;
         }
         let Some(text) = settle(source, text, woken) else {
             return;
         };
-        if text != known {
+        if is_due(&text) {
+            plugins_changed.store(false, SeqCst);
             known = text;
-            apply(source.read());
+            may_fit_later = apply(source.read());
         }
     }
 }
@@ -190,8 +207,13 @@ mod tests {
         poll: Duration,
     ) -> (ConfigWatcher, Receiver<Result<Config, ConfigError>>) {
         let (send, seen) = channel();
-        let watcher = ConfigWatcher::start(source, poll, move |read| _ = send.send(read)).unwrap();
-        (watcher, seen)
+        let watcher = ConfigWatcher::start(source, poll, move |read| {
+            // As if every mistake were that a plugin is missing.
+            let may_fit_later = read.is_err();
+            _ = send.send(read);
+            may_fit_later
+        });
+        (watcher.unwrap(), seen)
     }
 
     #[test]
@@ -249,6 +271,24 @@ mod tests {
         assert_eq!(error.issues[0].line, Some(2));
         std::fs::remove_file(&file).unwrap();
         assert!(seen.recv_timeout(PATIENCE).unwrap().is_ok());
+    }
+
+    #[test]
+    fn what_was_refused_is_read_again_when_plugins_change_and_nothing_else_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("visor.toml");
+        std::fs::write(&file, "[images]\ncount = 1\n").unwrap();
+        let (watcher, seen) = watch(source(file.clone(), true), Duration::ZERO);
+        assert!(seen.recv_timeout(PATIENCE).unwrap().is_err());
+        for _ in 0..2 {
+            watcher.plugins_changed();
+            assert!(seen.recv_timeout(PATIENCE).unwrap().is_err());
+        }
+        std::fs::write(&file, "[images]\ncount_max = 1\n").unwrap();
+        assert!(seen.recv_timeout(PATIENCE).unwrap().is_ok());
+        watcher.plugins_changed();
+        let again = seen.recv_timeout(3 * DEBOUNCE);
+        assert!(again.is_err(), "it is in force: {again:?}");
     }
 
     #[test]
