@@ -100,7 +100,10 @@ fn a_client_that_leaves_mid_stream_frees_the_engine_and_is_counted() {
     let server = Server::start();
     let mut stream = server.open_chat(&long(2));
     stream.piece().expect("it has begun");
-    assert!(server.metric("vllm:num_requests_running") >= 1.0);
+    // It is told that it begins before it is counted.
+    until("it runs", || {
+        (server.metric("vllm:num_requests_running") >= 1.0).then_some(())
+    });
     drop(stream);
     until("the engine is free", || {
         (server.metric("vllm:num_requests_running") == 0.0).then_some(())
@@ -125,6 +128,62 @@ fn a_client_that_leaves_while_waiting_for_a_whole_answer_is_noticed_too() {
     drop(stream);
     assert_given_up(&server);
     assert_eq!(server.metric("vllm:num_requests_running"), 0.0);
+}
+
+/// Tokens of prompts and of answers, as they are counted.
+fn used(server: &Server) -> [u64; 2] {
+    ["vllm:prompt_tokens_total", "vllm:generation_tokens_total"]
+        .map(|name| server.metric(name) as u64)
+}
+
+#[test]
+fn what_a_client_used_before_it_left_is_counted_and_what_it_saw_to_the_end_once() {
+    let server = Server::start();
+    let mut stream = server.open_chat(&long(6));
+    for _ in 0..30 {
+        stream.piece().expect("it goes on");
+    }
+    drop(stream);
+    assert_given_up(&server);
+    let [prompt, completion] = until("it is counted", || {
+        let used = used(&server);
+        (used[0] > 0).then_some(used)
+    });
+    assert!((10..3000).contains(&completion), "{completion} tokens");
+    let log = server.wait_logged("outcome=\"aborted\"");
+    let told = format!("prompt_tokens={prompt} completion_tokens={completion}");
+    assert!(log.contains(&told), "{told}: {log}");
+
+    // The same prompt, and two answers to it.
+    let whole = with(
+        long(6),
+        json!({"max_tokens": 20, "stream": false, "n": 2, "temperature": 1}),
+    );
+    let usage = server.chat(&whole).ok()["usage"].clone();
+    assert_eq!(usage["prompt_tokens"], prompt);
+    let answers = usage["completion_tokens"].as_u64().expect("it is told");
+    let both = [2 * prompt, completion + answers];
+    until("both are counted", || {
+        let used = used(&server);
+        assert!(used[0] <= both[0] && used[1] <= both[1], "{used:?}");
+        (used == both).then_some(())
+    });
+}
+
+#[test]
+fn what_was_used_until_the_time_was_over_is_counted() {
+    let server = Server::start_with("[server]\nrequest_timeout_s = 1\n");
+    let mut before = [0, 0];
+    for stream in [false, true] {
+        let asked = with(long(7), json!({"stream": stream, "n": 2, "temperature": 1}));
+        let answer = server.chat(&asked);
+        assert_eq!(answer.status, if stream { 200 } else { 504 });
+        before = until("it is counted", || {
+            let used = used(&server);
+            (used[0] > before[0] && used[1] > before[1]).then_some(used)
+        });
+    }
+    assert_eq!(server.stats()["engine"]["finished"], 0);
 }
 
 #[test]

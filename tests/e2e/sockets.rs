@@ -2,13 +2,14 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use crate::client::Incoming;
-use crate::server::{Server, chat, shared, text, until, with};
+use crate::server::{Server, chat, random_checkpoint, shared, text, until, with};
 
 /// Longest a server with timeouts of one second may hold on to a client that does nothing.
 const SENT_AWAY_WITHIN: Duration = Duration::from_secs(8);
@@ -174,6 +175,68 @@ fn a_length_beside_chunks_ends_the_connection() {
     let said = last_words(stream);
     assert_eq!(said.matches("HTTP/1.1 ").count(), 1, "{said}");
     assert!(said.starts_with("HTTP/1.1 4"), "{said}");
+}
+
+/// A body that others cut off elsewhere is how one request is smuggled inside another, too.
+#[test]
+fn another_coding_than_chunks_once_ends_the_connection() {
+    let server = shared();
+    let inside = "GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+    let said = |codings: &str| {
+        let mut stream = connect(&server);
+        let request = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n{codings}\r\n2\r\n{{}}\r\n0\r\n\r\n{inside}"
+        );
+        stream.write_all(request.as_bytes()).expect("sent");
+        last_words(stream)
+    };
+    for (codings, status) in [
+        ("transfer-encoding: gzip, chunked\r\n", 501),
+        (
+            "transfer-encoding: identity\r\nTransfer-Encoding: chunked\r\n",
+            501,
+        ),
+        ("transfer-encoding: chunked, chunked\r\n", 400),
+        (
+            "transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n",
+            400,
+        ),
+    ] {
+        let said = said(codings);
+        assert_eq!(said.matches("HTTP/1.1 ").count(), 1, "{codings}: {said}");
+        assert!(
+            said.starts_with(&format!("HTTP/1.1 {status} ")) && said.contains("connection: close"),
+            "{codings}: {said}"
+        );
+    }
+    let both = said("Transfer-Encoding: Chunked\r\n");
+    assert_eq!(both.matches("HTTP/1.1 ").count(), 2, "{both}");
+    assert!(both.contains("HTTP/1.1 200 OK"), "{both}");
+}
+
+#[test]
+fn running_out_of_files_is_logged_once_and_its_end_once() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -n 100; exec \"$0\" \"$@\""]);
+    command.args([env!("CARGO_BIN_EXE_visor"), "serve"]);
+    command.args(["--listen", "127.0.0.1:0", "--model"]);
+    command.arg(random_checkpoint());
+    let server = Server::spawn(command, folder);
+    server.wait_ready();
+    let held: Vec<TcpStream> = (0..150).map(|_| connect(&server)).collect();
+    server.wait_logged("accept failed");
+    // Long enough for some more.
+    thread::sleep(Duration::from_secs(1));
+    drop(held);
+    until("somebody comes when it is over", || {
+        assert_eq!(server.get("/health").status, 200);
+        server.logged().contains("accepted again").then_some(())
+    });
+    let log = server.logged();
+    for once in ["accept failed", "accepted again"] {
+        assert_eq!(log.matches(once).count(), 1, "{once}");
+    }
 }
 
 #[test]

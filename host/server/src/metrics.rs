@@ -118,7 +118,7 @@ impl Metrics {
                 families.tally.stages[stage as usize].add(micros);
             }
         }
-        if record.tokens.completion > 0 && !record.response_cached {
+        if !record.finishes.is_empty() && record.tokens.completion > 0 && !record.response_cached {
             families
                 .queue_time
                 .observe(seconds(record.stages.get_us(Stage::Queue)));

@@ -3,7 +3,7 @@
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::middleware;
@@ -31,6 +31,8 @@ const HEAD_BYTES_MIN: usize = 8192;
 const GOODBYE: Duration = Duration::from_secs(1);
 /// Pause after a failed accept: running out of file descriptors must not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Without a failed accept for so long, the trouble is over: while one connection ends now and then, the next one fails again.
+const ACCEPT_CALM: Duration = Duration::from_secs(5);
 
 /// Where connections come in, sealed or not.
 pub struct Listener {
@@ -150,11 +152,19 @@ impl Connections {
     }
 
     async fn accept_from(&self, listener: &TcpListener) {
+        let mut trouble = Trouble::default();
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => self.serve(stream),
+                Ok((stream, _)) => {
+                    if trouble.is_over(Instant::now()) {
+                        tracing::info!("connections are accepted again");
+                    }
+                    self.serve(stream);
+                }
                 Err(error) => {
-                    tracing::warn!(%error, "accept failed");
+                    if trouble.begins(Instant::now()) {
+                        tracing::warn!(%error, "accept failed, and may for a while");
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
@@ -206,6 +216,24 @@ impl Connections {
     }
 }
 
+/// When the last accept failed that belongs to a trouble which is not over, so that all of it is logged once.
+#[derive(Default)]
+struct Trouble(Option<Instant>);
+
+impl Trouble {
+    /// An accept failed: whether it is the first to.
+    fn begins(&mut self, now: Instant) -> bool {
+        self.0.replace(now).is_none()
+    }
+
+    /// An accept did not fail: whether they did until now, and have stopped.
+    fn is_over(&mut self, now: Instant) -> bool {
+        self.0
+            .take_if(|last| now.duration_since(*last) >= ACCEPT_CALM)
+            .is_some()
+    }
+}
+
 /// What one connection needs.
 struct Talk {
     router: Router,
@@ -228,5 +256,26 @@ impl Talk {
         if let Err(error) = ended {
             tracing::debug!(%error, "connection ended early");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trouble_begins_once_and_is_over_once() {
+        let (mut trouble, start) = (Trouble::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert!(!trouble.is_over(at(0)), "there was none");
+        assert!(trouble.begins(at(0)));
+        for second in 1..100 {
+            assert!(!trouble.is_over(at(second)), "one place in between");
+            assert!(!trouble.begins(at(second)));
+        }
+        assert!(!trouble.is_over(at(103)));
+        assert!(trouble.is_over(at(104)));
+        assert!(!trouble.is_over(at(105)));
+        assert!(trouble.begins(at(105)));
     }
 }

@@ -2,7 +2,7 @@
 
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{Request, Response, Version, header};
+use axum::http::{HeaderMap, HeaderValue, Request, Response, Version, header};
 use axum::middleware::Next;
 
 use super::error;
@@ -13,9 +13,11 @@ use crate::pipeline::Failure;
 const LINE_BYTES: usize = 4;
 /// Bytes of a request line that are neither method nor target.
 const VERSION_BYTES: usize = 12;
+/// The status of a transfer coding that is not undone.
+const NOT_IMPLEMENTED: u16 = 501;
 
-/// Refuses a head of more than so many bytes, and one without the name of a host. The library that reads heads has limits as well,
-/// but takes twice as much before it looks.
+/// Refuses a head of more than so many bytes, one without the name of a host, and one whose body others may cut off elsewhere; what
+/// comes behind it is not read. The library that reads heads has limits as well, but takes twice as much before it looks.
 pub(super) async fn check(
     State(bytes_max): State<u64>,
     request: Request<Body>,
@@ -23,7 +25,12 @@ pub(super) async fn check(
 ) -> Response<Body> {
     match wrong(&request, bytes_max) {
         None => next.run(request).await,
-        Some(failure) => whole(error::fallback_response(&failure)),
+        Some(failure) => {
+            let mut response = whole(error::fallback_response(&failure));
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(header::CONNECTION, close);
+            response
+        }
     }
 }
 
@@ -44,11 +51,32 @@ fn wrong(request: &Request<Body>, bytes_max: u64) -> Option<Failure> {
     }
     let hosts = headers.get_all(header::HOST).iter().count();
     // RFC 9112, 3.2.
-    (request.version() == Version::HTTP_11 && hosts != 1).then(|| {
-        Failure::invalid(format!(
-            "a request has one Host header, and this one has {hosts}"
-        ))
-    })
+    if request.version() == Version::HTTP_11 && hosts != 1 {
+        let message = format!("a request has one Host header, and this one has {hosts}");
+        return Some(Failure::invalid(message));
+    }
+    coded(headers)
+}
+
+/// A body that comes in anything but chunks, once (RFC 9112, 6.1). The library undoes the chunks and overlooks what else is named,
+/// which whoever passed the request on may have gone by. Of a length beside the chunks it tells nothing: it takes the chunks, answers,
+/// and closes.
+fn coded(headers: &HeaderMap) -> Option<Failure> {
+    let codings: Vec<_> = headers.get_all(header::TRANSFER_ENCODING).iter().collect();
+    let is_chunked = |coding: &[u8]| coding.trim_ascii().eq_ignore_ascii_case(b"chunked");
+    match codings[..] {
+        [] => return None,
+        [coding] if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => return None,
+        _ => {}
+    }
+    let mut named = codings
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    if named.all(is_chunked) {
+        return Some(Failure::invalid("a body is chunked once"));
+    }
+    let message = "a body comes in chunks, without another transfer coding";
+    Some(Failure::invalid(message).with_status(NOT_IMPLEMENTED))
 }
 
 #[cfg(test)]
@@ -71,5 +99,35 @@ mod tests {
         assert_eq!(status(Version::HTTP_11, 0, 1), Some(400));
         assert_eq!(status(Version::HTTP_11, 2, 1), Some(400));
         assert_eq!(status(Version::HTTP_10, 0, 1), None);
+    }
+
+    #[test]
+    fn a_body_is_chunked_once_or_not_at_all() {
+        let status = |codings: &[&str]| {
+            let mut request = Request::post("/").header("host", "a");
+            for coding in codings {
+                request = request.header("transfer-encoding", *coding);
+            }
+            let failure = wrong(&request.body(Body::empty()).unwrap(), 1000);
+            failure.map(|failure| error::status_of(&failure))
+        };
+        assert_eq!(status(&[]), None);
+        assert_eq!(status(&["chunked"]), None);
+        assert_eq!(status(&["Chunked"]), None);
+        assert_eq!(status(&["chunked, chunked"]), Some(400));
+        assert_eq!(status(&["chunked", "CHUNKED"]), Some(400));
+        for unknown in [
+            &["gzip, chunked"][..],
+            &["gzip", "chunked"],
+            &["identity", "chunked"],
+            &["identity"],
+            &["chunked, identity"],
+            &[",chunked"],
+            &["chunked;a=b"],
+            &["x chunked"],
+            &[""],
+        ] {
+            assert_eq!(status(unknown), Some(501), "{unknown:?}");
+        }
     }
 }

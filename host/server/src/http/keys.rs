@@ -25,6 +25,8 @@ pub const SECRET_HEADERS: [&str; 4] = [
     "cookie",
     "proxy-authorization",
 ];
+/// Those of them that a key is looked for in.
+const SHOWN_IN: [&str; 2] = ["authorization", "x-api-key"];
 const MINUTE: Duration = Duration::from_secs(60);
 /// Seconds after which a client with too many requests at once may come back.
 const BUSY_RETRY_AFTER_S: u32 = 1;
@@ -99,6 +101,12 @@ impl KeyRing {
     pub fn find(&self, headers: &HeaderMap) -> Result<Option<Arc<Key>>, Failure> {
         if self.keys.is_empty() {
             return Ok(None);
+        }
+        // Whoever passed the request on may have looked at the other one.
+        if SHOWN_IN.iter().any(|name| is_doubled(headers, name)) {
+            return Err(unauthorized(
+                "this request shows more than one key: send one `Authorization` header, or one `x-api-key`",
+            ));
         }
         let Some(shown) = shown(headers) else {
             return Err(unauthorized(
@@ -212,6 +220,10 @@ fn shown(headers: &HeaderMap) -> Option<&[u8]> {
         .filter(|key| !key.is_empty())
 }
 
+fn is_doubled(headers: &HeaderMap, name: &str) -> bool {
+    headers.get_all(name).iter().count() > 1
+}
+
 fn unauthorized(message: &str) -> Failure {
     Failure::new(ErrorCode::Unauthorized, message)
 }
@@ -286,6 +298,31 @@ mod tests {
             let message = name(&ring, &[("authorization", wrong)]).unwrap_err();
             assert!(message.contains("not known"), "{message}");
             assert!(!message.contains(&wrong[7..]), "{message}");
+        }
+    }
+
+    #[test]
+    fn two_keys_in_one_kind_of_header_are_none() {
+        let ring = ring(vec![key("alice", "one"), key("bob", "two")]);
+        for pairs in [
+            [
+                ("authorization", "Bearer one"),
+                ("authorization", "Bearer two"),
+            ],
+            [
+                ("authorization", "Bearer one"),
+                ("authorization", "Bearer one"),
+            ],
+            [
+                ("authorization", "Bearer one"),
+                ("authorization", "Basic x"),
+            ],
+            [("x-api-key", "one"), ("x-api-key", "two")],
+        ] {
+            let message = name(&ring, &pairs).unwrap_err();
+            assert!(message.contains("more than one key"), "{message}");
+            let may = ring.may_administer(&headers(&pairs), false);
+            assert_eq!(may.unwrap_err().error.code, ErrorCode::Unauthorized);
         }
     }
 

@@ -39,10 +39,11 @@ pub(super) fn run(
         output: Output::new(reply, head),
         ended: false,
     };
-    drive.start(work, generations)?;
-    while !drive.ended && !drive.following.is_empty() {
-        drive.round(work)?;
+    let ended = drive.go(work, generations);
+    for following in &mut drive.following {
+        following.settle(work);
     }
+    ended?;
     drive.output.finish(work)
 }
 
@@ -70,6 +71,15 @@ struct Following {
 }
 
 impl Drive<'_> {
+    /// From the first generations to the end of the last.
+    fn go(&mut self, work: &mut Work, generations: Vec<Generation>) -> Result<(), Stop> {
+        self.start(work, generations)?;
+        while !self.ended && !self.following.is_empty() {
+            self.round(work)?;
+        }
+        Ok(())
+    }
+
     /// Takes generations as far as the engine's queue.
     fn start(&mut self, work: &mut Work, generations: Vec<Generation>) -> Result<(), Stop> {
         let count_max = work.call.pinned.config.server.generations_per_request_max;
@@ -169,11 +179,13 @@ impl Drive<'_> {
         choice: usize,
         event: EngineEvent,
     ) -> Result<(), Stop> {
-        let Following { told, keep, .. } = &mut self.following[at];
+        let following = &mut self.following[at];
+        let Following { told, keep, .. } = following;
         match told.event(work, choice, event, keep) {
             Err(Stop::Failed(failure)) if self.output.head_sent() => {
                 work.trace.failed = Some(failure.outcome);
-                told.failed(failure.error);
+                following.settle(work);
+                following.told.failed(failure.error);
                 Ok(())
             }
             told => told,
@@ -240,6 +252,15 @@ fn follow(work: &mut Work, running: Running) -> Following {
 }
 
 impl Following {
+    /// Counts what came and is told to nobody any more. What the engine does until it hears of the end is not waited for.
+    fn settle(&mut self, work: &mut Work) {
+        for choice in 0..self.choices.len() {
+            while let Some(event) = self.next(choice, Duration::ZERO) {
+                self.told.count(work, choice, &event);
+            }
+        }
+    }
+
     /// The next event of a choice, if there is one in time and the choice is not over.
     fn next(&self, choice: usize, timeout: Duration) -> Option<EngineEvent> {
         if self.told.choice_over(choice) {

@@ -19,8 +19,10 @@ pub(super) struct Told {
     prefill: Option<String>,
     choices: Vec<Choice>,
     started: bool,
-    /// The prompt once, the answers together.
+    /// The prompt once, the answers together, as far as they came.
     usage: visor_engine::Usage,
+    /// What of it is in the notes of the exchange.
+    noted: visor_engine::Usage,
     timings: Timings,
     /// Not yet handed over.
     events: Vec<Event>,
@@ -36,6 +38,8 @@ struct Choice {
     reader: Reader,
     /// Of text that is held back until it is told from a call.
     tokens: Vec<TokenInfo>,
+    /// Generated so far.
+    completion_tokens: u32,
     over: bool,
 }
 
@@ -56,6 +60,7 @@ impl Told {
             choices: vec![choice; choices],
             started: false,
             usage: visor_engine::Usage::default(),
+            noted: visor_engine::Usage::default(),
             timings: Timings::default(),
             events: Vec::new(),
             over: false,
@@ -93,6 +98,7 @@ impl Told {
         event: EngineEvent,
         keep: &mut Option<Keep>,
     ) -> Result<(), Stop> {
+        self.count(work, choice, &event);
         match event {
             EngineEvent::Started {
                 prompt_tokens,
@@ -146,6 +152,38 @@ impl Told {
         Ok(())
     }
 
+    /// Counts what an event says was used, whether or not anybody is told of it.
+    pub(super) fn count(&mut self, work: &mut Work, choice: usize, event: &EngineEvent) {
+        let usage = match event {
+            EngineEvent::Started {
+                prompt_tokens,
+                image_tokens,
+                cached_tokens,
+            } if !self.started => visor_engine::Usage {
+                prompt_tokens: *prompt_tokens,
+                image_tokens: *image_tokens,
+                cached_tokens: *cached_tokens,
+                completion_tokens: self.choices[choice].completion_tokens,
+            },
+            EngineEvent::Delta { tokens, .. } => visor_engine::Usage {
+                completion_tokens: self.choices[choice].completion_tokens + tokens,
+                ..self.usage
+            },
+            // It may have waited to its end, and then nothing of the prompt was used.
+            EngineEvent::Finished {
+                reason: Finish::Cancelled,
+                usage,
+                ..
+            } => visor_engine::Usage {
+                completion_tokens: usage.completion_tokens,
+                ..self.usage
+            },
+            EngineEvent::Finished { usage, .. } => *usage,
+            EngineEvent::Started { .. } | EngineEvent::Failed(_) => return,
+        };
+        self.used(work, choice, usage);
+    }
+
     /// The generation failed after the head was out.
     pub(super) fn failed(&mut self, error: visor_sandbox::GuestError) {
         self.events.push(Event::Failed {
@@ -159,7 +197,8 @@ impl Told {
     pub(super) fn counted(&mut self, work: &mut Work, usage: visor_engine::Usage) {
         self.started(told_usage(usage));
         self.usage = usage;
-        self.done(work);
+        self.note(work);
+        self.done();
     }
 
     /// A whole answer from the cache, told as if it were made now.
@@ -176,6 +215,7 @@ impl Told {
         if choice == 0 {
             work.text_came();
         }
+        self.used(work, choice, usage);
         // The kept text has the prefill in it already.
         self.said(choice, &answer.text, Vec::new());
         let answer = Answer {
@@ -268,31 +308,54 @@ impl Told {
             reason,
             matched_stop: answer.matched_stop.clone(),
         });
-        let answers = self.usage.completion_tokens;
-        self.usage = answer.usage;
-        self.usage.completion_tokens += answers;
+        let stages = &mut work.trace.stages;
+        stages.add_us(Stage::Queue, timings.queue_us);
+        stages.add_us(Stage::Vision, timings.vision_us);
+        stages.add_us(Stage::Prefill, timings.prefill_us);
+        stages.add_us(Stage::Decode, timings.decode_us);
         self.timings.queue_us += timings.queue_us;
         self.timings.vision_us += timings.vision_us;
         self.timings.prefill_us += timings.prefill_us;
         self.timings.decode_us += timings.decode_us;
         self.choices[choice].over = true;
         if self.choices.iter().all(|choice| choice.over) {
-            self.done(work);
+            self.done();
         }
     }
 
-    fn done(&mut self, work: &mut Work) {
-        let (usage, timings) = (self.usage, self.timings);
-        let stages = &mut work.trace.stages;
-        stages.add_us(Stage::Queue, timings.queue_us);
-        stages.add_us(Stage::Vision, timings.vision_us);
-        stages.add_us(Stage::Prefill, timings.prefill_us);
-        stages.add_us(Stage::Decode, timings.decode_us);
+    /// What the prompt and one of the answers came to so far.
+    fn used(&mut self, work: &mut Work, choice: usize, usage: visor_engine::Usage) {
+        let own = &mut self.choices[choice].completion_tokens;
+        let before = std::mem::replace(own, usage.completion_tokens);
+        let answers = self.usage.completion_tokens - before + usage.completion_tokens;
+        self.usage = visor_engine::Usage {
+            completion_tokens: answers,
+            ..usage
+        };
+        self.note(work);
+    }
+
+    /// Notes what was used so far, in place of what was noted before: whenever the exchange ends, its notes have it once.
+    fn note(&mut self, work: &mut Work) {
+        let now = self.usage;
+        let before = std::mem::replace(&mut self.noted, now);
         let tokens = &mut work.trace.tokens;
-        tokens.prompt += u64::from(usage.prompt_tokens);
-        tokens.image += u64::from(usage.image_tokens);
-        tokens.cached += u64::from(usage.cached_tokens);
-        tokens.completion += u64::from(usage.completion_tokens);
+        for (total, before, now) in [
+            (&mut tokens.prompt, before.prompt_tokens, now.prompt_tokens),
+            (&mut tokens.image, before.image_tokens, now.image_tokens),
+            (&mut tokens.cached, before.cached_tokens, now.cached_tokens),
+            (
+                &mut tokens.completion,
+                before.completion_tokens,
+                now.completion_tokens,
+            ),
+        ] {
+            *total = *total - u64::from(before) + u64::from(now);
+        }
+    }
+
+    fn done(&mut self) {
+        let (usage, timings) = (self.usage, self.timings);
         self.events.push(Event::Done {
             generation: self.index,
             usage: told_usage(usage),
