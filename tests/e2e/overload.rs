@@ -175,7 +175,7 @@ fn what_was_used_until_the_time_was_over_is_counted() {
     let server = Server::start_with("[server]\nrequest_timeout_s = 1\n");
     let mut before = [0, 0];
     for stream in [false, true] {
-        let asked = with(long(7), json!({"stream": stream, "n": 2, "temperature": 1}));
+        let asked = with(long(7), json!({"stream": stream, "n": 2}));
         let answer = server.chat(&asked);
         assert_eq!(answer.status, if stream { 200 } else { 504 });
         before = until("it is counted", || {
