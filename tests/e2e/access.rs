@@ -440,6 +440,11 @@ fn ids_and_traces_are_taken_over_and_logged_as_json() {
     broken.ok();
     let id = broken.header("x-request-id").expect("a fresh one");
     assert!(id.starts_with("req-"), "{id}");
+    let log = server.wait_logged("ready on");
+    for line in log.lines() {
+        let read = serde_json::from_str::<serde_json::Value>(line);
+        assert!(read.is_ok_and(|line| line.is_object()), "{line}");
+    }
 }
 
 #[test]

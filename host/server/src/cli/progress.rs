@@ -11,23 +11,36 @@ use visor_model::{LoadProgress, LoadStage};
 /// Between two log lines when there is no terminal to draw on.
 const LOG_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Who writes lines while a log is written beside.
-static BESIDE: Mutex<Option<NonBlocking>> = Mutex::new(None);
+/// Where lines go while a log is written on standard error, too.
+static BESIDE: Mutex<Option<Beside>> = Mutex::new(None);
+
+/// Where lines go beside a log.
+#[derive(Clone)]
+pub(super) enum Beside {
+    /// Between its lines, by the thread that writes them.
+    Between(NonBlocking),
+    /// Into it: whoever reads it reads nothing else.
+    Inside,
+}
 
 /// One line on standard error. Nobody to read it is no reason to stop.
 pub(super) fn line(text: &str) {
-    let text = format!("{text}\n");
-    let beside = BESIDE.lock().ok().and_then(|writer| writer.clone());
+    let beside = BESIDE.lock().ok().and_then(|beside| beside.clone());
+    let written = format!("{text}\n");
     let _ = match beside {
-        Some(mut writer) => writer.write_all(text.as_bytes()),
-        None => std::io::stderr().lock().write_all(text.as_bytes()),
+        Some(Beside::Between(mut writer)) => writer.write_all(written.as_bytes()),
+        Some(Beside::Inside) => {
+            tracing::info!("{text}");
+            Ok(())
+        }
+        None => std::io::stderr().lock().write_all(written.as_bytes()),
     };
 }
 
-/// From now on lines go where the log goes; with none, to standard error.
-pub(super) fn write_beside(writer: Option<NonBlocking>) {
+/// From now on lines go beside a log; with none, to standard error.
+pub(super) fn write_beside(log: Option<Beside>) {
     if let Ok(mut beside) = BESIDE.lock() {
-        *beside = writer;
+        *beside = log;
     }
 }
 

@@ -10,7 +10,7 @@ use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGua
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
-use super::progress::{self, Loading};
+use super::progress::{self, Beside, Loading};
 use super::{Failure, Overrides};
 use crate::config::{Config, ConfigError, LogFormat, check, read_at_most};
 use crate::wiring::{ConfigSource, House, HouseOptions};
@@ -91,7 +91,10 @@ pub(super) fn start_log_beside(config: &Config) -> Result<LogBeside, Failure> {
         .finish(std::io::stderr());
     let left_out = writer.error_counter();
     start_log_to(config, writer.clone())?;
-    progress::write_beside(Some(writer));
+    progress::write_beside(Some(match config.server.log_format {
+        LogFormat::Text => Beside::Between(writer),
+        LogFormat::Json => Beside::Inside,
+    }));
     std::panic::set_hook(Box::new(|panic| {
         let trace = Backtrace::capture();
         tracing::error!(%trace, "{panic}");
