@@ -74,6 +74,8 @@ def pictures(value):
         for key, held in value.items():
             if key in ("url", "image_url") and isinstance(held, str) and not held.startswith("data:image/"):
                 value[key] = f"data:image/png;base64,{PICTURES[0]}"
+            elif key == "images" and isinstance(held, list):
+                value[key] = [PICTURES[0] if isinstance(image, str) and image not in PICTURES else image for image in held]
             pictures(held)
 
 
@@ -85,6 +87,9 @@ def before_call(context, case, kwargs):
     path = case.operation.path
     if case.meta is not None and case.meta.generation.mode == schemathesis.GenerationMode.POSITIVE:
         pictures(body.get("messages", body.get("input")))
+    # Text that is no picture in base64 counts as a violation when it is made up, and as no violation when it is refused.
+    if path == "/api/generate":
+        pictures(body)
     if path.startswith(("/v1/chat", "/v1/responses", "/v1/messages", "/api/")):
         body = case.body = schemas(body)
         tools(body, path)
