@@ -365,6 +365,9 @@ impl Weights {
         // SAFETY: the map is read-only and its file is opened read-only. Rust requires that nobody writes or truncates
         // the file while it is mapped: a checkpoint is replaced by rename, never edited in place (README, limits).
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
+        // What is read from the disk now is kept in large pages where the system has some for files; see `PAGE_BYTES` of the writer.
+        #[cfg(target_os = "linux")]
+        drop(map.advise(memmap2::Advice::HugePage));
         self.add(WeightFile {
             name: name.to_owned(),
             bytes: FileBytes::Mapped(map),
