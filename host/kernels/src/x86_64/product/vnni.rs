@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::{Ahead, Panel, TILE_PANELS};
-use crate::activations::{BLOCK, QuantizedRows, TILE_ROWS, Tile};
+use crate::activations::{BLOCK, Eight, FEW_ROWS, QuantizedRows, TILE_ROWS, Tile};
 use crate::int4::{Int4Rows, ScaleType};
 use crate::product::{Out, PANEL};
 use crate::x86_64::{Avx512, load_bytes, store};
@@ -118,6 +118,35 @@ fn widen_two(two: __m512i, scale_type: ScaleType) -> [__m512; 2] {
     ]
 }
 
+/// A block of N rows of activations. Few rows are read from where they lie close together: of a tile, of five rows, a row of 8192
+/// columns would not fit into the first-level cache.
+#[derive(Clone, Copy)]
+enum Block<'a, const N: usize> {
+    Few(&'a [Eight; N], usize),
+    Tiles([&'a Tile; 2]),
+}
+
+impl<const N: usize> Block<'_, N> {
+    #[inline(always)]
+    fn word(&self, row: usize, step: usize) -> i32 {
+        match self {
+            Self::Few(eights, block) => eights[row].words[*block][step],
+            Self::Tiles(tiles) => tiles[row / TILE_ROWS].words[step][row % TILE_ROWS],
+        }
+    }
+
+    #[inline(always)]
+    fn scale_and_sum(&self, row: usize) -> [f32; 2] {
+        match self {
+            Self::Few(eights, block) => [eights[row].scales[*block], eights[row].sums[*block]],
+            Self::Tiles(tiles) => {
+                let (tile, row) = (tiles[row / TILE_ROWS], row % TILE_ROWS);
+                [tile.scales[row], tile.sums[row]]
+            }
+        }
+    }
+}
+
 /// Values of all panels' rows for the N rows of `x`, at most two tiles: weights go from their file into the product without being
 /// stored unpacked.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,f16c")]
@@ -128,6 +157,7 @@ fn several_rows<const N: usize>(
     out: Out<'_>,
 ) {
     let tiles = x.first_and_last_tiles();
+    let few = x.few.as_chunks::<N>().0;
     let mut pair = Pair::new();
     for first in panels.clone().step_by(TILE_PANELS) {
         pair.find(weights, first..panels.end);
@@ -137,12 +167,14 @@ fn several_rows<const N: usize>(
             let [codes, scales, biases] = Ahead::new(&pair.panels[0], block, TILE_PANELS);
             scales.prefetch_all();
             biases.prefetch_all();
-            let tiles = [&tiles[0][block], &tiles[1][block]];
-            let dots = dots::<N>(&words, tiles, codes);
+            let x = if N <= FEW_ROWS {
+                Block::Few(&few[block / 8], block % 8)
+            } else {
+                Block::Tiles([&tiles[0][block], &tiles[1][block]])
+            };
+            let dots = dots::<N>(&words, x, codes);
             for row in 0..N {
-                let tile = tiles[row / TILE_ROWS];
-                let x = [tile.scales[row % TILE_ROWS], tile.sums[row % TILE_ROWS]];
-                values[row] = accumulate(values[row], dots[row], *lines, x);
+                values[row] = accumulate(values[row], dots[row], *lines, x.scale_and_sum(row));
             }
         }
         for (row, value) in values.into_iter().enumerate() {
@@ -209,14 +241,13 @@ fn transpose_quarters(rows: [__m512i; 4]) -> [__m512i; 4] {
 /// codes to come, of which each word has a line.
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[inline]
-fn dots<const N: usize>(words: &[__m512i; PANEL], tiles: [&Tile; 2], ahead: Ahead) -> [__m512i; N] {
+fn dots<const N: usize>(words: &[__m512i; PANEL], x: Block<'_, N>, ahead: Ahead) -> [__m512i; N] {
     let mut sums = [[_mm512_setzero_si512(); 2]; N]; // of even columns, of odd ones
     for (step, word) in words.iter().enumerate() {
         let [even, odd] = unpacked(*word);
         ahead.prefetch(step);
         for row in 0..N {
-            let x = &tiles[row / TILE_ROWS].words;
-            let activation = |step: usize| _mm512_set1_epi32(x[step][row % TILE_ROWS]);
+            let activation = |step: usize| _mm512_set1_epi32(x.word(row, step));
             sums[row][0] = _mm512_dpbusd_epi32(sums[row][0], even, activation(step));
             sums[row][1] = _mm512_dpbusd_epi32(sums[row][1], odd, activation(PANEL + step));
         }
