@@ -34,9 +34,8 @@ const UNCOUNTED: usize = 50;
 const TOKENS: usize = 64;
 /// Time between two tokens of a paced stream, so that each travels alone.
 const PACE: Duration = Duration::from_millis(2);
-/// Threads that are woken for a token that travels alone, one after the other: the request's own by the engine, one of the sockets' by
-/// that, and the client's.
-const WOKEN: usize = 3;
+/// Threads that are woken for a token that travels alone, one after the other: the request's own by the engine, and the client's.
+const WOKEN: usize = 2;
 /// Times that threads are woken for nothing, to know what that takes.
 const WAKES: usize = 500;
 /// What may be added to a request of one token, and to each token of a stream that never waits. How long a token travels alone is told
@@ -402,7 +401,7 @@ fn main() -> ExitCode {
     let what = "token of the model to the socket, alone: read without a wake";
     tokens(&mut sleepless, &script, what);
     wakes(1, "waking a thread that waits");
-    wakes(WOKEN, "waking three, one by the other");
+    wakes(WOKEN, "waking two, one by the other");
     let token = flood(&mut client, &script);
     // Without optimizations the figures say nothing.
     let slow = request > REQUEST_MAX || token > TOKEN_MAX;

@@ -11,6 +11,7 @@ pub mod error;
 pub mod form;
 pub mod gate;
 mod head;
+mod in_place;
 pub mod keys;
 mod openapi;
 mod page;

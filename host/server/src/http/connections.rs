@@ -19,6 +19,7 @@ use tokio_util::task::TaskTracker;
 use super::arrivals::Arrivals;
 use super::gate::{Gate, Permit};
 use super::head;
+use super::in_place::InPlace;
 use super::patience::{Patience, Patient};
 use crate::config::ServerConfig;
 use crate::wiring::House;
@@ -198,13 +199,14 @@ impl Connections {
             closing: self.closing.clone(),
         };
         let Some(tls) = self.tls.clone() else {
-            self.tracker.spawn(async move {
+            self.tracker.spawn(InPlace::new(async move {
                 let _place = place;
                 talk.run(stream).await;
-            });
+            }));
             return;
         };
         let handshake = self.handshake;
+        // Not in place: what a sealed connection reads before it has anything is bounded by the runtime's budget alone.
         self.tracker.spawn(async move {
             let _place = place;
             match tokio::time::timeout(handshake, tls.accept(stream)).await {

@@ -18,7 +18,7 @@ use super::body::{self, Held, Pace};
 use super::gate::{Gate, Permit};
 use super::keys::{Key, SECRET_HEADERS};
 use super::page::Page;
-use super::{cors, error, openapi, paths, trace};
+use super::{cors, error, in_place, openapi, paths, trace};
 use crate::config::ServerConfig;
 use crate::metrics::{OPENMETRICS, PROMETHEUS};
 use crate::pipeline::{self, Call, CancelOnDrop, Failure, Incoming, Reply, ReplyReceiver};
@@ -402,7 +402,7 @@ async fn work(
         incoming,
         cancel,
     };
-    tokio::task::spawn_blocking(move || pipeline::run(call, body, reply));
+    tokio::task::spawn_blocking(|| in_place::serve(|| pipeline::run(call, body, reply)));
     pass_on(receiver, held).await
 }
 
@@ -426,7 +426,7 @@ async fn reject(
         incoming,
         cancel,
     };
-    tokio::task::spawn_blocking(move || pipeline::reject(call, failure, reply));
+    tokio::task::spawn_blocking(|| in_place::serve(|| pipeline::reject(call, failure, reply)));
     pass_on(receiver, held).await
 }
 

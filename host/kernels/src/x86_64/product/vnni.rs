@@ -118,8 +118,8 @@ fn widen_two(two: __m512i, scale_type: ScaleType) -> [__m512; 2] {
     ]
 }
 
-/// A block of N rows of activations. Few rows are read from where they lie close together: of a tile, of five rows, a row of 8192
-/// columns would not fit into the first-level cache.
+/// A block of N rows of activations. Few rows are read from where they lie close together: of tiles, of five rows each, one of
+/// 8192 columns takes 46 KB, more than a first-level cache of 32 KiB has.
 #[derive(Clone, Copy)]
 enum Block<'a, const N: usize> {
     Few(&'a [Eight; N], usize),
