@@ -127,7 +127,7 @@ enum Block<'a, const N: usize> {
 }
 
 impl<const N: usize> Block<'_, N> {
-    #[inline(always)]
+    #[inline]
     fn word(&self, row: usize, step: usize) -> i32 {
         match self {
             Self::Few(eights, block) => eights[row].words[*block][step],
@@ -135,7 +135,7 @@ impl<const N: usize> Block<'_, N> {
         }
     }
 
-    #[inline(always)]
+    #[inline]
     fn scale_and_sum(&self, row: usize) -> [f32; 2] {
         match self {
             Self::Few(eights, block) => [eights[row].scales[*block], eights[row].sums[*block]],
@@ -246,10 +246,10 @@ fn dots<const N: usize>(words: &[__m512i; PANEL], x: Block<'_, N>, ahead: Ahead)
     for (step, word) in words.iter().enumerate() {
         let [even, odd] = unpacked(*word);
         ahead.prefetch(step);
-        for row in 0..N {
+        for (row, sums) in sums.iter_mut().enumerate() {
             let activation = |step: usize| _mm512_set1_epi32(x.word(row, step));
-            sums[row][0] = _mm512_dpbusd_epi32(sums[row][0], even, activation(step));
-            sums[row][1] = _mm512_dpbusd_epi32(sums[row][1], odd, activation(PANEL + step));
+            sums[0] = _mm512_dpbusd_epi32(sums[0], even, activation(step));
+            sums[1] = _mm512_dpbusd_epi32(sums[1], odd, activation(PANEL + step));
         }
     }
     sums.map(|[even, odd]| _mm512_add_epi32(even, odd))
