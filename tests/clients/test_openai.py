@@ -7,7 +7,10 @@ served demo model answers is the evaluation suite's business (tests/suite).
 
 import json
 import pathlib
+import statistics
 import subprocess
+import threading
+import time
 import typing
 
 import openai
@@ -305,6 +308,46 @@ class OpenAIClient(Served):
         self.assertTrue(all(e.startswith("data: ") for e in events), reply)
         self.assertEqual(events[-1], "data: [DONE]")
         self.assertEqual(json.loads(events[0][6:])["object"], "chat.completion.chunk")
+
+
+class FullServer(Served):
+    config = "[server]\nrequests_in_flight_max = 1\n"
+    # The longest that turning somebody away may take, in the middle of many.
+    REFUSED_S = 0.05
+
+    def setUp(self):
+        more = {"base_url": self.base + "/v1", "api_key": "unused", "timeout": 120}
+        self.client = self.enterContext(openai.OpenAI(max_retries=0, **more))
+        self.patient = self.enterContext(openai.OpenAI(max_retries=5, **more))
+        self.model = self.client.models.list().data[0].id
+        asked = {"model": self.model, "messages": ask(), "max_tokens": 3000, "stream": True, "logit_bias": ENDLESS}
+        self.busy = self.patient.chat.completions.create(**asked)
+        next(iter(self.busy))
+
+    def tearDown(self):
+        self.busy.close()
+
+    def short(self, client):
+        return client.chat.completions.create(model=self.model, messages=ask(), max_tokens=4)
+
+    def test_who_finds_it_full_is_told_so_at_once(self):
+        took = []
+        for _ in range(40):
+            began = time.monotonic()
+            with self.assertRaises(openai.InternalServerError) as full:
+                self.short(self.client)
+            took.append(time.monotonic() - began)
+            self.assertEqual(full.exception.status_code, 503)
+            self.assertGreater(int(full.exception.response.headers["retry-after"]), 0)
+            self.assertTrue(full.exception.body["message"])
+        print(f"turned away in {1000 * statistics.median(took):.1f} ms in the middle, {1000 * max(took):.1f} at most")
+        self.assertLess(statistics.median(took), self.REFUSED_S)
+
+    def test_the_clients_own_retry_recovers(self):
+        leaving = threading.Timer(0.5, self.busy.close)
+        leaving.start()
+        self.addCleanup(leaving.join)
+        self.assertTrue(self.short(self.patient).choices)
 
 
 if __name__ == "__main__":
