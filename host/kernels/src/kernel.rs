@@ -4,9 +4,9 @@ use std::ops::Range;
 
 #[cfg(target_arch = "aarch64")]
 use crate::aarch64::{I8mm, Neon};
-#[cfg(target_arch = "x86_64")]
-use crate::activations::TILE_ROWS;
 use crate::activations::{BLOCK, QuantizedRows, Tile, WORDS};
+#[cfg(target_arch = "x86_64")]
+use crate::activations::{FEW_ROWS, TILE_ROWS};
 use crate::attention::{self, Head};
 use crate::int4::Int4Rows;
 #[cfg(target_arch = "x86_64")]
@@ -61,26 +61,32 @@ impl Kernel {
         all
     }
 
-    /// Whether a small product is the specification's, to the bit: asked where not every machine that tests it can tell.
+    /// Whether small products are the specification's, to the bit: asked where not every machine that tests it can tell.
     #[cfg(target_arch = "x86_64")]
     fn is_right(&self) -> bool {
+        // Few rows, and tiles of every height; and rows as long as there is a way of their own for.
+        self.multiplies(2 * BLOCK, 2 * TILE_ROWS) && self.multiplies(128 * BLOCK, FEW_ROWS)
+    }
+
+    /// Whether products of up to so many rows of so many columns are the specification's.
+    #[cfg(target_arch = "x86_64")]
+    fn multiplies(&self, columns: usize, rows_max: usize) -> bool {
         const ROWS: usize = 3 * PANEL;
-        const COLUMNS: usize = 2 * BLOCK;
-        let codes: Vec<u8> = (0..ROWS * COLUMNS / 2)
+        let codes: Vec<u8> = (0..ROWS * columns / 2)
             .map(|index| ((index * 2_654_435_761) >> 8) as u8)
             .collect();
         let mut scales = Vec::new();
-        (0..ROWS * COLUMNS / BLOCK)
+        (0..ROWS * columns / BLOCK)
             .for_each(|index| ScaleType::F32.put((index as f32 - 20.0) / 7.0, &mut scales));
         let parts: [&[u8]; 3] = [&codes, &scales, &scales];
-        let Ok(weights) = Int4Rows::new(parts, COLUMNS, BLOCK, ScaleType::F32) else {
+        let Ok(weights) = Int4Rows::new(parts, columns, BLOCK, ScaleType::F32) else {
             return false;
         };
-        let x: Vec<f32> = (0..2 * TILE_ROWS * COLUMNS)
+        let x: Vec<f32> = (0..rows_max * columns)
             .map(|index| (index * 37 % 101) as f32 - 50.0)
             .collect();
         let product = |kernel: Self, rows: usize| {
-            let x = QuantizedRows::new(kernel, &x[..rows * COLUMNS], COLUMNS);
+            let x = QuantizedRows::new(kernel, &x[..rows * columns], columns);
             let mut values = Vec::new();
             kernel.multiply(&weights, 0..ROWS / PANEL, &x, &mut |first, row, panels| {
                 let panels = panels.iter().enumerate();
@@ -91,8 +97,7 @@ impl Kernel {
             values.sort_unstable();
             values
         };
-        // Few rows, and tiles of every height.
-        (1..=2 * TILE_ROWS).all(|rows| product(*self, rows) == product(Self::Scalar, rows))
+        (1..=rows_max).all(|rows| product(*self, rows) == product(Self::Scalar, rows))
     }
 
     /// As logs and reports call it.

@@ -51,6 +51,15 @@ pub(crate) fn prefetch(start: *const u8, bytes: usize) {
     }
 }
 
+/// The same into the second-level cache: for what is needed so much later that the first would not hold it any more.
+#[inline]
+pub(crate) fn prefetch_far(start: *const u8, bytes: usize) {
+    for offset in (0..bytes).step_by(64) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(offset).cast()) };
+    }
+}
+
 /// The first sixteen bytes, zeros behind the last.
 #[target_feature(enable = "avx2")]
 #[inline]

@@ -113,6 +113,11 @@ fn every_kernel_gives_the_bits_of_the_specification() {
                 (150, 128, 241),
                 (24, 64, 500),
                 (70, 320, 586),
+                (9, 8192, 1),
+                (33, 8192, 2),
+                (64, 8192, 3),
+                (16, 8192, 4),
+                (24, 16384, 1),
             ] {
                 if columns % group != 0 {
                     continue;
@@ -175,10 +180,14 @@ fn quantized_activations_are_the_same_to_the_bit() {
 #[test]
 fn what_is_not_finite_stays_so() {
     let mut random = Random(3);
-    let matrix = Matrix::random(&mut random, (16, 128), 64, ScaleType::F32);
-    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        let mut x = vec![1.0; 3 * 128];
-        x[128 + 70] = bad;
+    let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+    for (columns, bad) in [128, 8192]
+        .into_iter()
+        .flat_map(|columns| bad.map(|bad| (columns, bad)))
+    {
+        let matrix = Matrix::random(&mut random, (16, columns), 64, ScaleType::F32);
+        let mut x = vec![1.0; 3 * columns];
+        x[columns + 70] = bad;
         for kernel in Kernel::available() {
             let out = product(kernel, &matrix.view(), &x);
             assert!(
@@ -201,19 +210,25 @@ fn what_is_not_finite_stays_so() {
 /// All byte values against the largest activations of either sign: the 16-bit sums reach their bounds.
 #[test]
 fn extreme_codes_do_not_overflow() {
-    for (code, sign) in [(0xFFu8, 1.0f32), (0xFF, -1.0), (0xF0, 1.0), (0x0F, -1.0)] {
+    let extremes = [(0xFFu8, 1.0f32), (0xFF, -1.0), (0xF0, 1.0), (0x0F, -1.0)];
+    let shapes = [(128, 6), (8192, 3)];
+    for ((code, sign), (columns, m)) in extremes
+        .into_iter()
+        .flat_map(|extreme| shapes.map(|shape| (extreme, shape)))
+    {
         let mut scales = Vec::new();
-        (0..8 * 2).for_each(|_| ScaleType::F16.put(1.0, &mut scales));
+        (0..8 * columns / 64).for_each(|_| ScaleType::F16.put(1.0, &mut scales));
         let biases = vec![0; scales.len()];
-        let weight = vec![code; 8 * 64];
-        let weights = Int4Rows::new([&weight, &scales, &biases], 128, 64, ScaleType::F16).unwrap();
-        let x = vec![sign * 127.0; 6 * 128];
+        let weight = vec![code; 8 * columns / 2];
+        let weights =
+            Int4Rows::new([&weight, &scales, &biases], columns, 64, ScaleType::F16).unwrap();
+        let x = vec![sign * 127.0; m * columns];
         let per_byte = f32::from(code >> 4) + f32::from(code & 0xF);
         for kernel in Kernel::available() {
             let out = product(kernel, &weights, &x);
             assert!(
                 out.iter()
-                    .all(|&value| value == sign * 127.0 * 64.0 * per_byte),
+                    .all(|&value| value == sign * 127.0 * (columns / 2) as f32 * per_byte),
                 "{}: {out:?}",
                 kernel.name()
             );
@@ -225,18 +240,20 @@ fn extreme_codes_do_not_overflow() {
 #[test]
 fn rows_multiply_alike_alone_and_together() {
     let mut random = Random(4);
-    let matrix = Matrix::random(&mut random, (48, 1024), 64, ScaleType::F16);
-    let x: Vec<f32> = (0..19 * 1024).map(|_| random.unit()).collect();
-    for kernel in Kernel::available() {
-        let together = product(kernel, &matrix.view(), &x);
-        for (row, x) in x.chunks_exact(1024).enumerate() {
-            let alone = product(kernel, &matrix.view(), x);
-            assert_eq!(
-                bits(&alone),
-                bits(&together[row * 48..(row + 1) * 48]),
-                "{} {row}",
-                kernel.name()
-            );
+    for (columns, m) in [(1024, 19), (8192, 5)] {
+        let matrix = Matrix::random(&mut random, (48, columns), 64, ScaleType::F16);
+        let x: Vec<f32> = (0..m * columns).map(|_| random.unit()).collect();
+        for kernel in Kernel::available() {
+            let together = product(kernel, &matrix.view(), &x);
+            for (row, x) in x.chunks_exact(columns).enumerate() {
+                let alone = product(kernel, &matrix.view(), x);
+                assert_eq!(
+                    bits(&alone),
+                    bits(&together[row * 48..(row + 1) * 48]),
+                    "{} {row} of {columns}",
+                    kernel.name()
+                );
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The products with AVX-512 VNNI: a register holds sixteen rows of weights, what AVX2 calls a pair of panels, and one `vpdpbusd`
 //! multiplies four columns of each with four activations, sums and all, in 32 bits.
 
+mod few;
 mod many;
 
 use std::arch::x86_64::*;
@@ -22,6 +23,9 @@ impl Avx512 {
         out: Out<'_>,
     ) {
         let kernel = match x.rows() {
+            1 if few::takes(x.blocks) => few::few_rows::<1>,
+            2 if few::takes(x.blocks) => few::few_rows::<2>,
+            3 if few::takes(x.blocks) => few::few_rows::<3>,
             1 => several_rows::<1>,
             2 => several_rows::<2>,
             3 => several_rows::<3>,
