@@ -6,6 +6,9 @@ use std::time::Instant;
 use half::f16;
 use visor_kernels::{AttentionInput, AttentionShape, HalfRows, HeadRows, Kernel, Way, attend};
 
+/// Positions of a block of the KV cache.
+const PAGE_ROWS: usize = 64;
+
 fn main() {
     visor_kernels::on_pool(|| {
         let tower = AttentionShape {
@@ -39,30 +42,35 @@ fn measure(name: &str, shape: AttentionShape, (rows, keys): (usize, usize), way:
     let queries: Vec<f32> = (0..rows * width)
         .map(|index| (index % 17) as f32 / 17.0 - 0.5)
         .collect();
-    // Several layers' caches, so that none stays in the processor's.
+    // Several layers' caches, so that none stays in the processor's, in blocks of 64 positions as the model keeps them.
     let layers = if rows == 1 { 32 } else { 2 };
-    let cache: Vec<f16> = (0..layers * 2 * keys * width)
-        .map(|index| f16::from_f32((index % 13) as f32 / 13.0 - 0.5))
+    let (part, page_rows) = (PAGE_ROWS * width, PAGE_ROWS);
+    let blocks: Vec<Vec<f16>> = (0..keys.div_ceil(page_rows))
+        .map(|_| {
+            (0..layers * 2 * part)
+                .map(|index| f16::from_f32((index % 13) as f32 / 13.0 - 0.5))
+                .collect()
+        })
         .collect();
+    let pages: Vec<&[f16]> = blocks.iter().map(Vec::as_slice).collect();
     // As a layer of the tower has them: f32, the heads of a row side by side.
-    let picture: Vec<f32> = cache[..2 * keys * width]
-        .iter()
-        .map(|x| x.to_f32())
+    let picture: Vec<f32> = (0..2 * keys * width)
+        .map(|index| (index % 13) as f32 / 13.0 - 0.5)
         .collect();
     let mut out = vec![0.0; rows * width];
     let mut times = Vec::new();
     for run in 0..if rows == 1 { 96 } else { 6 } {
-        let layer = [&cache[run % layers * 2 * keys * width..][..2 * keys * width]];
+        let layer = run % layers * 2 * part;
         let rows_of = |head: usize| {
-            [0, 1].map(|part| {
+            [0, 1].map(|side| {
                 if way == Way::Rounded {
-                    let all = &picture[part * keys * width..][..keys * width];
+                    let all = &picture[side * keys * width..][..keys * width];
                     return HeadRows::F32(&all[head * shape.head_dim..], width);
                 }
                 HeadRows::F16(HalfRows {
-                    pages: &layer,
-                    page_rows: keys,
-                    offset: (part * shape.kv_heads + head) * keys * shape.head_dim,
+                    pages: &pages,
+                    page_rows,
+                    offset: layer + (2 * head + side) * page_rows * shape.head_dim,
                     stride: shape.head_dim,
                 })
             })

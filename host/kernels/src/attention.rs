@@ -29,6 +29,10 @@ pub struct AttentionShape {
     pub causal: bool,
 }
 
+/// Heads whose queries go alone through their keys in one task, so that memory is read in longer runs: what a page of 64 positions
+/// has of one head are 24 KiB at the full shape, and between pages lie megabytes.
+const HEADS_ALONE: usize = 4;
+
 /// How queries go through their keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
@@ -66,11 +70,17 @@ pub struct HalfRows<'a> {
 impl<'a> HalfRows<'a> {
     /// Row `index`, so many values of it.
     pub(crate) fn row(&self, index: usize, width: usize) -> &'a [f16] {
+        &self.from(index)[..width]
+    }
+
+    /// Values from row `index` on, of its page.
+    pub(crate) fn from(&self, index: usize) -> &'a [f16] {
         let at = self.offset + index % self.page_rows * self.stride;
-        &self.pages[index / self.page_rows][at..][..width]
+        &self.pages[index / self.page_rows][at..]
     }
 
     /// The first `count` rows, page by page: values from the first of a page on, and how many rows.
+    #[cfg(target_arch = "aarch64")]
     pub(crate) fn runs(self, count: usize) -> impl Iterator<Item = (&'a [f16], usize)> {
         (0..count).step_by(self.page_rows).map(move |first| {
             let page = &self.pages[first / self.page_rows][self.offset..];
@@ -79,6 +89,7 @@ impl<'a> HalfRows<'a> {
     }
 
     /// The first rows, from their first value on, each with its weight.
+    #[cfg(target_arch = "aarch64")]
     #[inline]
     pub(crate) fn weighted(self, weights: &'a [f32]) -> impl Iterator<Item = (&'a [f16], f32)> {
         let rows = self
@@ -133,7 +144,24 @@ pub(crate) struct Head<'a> {
     pub(crate) way: Way,
 }
 
-impl Head<'_> {
+impl<'a> Head<'a> {
+    /// Each with its keys and values, where queries go alone through f16 in pages of equally many rows.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn alone<'b>(heads: &'b [Self]) -> Option<Vec<(&'b Self, [HalfRows<'a>; 2])>> {
+        let parts = |head: &'b Self| match (head.way, head.keys, head.values) {
+            (Way::Alone, HeadRows::F16(keys), HeadRows::F16(values)) => {
+                Some((head, [keys, values]))
+            }
+            _ => None,
+        };
+        let heads: Vec<_> = heads.iter().map(parts).collect::<Option<_>>()?;
+        let page_rows = heads.first()?.1[0].page_rows;
+        let same = |(_, parts): &(_, [HalfRows<'_>; 2])| {
+            parts.iter().all(|part| part.page_rows == page_rows)
+        };
+        heads.iter().all(same).then_some(heads)
+    }
+
     /// Keys that a query sees.
     pub(crate) fn visible(&self, row: usize) -> usize {
         if self.causal {
@@ -172,11 +200,9 @@ pub fn attend(kernel: Kernel, shape: AttentionShape, input: &AttentionInput<'_>,
     }
     let group = shape.heads / shape.kv_heads;
     let out = Disjoint::new(out);
-    // One by one: rayon would stop cutting, and run several in a row while other threads have none.
-    let heads = (0..shape.heads).into_par_iter().with_max_len(1);
-    heads.for_each(|index| {
+    let head = |index: usize| {
         let [keys, values] = (input.key_values)(index / group);
-        let head = Head {
+        Head {
             queries: &input.queries[index * shape.head_dim..],
             stride: input.query_stride,
             rows: input.rows,
@@ -186,10 +212,22 @@ pub fn attend(kernel: Kernel, shape: AttentionShape, input: &AttentionInput<'_>,
             head_dim: shape.head_dim,
             causal: shape.causal,
             way: input.way,
-        };
-        kernel.attend(&head, &mut |row, values| {
-            let at = row * width + index * shape.head_dim;
-            // SAFETY: no other task has this head's columns.
+        }
+    };
+    let together = match input.way {
+        Way::Alone => HEADS_ALONE.min(shape.heads.div_ceil(rayon::current_num_threads())),
+        Way::Tiled | Way::Rounded => 1,
+    };
+    let tasks = shape.heads.div_ceil(together);
+    // One by one: rayon would stop cutting, and run several in a row while other threads have none.
+    (0..tasks).into_par_iter().with_max_len(1).for_each(|task| {
+        let first = task * together;
+        let heads: Vec<_> = (first..shape.heads.min(first + together))
+            .map(head)
+            .collect();
+        kernel.attend(&heads, &mut |index, row, values| {
+            let at = row * width + (first + index) * shape.head_dim;
+            // SAFETY: no other task has these heads' columns.
             let out = unsafe { out.part(at, values.len()) };
             out.copy_from_slice(values);
         });

@@ -147,8 +147,20 @@ impl Kernel {
         }
     }
 
-    /// Attention of one head: `out(row, values)` once for each query.
-    pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
+    /// Attention of some heads of one shape: `out(head, row, values)` once for each query.
+    pub(crate) fn attend(self, heads: &[Head<'_>], out: &mut dyn FnMut(usize, usize, &[f32])) {
+        #[cfg(target_arch = "x86_64")]
+        if let (Self::Avx2(avx2) | Self::Avx512(Avx512 { avx2 }), Some(heads)) =
+            (self, Head::alone(heads))
+        {
+            return avx2.attend_alone(&heads, out);
+        }
+        for (index, head) in heads.iter().enumerate() {
+            self.attend_one(head, &mut |row, values| out(index, row, values));
+        }
+    }
+
+    fn attend_one(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
         match self {
             Self::Scalar => attention::attend_naive(head, out),
             #[cfg(target_arch = "x86_64")]

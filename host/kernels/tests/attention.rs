@@ -123,14 +123,30 @@ fn pages(all: &[f32], heads: usize, head_dim: usize, rows: usize) -> Vec<Vec<f16
     (0..rows).step_by(PAGE_ROWS).map(page).collect()
 }
 
-/// One head whose rows lie one behind the other; as many queries and keys as there are rows of them.
+/// One head; as many queries and keys as there are rows of them. In f16 where queries go alone.
 fn one_head(
     kernel: Kernel,
     (way, causal): (Way, bool),
     head_dim: usize,
     [queries, keys, values]: [&[f32]; 3],
 ) -> Vec<f32> {
-    let rows_of = |_| [keys, values].map(|rows| HeadRows::F32(rows, head_dim));
+    let halves = [keys, values].map(|rows| pages(rows, 1, head_dim, rows.len() / head_dim));
+    let halves = halves
+        .each_ref()
+        .map(|pages| pages.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    let rows_of = |_| {
+        if way == Way::Alone {
+            return halves.each_ref().map(|pages| {
+                HeadRows::F16(HalfRows {
+                    pages,
+                    page_rows: PAGE_ROWS,
+                    offset: 0,
+                    stride: head_dim,
+                })
+            });
+        }
+        [keys, values].map(|rows| HeadRows::F32(rows, head_dim))
+    };
     let input = AttentionInput {
         queries,
         query_stride: head_dim,
@@ -320,6 +336,8 @@ fn keys_that_are_no_numbers_are_not_lost() {
     for (rows, broken) in [
         (1, 3..4),
         (1, 0..64),
+        (1, 24..48),
+        (1, 199..200),
         (8, 195..196),
         (70, 3..4),
         (70, 0..64),

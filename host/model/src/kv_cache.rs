@@ -177,9 +177,13 @@ impl KvCache {
             let at = position % BLOCK_POSITIONS * head_dim;
             let layer = &mut block.values_mut()[layer * self.pool.layer_values()..]
                 [..self.pool.layer_values()];
-            let heads = values[columns - 2 * width..].chunks_exact(head_dim);
-            for (part, values) in layer.chunks_exact_mut(head_values).zip(heads) {
-                part[at..][..head_dim].convert_from_f32_slice(values);
+            let (keys, values) = values[columns - 2 * width..].split_at(width);
+            let heads = keys
+                .chunks_exact(head_dim)
+                .zip(values.chunks_exact(head_dim));
+            for (parts, (keys, values)) in layer.chunks_exact_mut(2 * head_values).zip(heads) {
+                parts[at..][..head_dim].convert_from_f32_slice(keys);
+                parts[head_values + at..][..head_dim].convert_from_f32_slice(values);
             }
         }
     }
@@ -196,8 +200,8 @@ impl KvCache {
         layer: usize,
         head: usize,
     ) -> [HeadRows<'a>; 2] {
-        let keys = layer * self.pool.layer_values() + head * self.pool.head_values();
-        [keys, keys + self.pool.part_values()].map(|offset| {
+        let keys = layer * self.pool.layer_values() + 2 * head * self.pool.head_values();
+        [keys, keys + self.pool.head_values()].map(|offset| {
             HeadRows::F16(HalfRows {
                 pages,
                 page_rows: BLOCK_POSITIONS,

@@ -1,5 +1,6 @@
 //! Attention of one head with AVX2 and FMA. [`crate::attention`] specifies it.
 
+mod alone;
 mod wide;
 
 use std::arch::x86_64::*;
@@ -7,8 +8,8 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::exp2::{LEAST, ONE_BITS, ROUND, TERMS};
-use super::{Avx2, load_f32, prefetch};
-use crate::attention::{HalfRows, Head, HeadRows, Way};
+use super::{Avx2, load_f32};
+use crate::attention::{HalfRows, Head, HeadRows};
 
 /// Queries of a strip and columns of a panel: 6 x 2 registers of sums, 2 of a panel's row, 1 of a query's value.
 const STRIP: usize = 6;
@@ -16,137 +17,32 @@ const LANES: usize = 8;
 const PANEL: usize = 16;
 /// Keys of a tile: with values of 96, both packed tiles are 48 KiB, in the second-level cache.
 const TILE: usize = 64;
-/// Rows of a KV cache ahead that memory is asked for: 3 KiB of 96 columns.
-const AHEAD_ROWS: usize = 16;
 
 impl Avx2 {
     /// `out(row, values)` once for each query.
     pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
-        if head.way == Way::Alone {
+        let see = |strip: &mut Strip, packed: &Packed, visible| {
             // SAFETY: `self` exists, so `detect` saw the features.
-            unsafe { few(head, out) };
-        } else {
-            let see = |strip: &mut Strip, packed: &Packed, visible| {
-                // SAFETY: `self` exists, so `detect` saw the features.
-                unsafe { strip.see(head.head_dim, packed, visible) };
-            };
-            // SAFETY: as above.
-            unsafe { many(head, see, out) };
-        }
+            unsafe { strip.see(head.head_dim, packed, visible) };
+        };
+        // SAFETY: as above.
+        unsafe { many(head, see, out) };
+    }
+
+    /// As [`Self::attend`] of several heads whose keys and values are f16, each query by itself: `out(head, row, values)`.
+    pub(crate) fn attend_alone(
+        self,
+        heads: &[(&Head<'_>, [HalfRows<'_>; 2])],
+        out: &mut dyn FnMut(usize, usize, &[f32]),
+    ) {
+        // SAFETY: `self` exists, so `detect` saw the features.
+        unsafe { alone::attend(heads, out) };
     }
 }
 
 /// Of scores whose softmax is of powers of two.
 fn scale(head: &Head<'_>) -> f32 {
     head.scale() * std::f32::consts::LOG2_E
-}
-
-/// Every query alone.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn few(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
-    let mut mixed = vec![0.0; head.head_dim];
-    let mut query = vec![0.0; head.head_dim];
-    let scale = scale(head);
-    for row in 0..head.rows {
-        for (scaled, value) in query.iter_mut().zip(head.query(row)) {
-            *scaled = value * scale;
-        }
-        let visible = head.visible(row);
-        let mut scores = vec![f32::NEG_INFINITY; visible.next_multiple_of(8)];
-        match head.keys {
-            HeadRows::F32(data, stride) => {
-                for (key, score) in scores[..visible].iter_mut().enumerate() {
-                    *score = dot(&query, &data[key * stride..][..head.head_dim]);
-                }
-            }
-            HeadRows::F16(half) => dots_f16(&query, half, &mut scores[..visible]),
-        }
-        let most = largest(&scores);
-        let sum = weights(&mut scores, most);
-        mixed.fill(0.0);
-        match head.values {
-            HeadRows::F32(data, stride) => {
-                for (key, weight) in scores[..visible].iter().enumerate() {
-                    add(&mut mixed, &data[key * stride..][..head.head_dim], *weight);
-                }
-            }
-            HeadRows::F16(half) => add_f16(&mut mixed, half, &scores[..visible]),
-        }
-        for value in &mut mixed {
-            *value /= sum;
-        }
-        out(row, &mixed);
-    }
-}
-
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [_mm256_setzero_ps(); 4];
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
-    for (index, (a, b)) in a.iter().zip(b).enumerate() {
-        sums[index % 4] = _mm256_fmadd_ps(load_f32(a), load_f32(b), sums[index % 4]);
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    total(sums) + rest
-}
-
-/// Products of a query with the first rows.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn dots_f16(query: &[f32], rows: HalfRows<'_>, mut scores: &mut [f32]) {
-    let mut runs = rows.runs(scores.len()).peekable();
-    while let Some((run, count)) = runs.next() {
-        let next = runs.peek().map(|(run, _)| *run);
-        let (here, behind) = scores.split_at_mut(count);
-        for (key, score) in here.iter_mut().enumerate() {
-            prefetch_row((run, next), key, (count, rows.stride), query.len());
-            *score = dot_f16(query, &run[key * rows.stride..][..query.len()]);
-        }
-        scores = behind;
-    }
-}
-
-/// Asks for the row that is [`AHEAD_ROWS`] behind row `key`, of a run of `count` rows or of the next one. A processor that reads ahead
-/// by itself stops at the end of every page, and begins late on the next.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn prefetch_row(
-    (run, next): (&[f16], Option<&[f16]>),
-    key: usize,
-    (count, stride): (usize, usize),
-    width: usize,
-) {
-    let ahead = key + AHEAD_ROWS;
-    let (run, row) = if ahead < count {
-        (Some(run), ahead)
-    } else {
-        (next, ahead - count)
-    };
-    if let Some(run) = run {
-        let row = run.as_ptr().wrapping_add(row * stride);
-        prefetch(row.cast(), width * size_of::<f16>());
-    }
-}
-
-/// Four sums, and each where the compiler sees which: chosen at run time they would be in memory.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn dot_f16(a: &[f32], b: &[f16]) -> f32 {
-    let mut sums = [_mm256_setzero_ps(); 4];
-    let (a_fours, a) = a.as_chunks::<32>();
-    let (b_fours, b) = b.as_chunks::<32>();
-    for (a, b) in a_fours.iter().zip(b_fours) {
-        let (a, b) = (a.as_chunks::<8>().0, b.as_chunks::<8>().0);
-        for index in 0..4 {
-            sums[index] = _mm256_fmadd_ps(load_f32(&a[index]), load_f16(&b[index]), sums[index]);
-        }
-    }
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
-    for (a, b) in a.iter().zip(b) {
-        sums[0] = _mm256_fmadd_ps(load_f32(a), load_f16(b), sums[0]);
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b.to_f32()).sum();
-    total(sums) + rest
 }
 
 #[target_feature(enable = "avx2,f16c")]
@@ -167,62 +63,6 @@ fn total(sums: [__m256; 4]) -> f32 {
     let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
     let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))
-}
-
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn add(mixed: &mut [f32], row: &[f32], weight: f32) {
-    for (mixed, value) in mixed.iter_mut().zip(row) {
-        *mixed = value.mul_add(weight, *mixed);
-    }
-}
-
-/// The weighted sum of rows.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn add_f16(mixed: &mut [f32], rows: HalfRows<'_>, weights: &[f32]) {
-    let first = add_columns::<12>(mixed, 0, rows, weights);
-    let first = add_columns::<4>(mixed, first, rows, weights);
-    let first = add_columns::<1>(mixed, first, rows, weights);
-    for (column, mixed) in mixed.iter_mut().enumerate().skip(first) {
-        let products = rows
-            .weighted(weights)
-            .map(|(row, weight)| row[column].to_f32() * weight);
-        *mixed = products.sum();
-    }
-}
-
-/// The weighted sum of columns `first..`, N registers of them at a time as long as there are as many; the first column left.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn add_columns<const N: usize>(
-    mixed: &mut [f32],
-    mut first: usize,
-    rows: HalfRows<'_>,
-    weights: &[f32],
-) -> usize {
-    while let Some(mixed) = mixed[first..].as_chunks_mut::<8>().0.first_chunk_mut::<N>() {
-        let mut sums = [_mm256_setzero_ps(); N];
-        let mut weights = weights;
-        let mut runs = rows.runs(weights.len()).peekable();
-        while let Some((run, count)) = runs.next() {
-            let next = runs.peek().map(|(run, _)| &run[first..]);
-            let (here, behind) = weights.split_at(count);
-            for (key, weight) in here.iter().enumerate() {
-                prefetch_row((&run[first..], next), key, (count, rows.stride), 8 * N);
-                let row = run[key * rows.stride + first..].as_chunks::<8>().0;
-                let row: &[_; N] = row.first_chunk().expect("a row is as long as their sum");
-                let weight = _mm256_set1_ps(*weight);
-                for index in 0..N {
-                    sums[index] = _mm256_fmadd_ps(load_f16(&row[index]), weight, sums[index]);
-                }
-            }
-            weights = behind;
-        }
-        for (out, sum) in mixed.iter_mut().zip(sums) {
-            *out = super::store(sum);
-        }
-        first += 8 * N;
-    }
-    first
 }
 
 /// The largest of a multiple of eight scores; which, when one is NaN, does not matter.

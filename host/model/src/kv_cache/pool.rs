@@ -86,12 +86,7 @@ impl KvPool {
 
     /// Values of one layer in a block.
     pub(super) fn layer_values(&self) -> usize {
-        2 * self.part_values()
-    }
-
-    /// Keys of one layer in a block, or values.
-    pub(super) fn part_values(&self) -> usize {
-        self.kv_heads * self.head_values()
+        2 * self.kv_heads * self.head_values()
     }
 
     /// Keys of one head in a block, or values.

@@ -4,7 +4,7 @@ mod rounded;
 
 use std::arch::x86_64::*;
 
-use super::{Line, PANEL, Packed, STRIP, Scores, Strip, TILE, few, many};
+use super::{Line, PANEL, Packed, STRIP, Scores, Strip, TILE, many};
 use crate::attention::{Head, Way};
 use crate::x86_64::Avx512;
 use crate::x86_64::exp2::{LEAST, TERMS};
@@ -16,11 +16,8 @@ const PAIR: usize = 2;
 impl Avx512 {
     /// `out(row, values)` once for each query.
     pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
-        if head.way == Way::Alone {
-            // SAFETY: `self` exists, so `detect` saw the features, AVX2's among them.
-            unsafe { few(head, out) };
-        } else if head.way == Way::Rounded && rounded::takes(head) {
-            // SAFETY: as above.
+        if head.way == Way::Rounded && rounded::takes(head) {
+            // SAFETY: `self` exists, so `detect` saw the features.
             unsafe { rounded::attend(head, out) };
         } else {
             let see = |strip: &mut Strip, packed: &Packed, visible| {
