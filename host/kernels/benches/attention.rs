@@ -42,10 +42,10 @@ fn measure(name: &str, shape: AttentionShape, (rows, keys): (usize, usize), way:
     let queries: Vec<f32> = (0..rows * width)
         .map(|index| (index % 17) as f32 / 17.0 - 0.5)
         .collect();
-    // Several layers' caches, so that none stays in the processor's, in blocks of 64 positions as the model keeps them.
+    // Several layers' caches, so that none stays in the processor's, in blocks of 64 positions, laid out as the model's.
     let layers = if rows == 1 { 32 } else { 2 };
-    let (part, page_rows) = (PAGE_ROWS * width, PAGE_ROWS);
-    let blocks: Vec<Vec<f16>> = (0..keys.div_ceil(page_rows))
+    let part = PAGE_ROWS * width;
+    let blocks: Vec<Vec<f16>> = (0..keys.div_ceil(PAGE_ROWS))
         .map(|_| {
             (0..layers * 2 * part)
                 .map(|index| f16::from_f32((index % 13) as f32 / 13.0 - 0.5))
@@ -69,8 +69,8 @@ fn measure(name: &str, shape: AttentionShape, (rows, keys): (usize, usize), way:
                 }
                 HeadRows::F16(HalfRows {
                     pages: &pages,
-                    page_rows,
-                    offset: layer + (2 * head + side) * page_rows * shape.head_dim,
+                    page_rows: PAGE_ROWS,
+                    offset: layer + (2 * head + side) * PAGE_ROWS * shape.head_dim,
                     stride: shape.head_dim,
                 })
             })

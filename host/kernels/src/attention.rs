@@ -1,4 +1,4 @@
-//! Softmax attention of one head after the other, without a matrix of all scores.
+//! Softmax attention, head by head or a few heads together, without a matrix of all scores.
 //!
 //! ```text
 //! out = softmax(scale * q k^T) v        a causal query sees the keys up to its own position
@@ -6,7 +6,8 @@
 //!
 //! Keys and values are rows of f32 or f16 at any stride, so that a KV cache of either type and a fused projection's output are
 //! read where they lie. `attend_naive` is the specification. Queries of a prompt run against a tile of keys at a time
-//! with a running maximum (online softmax; Dao et al., FlashAttention, 2022); a query that decodes reads keys and values once.
+//! with a running maximum (online softmax; Dao et al., FlashAttention, 2022); a query that decodes reads keys and values once, on
+//! x86-64 so, too.
 
 #![expect(unsafe_code, reason = "threads write the columns of their heads")]
 
@@ -36,7 +37,7 @@ const HEADS_ALONE: usize = 4;
 /// How queries go through their keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// Each reads all of its keys by itself: decoding.
+    /// Each reads all of its keys by itself: decoding. Of f16; f32 may be the same as [`Self::Tiled`].
     Alone,
     /// They share tiles of keys: a prompt.
     Tiled,
@@ -145,7 +146,7 @@ pub(crate) struct Head<'a> {
 }
 
 impl<'a> Head<'a> {
-    /// Each with its keys and values, where queries go alone through f16 in pages of equally many rows.
+    /// Each with its keys and values, where queries go alone through f16.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn alone<'b>(heads: &'b [Self]) -> Option<Vec<(&'b Self, [HalfRows<'a>; 2])>> {
         let parts = |head: &'b Self| match (head.way, head.keys, head.values) {
@@ -154,12 +155,7 @@ impl<'a> Head<'a> {
             }
             _ => None,
         };
-        let heads: Vec<_> = heads.iter().map(parts).collect::<Option<_>>()?;
-        let page_rows = heads.first()?.1[0].page_rows;
-        let same = |(_, parts): &(_, [HalfRows<'_>; 2])| {
-            parts.iter().all(|part| part.page_rows == page_rows)
-        };
-        heads.iter().all(same).then_some(heads)
+        heads.iter().map(parts).collect()
     }
 
     /// Keys that a query sees.
@@ -215,7 +211,10 @@ pub fn attend(kernel: Kernel, shape: AttentionShape, input: &AttentionInput<'_>,
         }
     };
     let together = match input.way {
-        Way::Alone => HEADS_ALONE.min(shape.heads.div_ceil(rayon::current_num_threads())),
+        Way::Alone => {
+            let share = shape.heads.div_ceil(rayon::current_num_threads());
+            share.div_ceil(share.div_ceil(HEADS_ALONE)) // tasks of even length
+        }
         Way::Tiled | Way::Rounded => 1,
     };
     let tasks = shape.heads.div_ceil(together);

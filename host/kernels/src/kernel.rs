@@ -65,7 +65,8 @@ impl Kernel {
     #[cfg(target_arch = "x86_64")]
     fn is_right(&self) -> bool {
         // Few rows, and tiles of every height; and rows as long as there is a way of their own for.
-        self.multiplies(2 * BLOCK, 2 * TILE_ROWS) && self.multiplies(128 * BLOCK, FEW_ROWS)
+        self.multiplies(2 * BLOCK, 2 * TILE_ROWS)
+            && self.multiplies(crate::x86_64::LONG_COLUMNS, FEW_ROWS)
     }
 
     /// Whether products of up to so many rows of so many columns are the specification's.

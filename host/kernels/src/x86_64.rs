@@ -14,6 +14,10 @@ mod wide;
 
 use std::arch::x86_64::*;
 
+/// Rows of weights of so many columns, or a multiple, all begin at the same place of the first-level cache: 4 KiB of codes, after
+/// which the places of 32 KiB repeat, eight each.
+pub(crate) const LONG_COLUMNS: usize = 8192;
+
 /// Proof that this processor has AVX2, FMA and F16C: only `detect` makes one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Avx2(());
@@ -45,18 +49,20 @@ impl Avx512 {
 /// Asks for the cache lines of some bytes, which need not be there.
 #[inline]
 pub(crate) fn prefetch(start: *const u8, bytes: usize) {
-    for offset in (0..bytes).step_by(64) {
-        // SAFETY: every x86-64 has SSE, and where nothing is, nothing comes.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(offset).cast()) };
-    }
+    prefetch_into::<_MM_HINT_T0>(start, bytes);
 }
 
 /// The same into the second-level cache: for what is needed so much later that the first would not hold it any more.
 #[inline]
 pub(crate) fn prefetch_far(start: *const u8, bytes: usize) {
+    prefetch_into::<_MM_HINT_T1>(start, bytes);
+}
+
+#[inline]
+fn prefetch_into<const HINT: i32>(start: *const u8, bytes: usize) {
     for offset in (0..bytes).step_by(64) {
-        // SAFETY: as above.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(offset).cast()) };
+        // SAFETY: every x86-64 has SSE, and where nothing is, nothing comes.
+        unsafe { _mm_prefetch::<HINT>(start.wrapping_add(offset).cast()) };
     }
 }
 

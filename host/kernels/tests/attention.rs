@@ -16,10 +16,11 @@ struct Case {
     rows: usize,
     keys: usize,
     way: Way,
+    page_rows: usize,
 }
 
-/// Rows that a page of f16 holds: neither one nor a tile's.
-const PAGE_ROWS: usize = 24;
+/// Rows that a page of f16 holds: neither one nor a tile's; what the KV cache has; more than a tile.
+const PAGE_ROWS: [usize; 3] = [24, 64, 100];
 
 fn numbers(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed;
@@ -34,7 +35,7 @@ fn numbers(count: usize, seed: u64) -> Vec<f32> {
 }
 
 impl Case {
-    /// Keys and values as they are kept: f32 with all heads side by side in a row, (keys, kv_heads * head_dim + 5), f16 as pages (kv_heads, PAGE_ROWS, head_dim).
+    /// Keys and values as they are kept: f32 with all heads side by side in a row, (keys, kv_heads * head_dim + 5), f16 as pages (kv_heads, page_rows, head_dim).
     fn run(&self, kernel: Kernel, half: bool, size: f32) -> Vec<f32> {
         self.run_rows(kernel, half, size, 0..self.rows)
     }
@@ -56,7 +57,7 @@ impl Case {
         let stored = [2, 3].map(|seed| numbers(kv_heads * capacity, seed));
         let pages16 = stored
             .each_ref()
-            .map(|all| pages(all, kv_heads, head_dim, self.keys));
+            .map(|all| pages(all, self.page_rows, (kv_heads, head_dim), self.keys));
         let pages16 = pages16
             .each_ref()
             .map(|pages| pages.iter().map(Vec::as_slice).collect::<Vec<_>>());
@@ -68,8 +69,8 @@ impl Case {
                 if half {
                     HeadRows::F16(HalfRows {
                         pages: &pages16[part],
-                        page_rows: PAGE_ROWS,
-                        offset: head * PAGE_ROWS * head_dim,
+                        page_rows: self.page_rows,
+                        offset: head * self.page_rows * head_dim,
                         stride: head_dim,
                     })
                 } else {
@@ -107,20 +108,25 @@ fn side_by_side(all: &[f32], heads: usize, head_dim: usize, rows: usize) -> Vec<
 }
 
 /// The first rows of every head in pages, the last one's rest NaN.
-fn pages(all: &[f32], heads: usize, head_dim: usize, rows: usize) -> Vec<Vec<f16>> {
+fn pages(
+    all: &[f32],
+    page_rows: usize,
+    (heads, head_dim): (usize, usize),
+    rows: usize,
+) -> Vec<Vec<f16>> {
     let capacity = all.len() / heads;
     let page = |first: usize| {
-        let mut page = vec![f16::NAN; heads * PAGE_ROWS * head_dim];
+        let mut page = vec![f16::NAN; heads * page_rows * head_dim];
         for head in 0..heads {
-            let count = PAGE_ROWS.min(rows - first) * head_dim;
+            let count = page_rows.min(rows - first) * head_dim;
             let from = &all[head * capacity + first * head_dim..][..count];
-            for (to, from) in page[head * PAGE_ROWS * head_dim..].iter_mut().zip(from) {
+            for (to, from) in page[head * page_rows * head_dim..].iter_mut().zip(from) {
                 *to = f16::from_f32(*from);
             }
         }
         page
     };
-    (0..rows).step_by(PAGE_ROWS).map(page).collect()
+    (0..rows).step_by(page_rows).map(page).collect()
 }
 
 /// One head; as many queries and keys as there are rows of them. In f16 where queries go alone.
@@ -130,7 +136,8 @@ fn one_head(
     head_dim: usize,
     [queries, keys, values]: [&[f32]; 3],
 ) -> Vec<f32> {
-    let halves = [keys, values].map(|rows| pages(rows, 1, head_dim, rows.len() / head_dim));
+    let halves =
+        [keys, values].map(|rows| pages(rows, PAGE_ROWS[0], (1, head_dim), rows.len() / head_dim));
     let halves = halves
         .each_ref()
         .map(|pages| pages.iter().map(Vec::as_slice).collect::<Vec<_>>());
@@ -139,7 +146,7 @@ fn one_head(
             return halves.each_ref().map(|pages| {
                 HeadRows::F16(HalfRows {
                     pages,
-                    page_rows: PAGE_ROWS,
+                    page_rows: PAGE_ROWS[0],
                     offset: 0,
                     stride: head_dim,
                 })
@@ -178,6 +185,7 @@ fn every_kernel_attends_as_the_specification_does() {
         (1, 1, 21),
         (1, 1, 160),
         (2, 2, 100),
+        (33, 11, 8), // several heads a task, on up to ten threads
     ] {
         for causal in [false, true] {
             for (rows, keys) in [
@@ -191,7 +199,12 @@ fn every_kernel_attends_as_the_specification_does() {
                 (64, 64),
                 (70, 257),
             ] {
-                for way in [Way::Alone, Way::Tiled, Way::Rounded] {
+                // Longer pages where few queries see more than a shorter one has.
+                let longer = rows <= 7 && keys > PAGE_ROWS[0];
+                let alone = PAGE_ROWS.map(|page_rows| (Way::Alone, page_rows));
+                let alone = alone.into_iter().take(if longer { 3 } else { 1 });
+                let others = [Way::Tiled, Way::Rounded].map(|way| (way, PAGE_ROWS[0]));
+                for (way, page_rows) in alone.chain(others) {
                     check(&Case {
                         shape: AttentionShape {
                             heads,
@@ -202,6 +215,7 @@ fn every_kernel_attends_as_the_specification_does() {
                         rows,
                         keys,
                         way,
+                        page_rows,
                     });
                 }
             }
@@ -220,7 +234,7 @@ fn check(case: &Case) {
     let Case {
         shape, rows, keys, ..
     } = case;
-    for (half, size) in [(false, 1.0), (true, 1.0), (false, 40.0)] {
+    for (half, size) in [(false, 1.0), (true, 1.0), (false, 40.0), (true, 40.0)] {
         let may_round = case.way == Way::Rounded
             && !shape.causal
             && shape.head_dim.is_multiple_of(2)
@@ -272,6 +286,7 @@ fn a_query_gives_the_same_alone_and_among_others() {
         rows: 150,
         keys: 190,
         way,
+        page_rows: PAGE_ROWS[1],
     };
     for kernel in kernels() {
         let mut picture = case(Way::Rounded);
@@ -303,7 +318,11 @@ fn a_query_gives_the_same_alone_and_among_others() {
 
 #[test]
 fn what_is_not_finite_stays_so() {
-    for (causal, way) in [(true, Way::Tiled), (false, Way::Rounded)] {
+    for (causal, way, half) in [
+        (true, Way::Tiled, false),
+        (false, Way::Rounded, false),
+        (true, Way::Alone, true),
+    ] {
         let case = Case {
             shape: AttentionShape {
                 heads: 1,
@@ -314,15 +333,46 @@ fn what_is_not_finite_stays_so() {
             rows: 8,
             keys: 8,
             way,
+            page_rows: PAGE_ROWS[0],
         };
         for kernel in kernels() {
             for size in [f32::NAN, f32::INFINITY] {
-                let out = case.run(kernel, false, size);
+                let out = case.run(kernel, half, size);
                 assert!(
                     out.iter().all(|value| value.is_nan()),
                     "{} {way:?} {size}",
                     kernel.name()
                 );
+            }
+        }
+    }
+}
+
+/// A first page, and more, of keys that weigh nothing at all.
+#[test]
+fn scores_of_minus_infinity_weigh_nothing() {
+    const DIM: usize = 16;
+    let mut query = numbers(DIM, 1);
+    query[0] = 1.0;
+    let values = numbers(200 * DIM, 2);
+    for blind in [1, PAGE_ROWS[0], PAGE_ROWS[0] + 3, 199] {
+        let mut keys = numbers(200 * DIM, 3);
+        for key in keys.chunks_exact_mut(DIM).take(blind) {
+            key.fill(0.0);
+            key[0] = f32::NEG_INFINITY;
+        }
+        for way in [Way::Alone, Way::Tiled] {
+            let out = |kernel| one_head(kernel, (way, true), DIM, [&query, &keys, &values]);
+            let want = out(Kernel::Scalar);
+            assert!(want.iter().all(|value| value.is_finite()));
+            for kernel in kernels() {
+                for (got, want) in out(kernel).iter().zip(&want) {
+                    assert!(
+                        (got - want).abs() < TOLERANCE,
+                        "{} {way:?} {blind}: {got} {want}",
+                        kernel.name()
+                    );
+                }
             }
         }
     }

@@ -8,7 +8,7 @@ pub enum ModelError {
     /// `keep_going` answered false; nothing is wrong with the model.
     #[error("cancelled")]
     Cancelled,
-    /// As many KV blocks as may be are in use.
+    /// As many KV blocks as may be are in use, or the system has no memory for one more, which the log says then.
     #[error("all {blocks_max} blocks of the KV cache are in use")]
     KvFull {
         /// The limit.

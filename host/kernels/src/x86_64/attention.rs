@@ -55,11 +55,7 @@ fn load_f16(values: &[f16; 8]) -> __m256 {
 
 #[target_feature(enable = "avx2")]
 #[inline]
-fn total(sums: [__m256; 4]) -> f32 {
-    let sum = _mm256_add_ps(
-        _mm256_add_ps(sums[0], sums[1]),
-        _mm256_add_ps(sums[2], sums[3]),
-    );
+fn total(sum: __m256) -> f32 {
     let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
     let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))
@@ -91,12 +87,7 @@ fn weights(scores: &mut [f32], most: f32) -> f32 {
         *eight = super::store(weight);
         sum = _mm256_add_ps(sum, weight);
     }
-    total([
-        sum,
-        _mm256_setzero_ps(),
-        _mm256_setzero_ps(),
-        _mm256_setzero_ps(),
-    ])
+    total(sum)
 }
 
 /// `2^x` for x up to 0, within 2e-7 of itself; 0 below -126.

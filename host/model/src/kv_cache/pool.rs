@@ -117,14 +117,16 @@ impl KvPool {
         self.blocks_used
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, below)
             .map_err(|_| ModelError::KvFull { blocks_max })?;
-        // Counted from here on, whether there is memory for it or not.
+        // Counted until it is dropped.
         let mut block = KvBlock {
             values: None,
             blocks_used: Arc::clone(&self.blocks_used),
         };
         if self.has_values {
+            let bytes = self.block_bytes();
             let pages = self
                 .pages()
+                .inspect_err(|error| tracing::warn!(%error, bytes, "no memory for a KV block"))
                 .map_err(|_| ModelError::KvFull { blocks_max })?;
             block.values = Some(pages);
         }

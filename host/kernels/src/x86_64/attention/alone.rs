@@ -34,7 +34,10 @@ struct Rows<'a> {
     stride: usize,
 }
 
-/// `out(head, row, values)` once for each query of heads that have pages of equally many rows.
+/// `out(head, row, values)` once for each query.
+///
+/// # Panics
+/// When pages of keys and values do not have equally many rows.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn attend(
     heads: &[(&Head<'_>, [HalfRows<'_>; 2])],
@@ -44,6 +47,11 @@ pub(super) fn attend(
         return;
     };
     let (count, page_rows) = (head.count, keys.page_rows);
+    let mut parts = heads.iter().flat_map(|(_, parts)| parts);
+    assert!(
+        parts.all(|part| part.page_rows == page_rows),
+        "pages of one length"
+    );
     let mut gathered: Vec<Vec<_>> = heads
         .iter()
         .map(|(head, _)| (0..head.rows).map(|row| Gathered::new(head, row)).collect())
@@ -105,7 +113,7 @@ impl Gathered {
         let scores = &mut scores[..keys.count.next_multiple_of(LANES)];
         let most = largest(scores).max(self.most);
         if most == f32::NEG_INFINITY && !scores.iter().any(|score| score.is_nan()) {
-            return; // nothing that weighs anything yet
+            return; // nothing that weighs anything yet, whatever its values are
         }
         let shrink = if most == self.most {
             1.0

@@ -1,5 +1,5 @@
-//! The products with AVX-512 VNNI: a register holds sixteen rows of weights, what AVX2 calls a pair of panels, and one `vpdpbusd`
-//! multiplies four columns of each with four activations, sums and all, in 32 bits.
+//! The products with AVX-512 VNNI: a register holds sixteen rows of weights (a few long rows go a way of their own), what AVX2
+//! calls a pair of panels, and one `vpdpbusd` multiplies four columns of each with four activations, sums and all, in 32 bits.
 
 mod few;
 mod many;
@@ -123,7 +123,7 @@ fn widen_two(two: __m512i, scale_type: ScaleType) -> [__m512; 2] {
 }
 
 /// A block of N rows of activations. Few rows are read from where they lie close together: of tiles, of five rows each, one of
-/// 8192 columns takes 46 KB, more than a first-level cache of 32 KiB has.
+/// 3072 columns takes 17 KB, half of a first-level cache.
 #[derive(Clone, Copy)]
 enum Block<'a, const N: usize> {
     Few(&'a [Eight; N], usize),

@@ -13,7 +13,7 @@ use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL};
 use crate::x86_64::product::TILE_PANELS;
 use crate::x86_64::wide::LANES;
-use crate::x86_64::{prefetch_far, store};
+use crate::x86_64::{LONG_COLUMNS, prefetch_far, store};
 
 /// Rows of weights whose dot products are gathered.
 const ROWS: usize = TILE_PANELS * PANEL;
@@ -24,12 +24,10 @@ type Sixteen = [[u8; PAIR_BYTES]; LANES / 2];
 /// How far ahead of a row's codes memory is asked for, into the second-level cache: of 2 to 32 KiB the fastest, and into the first
 /// level none was faster than not to ask.
 const AHEAD_BYTES: usize = 8192;
-/// Places of the first-level cache repeat after so many bytes: of 32 KiB, eight each.
-const PLACES_BYTES: usize = 4096;
 
 /// Whether rows of so many blocks share their places in the first-level cache. They are whole registers, too.
 pub(super) fn takes(blocks: usize) -> bool {
-    (blocks * BLOCK / 2).is_multiple_of(PLACES_BYTES)
+    (blocks * BLOCK).is_multiple_of(LONG_COLUMNS)
 }
 
 /// Activations of two blocks: of their even columns, and of their odd ones.
