@@ -181,15 +181,23 @@ fn several_rows<const N: usize>(
                 values[row] = accumulate(values[row], dots[row], *lines, x.scale_and_sum(row));
             }
         }
-        for (row, value) in values.into_iter().enumerate() {
-            let [low, high] = halves(value);
-            let count = TILE_PANELS.min(panels.end - first);
-            out(
-                first - panels.start,
-                row,
-                &[store(low), store(high)][..count],
-            );
-        }
+        hand_over(values, (&panels, first), out);
+    }
+}
+
+/// Hands over what each row of `x` gives with the pair of panels that begins at `first`: the last pair may be one panel.
+#[target_feature(enable = "avx512f,avx2")]
+#[inline]
+fn hand_over<const N: usize>(
+    values: [__m512; N],
+    (panels, first): (&Range<usize>, usize),
+    out: Out<'_>,
+) {
+    let count = TILE_PANELS.min(panels.end - first);
+    for (row, value) in values.into_iter().enumerate() {
+        let [low, high] = halves(value);
+        let both = [store(low), store(high)];
+        out(first - panels.start, row, &both[..count]);
     }
 }
 

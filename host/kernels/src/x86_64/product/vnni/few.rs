@@ -7,13 +7,13 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Pair, accumulate, halves, transpose_quarters, unpacked};
+use super::{Pair, accumulate, hand_over, transpose_quarters, unpacked};
 use crate::activations::{BLOCK, Eight, QuantizedRows};
 use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL};
 use crate::x86_64::product::TILE_PANELS;
 use crate::x86_64::wide::LANES;
-use crate::x86_64::{LONG_COLUMNS, prefetch_far, store};
+use crate::x86_64::{LONG_COLUMNS, prefetch_far};
 
 /// Rows of weights whose dot products are gathered.
 const ROWS: usize = TILE_PANELS * PANEL;
@@ -75,15 +75,7 @@ pub(super) fn few_rows<const N: usize>(
                 }
             }
         }
-        for (row, value) in values.into_iter().enumerate() {
-            let [low, high] = halves(value);
-            let count = TILE_PANELS.min(panels.end - first);
-            out(
-                first - panels.start,
-                row,
-                &[store(low), store(high)][..count],
-            );
-        }
+        hand_over(values, (&panels, first), out);
     }
 }
 
