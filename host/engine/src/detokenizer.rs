@@ -2,22 +2,19 @@
 //!
 //! A text token's piece is settled at once. Byte tokens are held until their run ends, because one
 //! wrong byte changes how the whole run decodes; what the run reads so far is tentative. The
-//! tokenizer strips the first space of a text, so a piece is decoded behind the text token before
+//! tokenizer strips the first space of a text, so a run is decoded behind the text token before
 //! it and that token's own text is cut off.
 
 use std::sync::Arc;
 
 use visor_model::{TokenKind, Tokenizer};
 
-/// A text that is one piece of every vocabulary: what stands behind it keeps its first space.
-const BEFORE: &str = "a";
-
 pub(crate) struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
-    /// The last text token, if any, then the run of byte tokens since.
+    /// The last text token, or whatever stands for it, then the run of byte tokens since.
     window: Vec<u32>,
-    /// Length of the first token's own text, bytes; 0 while there is no text token.
-    anchor_bytes: usize,
+    /// Tokens at the beginning of the window that are told already; 0 while there is no text.
+    told: usize,
     /// The run as bytes.
     run: Vec<u8>,
 }
@@ -25,37 +22,38 @@ pub(crate) struct Detokenizer {
 impl Detokenizer {
     /// `continues` a text that came before: its first space is kept.
     pub(crate) fn new(tokenizer: Arc<Tokenizer>, continues: bool) -> Self {
-        let (window, anchor_bytes) = if continues {
-            before(&tokenizer)
+        let window = if continues {
+            tokenizer.before().0
         } else {
-            (Vec::new(), 0)
+            Vec::new()
         };
         Self {
             tokenizer,
+            told: window.len(),
             window,
-            anchor_bytes,
             run: Vec::new(),
         }
     }
 
     /// Takes a token; the text that is settled by it.
     pub(crate) fn push(&mut self, token: u32) -> String {
-        match self.tokenizer.kind(token) {
-            TokenKind::Skipped => String::new(),
+        let settled = match self.tokenizer.kind(token) {
+            TokenKind::Skipped => return String::new(),
             TokenKind::Byte(byte) => {
                 self.window.push(token);
-                self.run.push(byte);
-                String::new()
+                self.run.push(*byte);
+                return String::new();
             }
-            TokenKind::Text => {
+            TokenKind::Text(text) if self.run.is_empty() && self.told > 0 => text.to_string(),
+            TokenKind::Text(_) => {
                 self.window.push(token);
-                let settled = self.settle();
-                self.window.clear();
-                self.window.push(token);
-                self.anchor_bytes = self.tokenizer.decode(&self.window, true).len();
-                settled
+                self.settle()
             }
-        }
+        };
+        self.window.clear();
+        self.window.push(token);
+        self.told = 1;
+        settled
     }
 
     /// What the open run reads so far: its whole characters, if none of its bytes is wrong.
@@ -75,25 +73,19 @@ impl Detokenizer {
     pub(crate) fn finish(&mut self) -> String {
         let settled = self.settle();
         self.window.clear();
-        self.anchor_bytes = 0;
+        self.told = 0;
         settled
     }
 
-    /// The text of the window behind its anchor.
+    /// The text of the window behind what is told.
     fn settle(&mut self) -> String {
         self.run.clear();
+        let told = self.tokenizer.decode(&self.window[..self.told], true);
         let mut text = self.tokenizer.decode(&self.window, true);
-        // `get` for a tokenizer whose decoder is none of ours; Phi-3's always has the anchor first.
-        let settled = text.get(self.anchor_bytes..).map(str::to_string);
+        // `get` for a tokenizer whose decoder is none of ours; Phi-3's always has what is told first.
+        let settled = text.get(told.len()..).map(str::to_string);
         settled.unwrap_or_else(|| std::mem::take(&mut text))
     }
-}
-
-/// A text token to stand before others, and the length of its own text in bytes.
-pub(crate) fn before(tokenizer: &Tokenizer) -> (Vec<u32>, usize) {
-    let ids = tokenizer.encode_text(BEFORE);
-    let bytes = tokenizer.decode(&ids, true).len();
-    (ids, bytes)
 }
 
 #[cfg(test)]

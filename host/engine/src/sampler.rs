@@ -151,6 +151,15 @@ pub(crate) fn check(logits: &[f32]) -> Result<(), SamplerError> {
     if logits.is_empty() {
         return Err(SamplerError::Empty);
     }
+    // Without a branch for each, many are looked at together.
+    let is_finite = |lanes: &[f32]| {
+        lanes
+            .iter()
+            .fold(true, |all, logit| all & logit.is_finite())
+    };
+    if logits.chunks(LANES).all(is_finite) {
+        return Ok(());
+    }
     match logits.iter().position(|logit| !logit.is_finite()) {
         None => Ok(()),
         Some(index) => Err(SamplerError::NotFinite {
@@ -160,16 +169,21 @@ pub(crate) fn check(logits: &[f32]) -> Result<(), SamplerError> {
     }
 }
 
+/// Logits that are compared side by side.
+const LANES: usize = 64;
+
 /// The largest logit, the lowest id of equals. Not candle's argmax, which promises no order.
 fn likeliest(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = id;
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for some in logits.chunks(LANES) {
+        for (lane, logit) in lanes.iter_mut().zip(some) {
+            *lane = if *logit > *lane { *logit } else { *lane };
         }
     }
-    // A vocabulary is counted in u32.
-    best as u32
+    let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let id = logits.iter().position(|logit| *logit == largest);
+    // A vocabulary is counted in u32; where all are impossible the first is as good as any.
+    id.unwrap_or(0) as u32
 }
 
 /// The standard library's per-process randomness, hashed; a seed needs to differ, not to be secret.
@@ -214,6 +228,24 @@ mod tests {
             ..warm(1)
         };
         assert_eq!(draw(tiny, &logits, 3), [1, 1, 1]);
+    }
+
+    #[test]
+    fn the_likeliest_is_found_wherever_it_is() {
+        for count in [1, 63, 64, 65, 200, 1000] {
+            for at in 0..count {
+                let mut logits = vec![-1.5; count];
+                logits[at] = -0.5;
+                logits[count - 1] = -0.5;
+                assert_eq!(likeliest(&logits) as usize, at, "of {count}");
+                assert!(check(&logits).is_ok());
+                logits[at] = f32::NAN;
+                let error = check(&logits).unwrap_err().to_string();
+                assert!(error.contains(&format!("logit {at} ")), "{error}");
+            }
+            let impossible = vec![f32::NEG_INFINITY; count];
+            assert_eq!(likeliest(&impossible), 0);
+        }
     }
 
     #[test]

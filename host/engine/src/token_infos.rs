@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use visor_model::{TokenKind, Tokenizer};
 
-use crate::detokenizer::before;
 use crate::request::{TokenChance, TokenInfo};
 use crate::sampler::Sampled;
 
@@ -40,7 +39,7 @@ impl TokenInfos {
         let Some(chances) = sampled.chances else {
             return;
         };
-        if self.tokenizer.kind(sampled.token) == TokenKind::Skipped {
+        if *self.tokenizer.kind(sampled.token) == TokenKind::Skipped {
             return;
         }
         let chance = |token: u32, logprob: f32| TokenChance {
@@ -79,18 +78,10 @@ impl TokenInfos {
     /// What a token would add to the text here. The decoder strips the first space of a text.
     fn bytes_of(&self, token: u32) -> Vec<u8> {
         match self.tokenizer.kind(token) {
-            TokenKind::Byte(byte) => vec![byte],
+            TokenKind::Byte(byte) => vec![*byte],
             TokenKind::Skipped => self.tokenizer.decode(&[token], false).into_bytes(),
-            TokenKind::Text if !self.begun => self.tokenizer.decode(&[token], true).into_bytes(),
-            TokenKind::Text => {
-                let (mut ids, anchor_bytes) = before(&self.tokenizer);
-                ids.push(token);
-                let text = self.tokenizer.decode(&ids, true);
-                text.as_bytes()
-                    .get(anchor_bytes..)
-                    .unwrap_or_default()
-                    .to_vec()
-            }
+            TokenKind::Text(text) if self.begun => text.as_bytes().to_vec(),
+            TokenKind::Text(_) => self.tokenizer.decode(&[token], true).into_bytes(),
         }
     }
 }

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 pub use assemble::{Prompt, PromptPart};
+use kind::Kinds;
 pub use kind::TokenKind;
 
 use crate::ModelError;
@@ -29,6 +30,7 @@ pub struct Tokenizer {
     control_tokens: HashMap<String, ControlToken>,
     bos: u32,
     vocab_size: u32,
+    kinds: Kinds,
     /// Longest piece of the vocabulary; no token covers more of a text.
     piece_bytes_max: usize,
 }
@@ -99,11 +101,11 @@ impl Tokenizer {
         text_only
             .encode_fast("a \u{10fffd}", false)
             .map_err(|error| format!("it cannot encode every text: {error}"))?;
+        let last = vocabulary.values().max();
+        let vocab_size = last.map_or(0, |id| id.saturating_add(1));
         Ok(Self {
-            vocab_size: vocabulary
-                .values()
-                .max()
-                .map_or(0, |id| id.saturating_add(1)),
+            vocab_size,
+            kinds: Kinds::new(vocab_size),
             piece_bytes_max: vocabulary.keys().map(String::len).max().unwrap_or(1),
             with_control,
             text_only,

@@ -12,6 +12,10 @@ use crate::options::{Role, SandboxOptions};
 
 /// One tick of the deadline clock.
 const TICK: Duration = Duration::from_millis(1);
+/// Where no call runs, the clock looks for one this often, so much later a deadline may come; and falls asleep when it has seen none
+/// so many times: to wake it takes as long as a token's whole way to the client, and tokens follow each other.
+const GLANCE: Duration = Duration::from_millis(10);
+const GLANCES_MAX: u32 = 100;
 /// Core instances, tables and memories of one component: a Rust guest has three, two and one, what
 /// is composed of two of them twice that. The pool has as many for every instance that may live, so
 /// that no plugin takes what others need; tables and memories reserve address space.
@@ -94,8 +98,13 @@ pub(crate) struct Ticker {
     thread: Option<JoinHandle<()>>,
 }
 
+#[derive(Default)]
 struct TickerState {
     running_calls: AtomicUsize,
+    /// Calls ran since it was last looked at.
+    any_ran: AtomicBool,
+    /// The next call has to wake it.
+    sleeps: AtomicBool,
     stop: AtomicBool,
 }
 
@@ -105,10 +114,7 @@ pub(crate) struct Ticking<'a>(&'a Ticker);
 impl Ticker {
     pub(crate) fn start(engine: Engine) -> Result<Self, SandboxError> {
         let name = "plugin-clock";
-        let state = Arc::new(TickerState {
-            running_calls: AtomicUsize::new(0),
-            stop: AtomicBool::new(false),
-        });
+        let state = Arc::new(TickerState::default());
         let seen = Arc::clone(&state);
         let thread = thread::Builder::new()
             .name(name.to_owned())
@@ -121,7 +127,9 @@ impl Ticker {
     }
 
     pub(crate) fn run(&self) -> Ticking<'_> {
-        if self.state.running_calls.fetch_add(1, Ordering::SeqCst) == 0 {
+        self.state.running_calls.fetch_add(1, Ordering::SeqCst);
+        // Either it is seen to sleep here, or the call is seen before it does.
+        if self.state.sleeps.load(Ordering::SeqCst) {
             self.unpark();
         }
         Ticking(self)
@@ -135,18 +143,33 @@ impl Ticker {
 }
 
 fn tick(engine: &Engine, state: &TickerState) {
+    let mut glances = 0;
     while !state.stop.load(Ordering::SeqCst) {
-        if state.running_calls.load(Ordering::SeqCst) == 0 {
-            thread::park(); // An unpark between the look and this line makes it return at once.
-        } else {
+        if state.running_calls.load(Ordering::SeqCst) > 0 {
+            glances = 0;
             thread::sleep(TICK);
             engine.increment_epoch();
+            continue;
         }
+        if state.any_ran.swap(false, Ordering::Relaxed) {
+            glances = 0;
+        }
+        if glances < GLANCES_MAX {
+            glances += 1;
+            thread::sleep(GLANCE);
+            continue;
+        }
+        state.sleeps.store(true, Ordering::SeqCst);
+        if state.running_calls.load(Ordering::SeqCst) == 0 {
+            thread::park(); // An unpark between the look and this line makes it return at once.
+        }
+        state.sleeps.store(false, Ordering::SeqCst);
     }
 }
 
 impl Drop for Ticking<'_> {
     fn drop(&mut self) {
+        self.0.state.any_ran.store(true, Ordering::Relaxed);
         self.0.state.running_calls.fetch_sub(1, Ordering::SeqCst);
     }
 }

@@ -38,6 +38,8 @@ const PACE: Duration = Duration::from_millis(2);
 const WOKEN: usize = 2;
 /// Times that threads are woken for nothing, to know what that takes.
 const WAKES: usize = 500;
+/// A token on its way to the client.
+const TOKEN_BYTES: usize = 219;
 /// What may be added to a request of one token, and to each token of a stream that never waits. How long a token travels alone is told
 /// and not judged, beside what waking [`WOKEN`] threads takes: that is the system's, and so is how cold everything is after [`PACE`].
 const REQUEST_MAX: Duration = Duration::from_millis(1);
@@ -361,6 +363,38 @@ fn wakes(count: usize, what: &str) {
     tell(what, hearing.join().unwrap());
 }
 
+/// What the system takes for a token that travels alone, were there nothing to do for it: the thread is woken that writes it.
+fn bare() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    client.set_nonblocking(true).unwrap();
+    let mut socket = listener.accept().unwrap().0;
+    socket.set_nodelay(true).unwrap();
+    let (say, said) = channel::<[u8; TOKEN_BYTES]>();
+    thread::spawn(move || said.iter().try_for_each(|token| socket.write_all(&token)));
+    let (tell_said, told) = channel();
+    thread::spawn(move || {
+        for _ in 0..WAKES {
+            thread::sleep(PACE);
+            tell_said.send(Instant::now()).unwrap();
+            say.send([0; TOKEN_BYTES]).unwrap();
+        }
+    });
+    let mut piece = [0; TOKEN_BYTES];
+    let mut hear = || {
+        while client.read_exact(&mut piece).is_err() {
+            spin_loop();
+        }
+        let heard = Instant::now();
+        heard - told.recv().unwrap()
+    };
+    let times = (0..WAKES).map(|_| hear()).collect();
+    tell(
+        "waking a thread that writes as much, read without a wake",
+        times,
+    );
+}
+
 /// A stream of a model that takes no time: what a token costs when the next one is there already.
 fn flood(client: &mut Client, script: &Script) -> Duration {
     *script.pace.lock().unwrap() = Duration::ZERO;
@@ -400,6 +434,7 @@ fn main() -> ExitCode {
     sleepless.stay_awake();
     let what = "token of the model to the socket, alone: read without a wake";
     tokens(&mut sleepless, &script, what);
+    bare();
     wakes(1, "waking a thread that waits");
     wakes(WOKEN, "waking two, one by the other");
     let token = flood(&mut client, &script);

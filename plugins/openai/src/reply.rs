@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::error_event;
@@ -62,6 +63,36 @@ struct Choice {
     /// Characters of the tokens so far.
     offset: usize,
     finish_reason: Option<&'static str>,
+}
+
+/// A piece of an answer, as it goes over the wire: written as it is, since there is one for every token.
+#[derive(Serialize)]
+struct Chunk<'a, C> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: C,
+    /// Null on all chunks but the last, and there only where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Value>,
+}
+
+/// What a token adds to an answer.
+#[derive(Serialize)]
+struct Piece<'a> {
+    index: usize,
+    #[serde(flatten)]
+    text: Text<'a>,
+    logprobs: Value,
+    finish_reason: (),
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Text<'a> {
+    Delta { content: &'a str },
+    Text(&'a str),
 }
 
 impl Reply {
@@ -170,9 +201,10 @@ impl Reply {
         (self.begun, self.choices[index].begun) = (true, true);
         if self.shape == Shape::Chat {
             let delta = json!({ "role": "assistant", "content": "", "refusal": null });
-            bytes.extend(self.chunk(json!({
+            let choice = json!({
                 "index": index, "delta": delta, "logprobs": null, "finish_reason": null,
-            })));
+            });
+            self.write_chunk([choice], None, bytes);
         }
     }
 
@@ -187,12 +219,19 @@ impl Reply {
         let logprobs = self.told(&delta.tokens, self.choices[index].offset);
         let characters = |info: &TokenInfo| logprobs::characters(&info.chosen.bytes);
         self.choices[index].offset += delta.tokens.iter().map(characters).sum::<usize>();
-        let mut choice = json!({ "index": index, "logprobs": logprobs, "finish_reason": null });
-        match self.shape {
-            Shape::Chat => choice["delta"] = json!({ "content": delta.text }),
-            Shape::Completion => choice["text"] = json!(delta.text),
-        }
-        bytes.extend(self.chunk(choice));
+        let text = match self.shape {
+            Shape::Chat => Text::Delta {
+                content: &delta.text,
+            },
+            Shape::Completion => Text::Text(&delta.text),
+        };
+        let piece = Piece {
+            index,
+            text,
+            logprobs,
+            finish_reason: (),
+        };
+        self.write_chunk([piece], None, bytes);
     }
 
     /// A call is whole when it comes; a stream names it first, as the API does.
@@ -215,9 +254,10 @@ impl Reply {
         let rest = json!({ "index": number, "function": { "arguments": arguments } });
         for call in [told, rest] {
             let delta = json!({ "tool_calls": [call] });
-            bytes.extend(self.chunk(json!({
+            let choice = json!({
                 "index": index, "delta": delta, "logprobs": null, "finish_reason": null,
-            })));
+            });
+            self.write_chunk([choice], None, bytes);
         }
     }
 
@@ -234,7 +274,7 @@ impl Reply {
                 Shape::Chat => choice["delta"] = json!({}),
                 Shape::Completion => choice["text"] = json!(""),
             }
-            bytes.extend(self.chunk(choice));
+            self.write_chunk([choice], None, bytes);
         }
     }
 
@@ -244,7 +284,7 @@ impl Reply {
             return;
         }
         if self.include_usage {
-            bytes.extend(self.event_data(json!([]), Some(&self.usage)));
+            self.write_chunk([(); 0], Some(&self.usage), bytes);
         }
         bytes.extend(b"data: [DONE]\n\n");
     }
@@ -294,27 +334,25 @@ impl Reply {
         }
     }
 
-    fn chunk(&self, choice: Value) -> Vec<u8> {
-        self.event_data(json!([choice]), None)
-    }
-
-    /// One event of the stream. `usage` is null on all but the last, and a key only when asked for.
-    fn event_data(&self, choices: Value, usage: Option<&Usage>) -> Vec<u8> {
+    /// One event of the stream.
+    fn write_chunk(&self, choices: impl Serialize, usage: Option<&Usage>, bytes: &mut Vec<u8>) {
         let object = match self.shape {
             Shape::Chat => "chat.completion.chunk",
             Shape::Completion => "text_completion",
         };
-        let mut chunk = json!({
-            "id": self.id,
-            "object": object,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        });
-        if self.include_usage {
-            chunk["usage"] = usage.map_or(Value::Null, counts);
-        }
-        format!("data: {chunk}\n\n").into_bytes()
+        let usage = || usage.map_or(Value::Null, counts);
+        let chunk = Chunk {
+            id: &self.id,
+            object,
+            created: self.created,
+            model: &self.model,
+            choices,
+            usage: self.include_usage.then(usage),
+        };
+        bytes.extend(b"data: ");
+        serde_json::to_writer(&mut *bytes, &chunk)
+            .expect("memory takes it, and its keys are texts");
+        bytes.extend(b"\n\n");
     }
 }
 

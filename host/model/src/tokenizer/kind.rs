@@ -1,15 +1,17 @@
 //! What a token does to a text that is decoded piece by piece.
 
+use std::sync::OnceLock;
+
 use super::Tokenizer;
 
-/// A text that is one piece of every vocabulary.
+/// A text that is one piece of every vocabulary: what stands behind it keeps its first space, which the decoder strips from a text.
 const BEFORE: &str = "a";
 
 /// How a token takes part in [`Tokenizer::decode`] without special tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TokenKind {
-    /// A piece of text of its own.
-    Text,
+    /// A piece of text of its own, as it reads behind other text.
+    Text(Box<str>),
     /// One byte of UTF-8. What a run of them reads is known when the run ends: it is decoded as a
     /// whole, and one wrong byte makes all of its characters replacement characters.
     Byte(u8),
@@ -17,50 +19,60 @@ pub enum TokenKind {
     Skipped,
 }
 
+/// The kinds of all tokens, each found when it is first asked for: decoding takes tens of thousands of instructions, and a model says
+/// the same tokens again.
+pub(super) struct Kinds(Box<[OnceLock<TokenKind>]>);
+
+impl Kinds {
+    pub(super) fn new(vocab_size: u32) -> Self {
+        Self((0..vocab_size).map(|_| OnceLock::new()).collect())
+    }
+}
+
 impl Tokenizer {
     /// How a token takes part in [`Self::decode`] without special tokens.
-    pub fn kind(&self, id: u32) -> TokenKind {
-        let Some(piece) = self.with_control.id_to_token(id) else {
+    pub fn kind(&self, id: u32) -> &TokenKind {
+        match self.kinds.0.get(id as usize) {
+            Some(kind) => kind.get_or_init(|| self.find_kind(id)),
+            None => &TokenKind::Skipped,
+        }
+    }
+
+    fn find_kind(&self, id: u32) -> TokenKind {
+        let Some(name) = self.with_control.id_to_token(id) else {
             return TokenKind::Skipped;
         };
-        if self
-            .with_control
-            .get_added_vocabulary()
-            .is_special_token(&piece)
-        {
+        let added = self.with_control.get_added_vocabulary();
+        if added.is_special_token(&name) {
             return TokenKind::Skipped;
         }
-        match byte(&piece) {
-            Some(byte) => TokenKind::Byte(byte),
-            None => TokenKind::Text,
+        if let Some(byte) = byte(&name) {
+            return TokenKind::Byte(byte);
         }
+        let (mut ids, before_bytes) = self.before();
+        ids.push(id);
+        let text = self.decode(&ids, true);
+        TokenKind::Text(text.get(before_bytes..).unwrap_or_default().into())
+    }
+
+    /// Tokens to stand before others, and the length of their own text in bytes.
+    pub fn before(&self) -> (Vec<u32>, usize) {
+        let ids = self.encode_text(BEFORE);
+        let bytes = self.decode(&ids, true).len();
+        (ids, bytes)
     }
 
     /// What each token adds behind other text, as [`Self::decode`] has it, by id. Control tokens and ids the vocabulary does
     /// not have add nothing.
     pub fn pieces(&self) -> Vec<Vec<u8>> {
-        // The decoder strips the first space of a text, so every piece is decoded behind another.
-        let mut ids = self.encode_text(BEFORE);
-        let before_bytes = self.decode(&ids, true).len();
-        let last = ids.len();
-        ids.push(0);
-        let mut piece = |id: u32| {
-            let name = self.with_control.id_to_token(id).unwrap_or_default();
-            match self.kind(id) {
-                _ if self.control_tokens.contains_key(&name) => Vec::new(),
-                TokenKind::Skipped => Vec::new(),
-                TokenKind::Byte(byte) => vec![byte],
-                TokenKind::Text => {
-                    ids[last] = id;
-                    let text = self.decode(&ids, true);
-                    text.as_bytes()
-                        .get(before_bytes..)
-                        .unwrap_or_default()
-                        .to_vec()
-                }
-            }
+        let is_control = |id: u32| self.control_tokens.values().any(|token| token.id == id);
+        let piece = |id: u32| match self.kind(id) {
+            _ if is_control(id) => Vec::new(),
+            TokenKind::Skipped => Vec::new(),
+            TokenKind::Byte(byte) => vec![*byte],
+            TokenKind::Text(text) => text.as_bytes().to_vec(),
         };
-        (0..self.vocab_size).map(&mut piece).collect()
+        (0..self.vocab_size).map(piece).collect()
     }
 }
 
