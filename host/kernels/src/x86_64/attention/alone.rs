@@ -31,6 +31,9 @@ struct Rows<'a> {
     run: &'a [f16],
     next: &'a [f16],
     count: usize,
+    /// Rows ahead that memory is asked for. Where there are fewer than [`AHEAD_ROWS`], so that what is asked for is read: the same rows of
+    /// what is read behind these.
+    ahead: usize,
     stride: usize,
 }
 
@@ -75,6 +78,7 @@ pub(super) fn attend(
                             run,
                             next,
                             count,
+                            ahead: count.min(AHEAD_ROWS),
                             stride,
                         }
                     });
@@ -132,10 +136,10 @@ impl<'a> Rows<'a> {
         &self.run[index * self.stride..][..width]
     }
 
-    /// Asks for columns `first..`, N registers of them, of what is read [`AHEAD_ROWS`] behind a row.
+    /// Asks for columns `first..`, N registers of them, of what is read so many rows behind this one.
     #[inline]
     fn prefetch<const N: usize>(&self, row: usize, first: usize) {
-        let ahead = row + AHEAD_ROWS;
+        let ahead = row + self.ahead;
         let (run, row) = if ahead < self.count {
             (self.run, ahead)
         } else {
