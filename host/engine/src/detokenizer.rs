@@ -23,7 +23,7 @@ impl Detokenizer {
     /// `continues` a text that came before: its first space is kept.
     pub(crate) fn new(tokenizer: Arc<Tokenizer>, continues: bool) -> Self {
         let window = if continues {
-            tokenizer.before().0
+            tokenizer.before().to_vec()
         } else {
             Vec::new()
         };

@@ -103,15 +103,17 @@ impl Tokenizer {
             .map_err(|error| format!("it cannot encode every text: {error}"))?;
         let last = vocabulary.values().max();
         let vocab_size = last.map_or(0, |id| id.saturating_add(1));
-        Ok(Self {
+        let mut tokenizer = Self {
             vocab_size,
-            kinds: Kinds::new(vocab_size),
+            kinds: Kinds::default(),
             piece_bytes_max: vocabulary.keys().map(String::len).max().unwrap_or(1),
             with_control,
             text_only,
             control_tokens,
             bos,
-        })
+        };
+        tokenizer.kinds = tokenizer.new_kinds();
+        Ok(tokenizer)
     }
 
     /// One more than the largest token id.

@@ -1,5 +1,6 @@
 //! What a token does to a text that is decoded piece by piece.
 
+use std::collections::HashSet;
 use std::sync::OnceLock;
 
 use super::Tokenizer;
@@ -21,18 +22,17 @@ pub enum TokenKind {
 
 /// The kinds of all tokens, each found when it is first asked for: decoding takes tens of thousands of instructions, and a model says
 /// the same tokens again.
-pub(super) struct Kinds(Box<[OnceLock<TokenKind>]>);
-
-impl Kinds {
-    pub(super) fn new(vocab_size: u32) -> Self {
-        Self((0..vocab_size).map(|_| OnceLock::new()).collect())
-    }
+#[derive(Default)]
+pub(super) struct Kinds {
+    kinds: Box<[OnceLock<TokenKind>]>,
+    /// Ids of [`BEFORE`], and the length of their text in bytes.
+    before: (Vec<u32>, usize),
 }
 
 impl Tokenizer {
     /// How a token takes part in [`Self::decode`] without special tokens.
     pub fn kind(&self, id: u32) -> &TokenKind {
-        match self.kinds.0.get(id as usize) {
+        match self.kinds.kinds.get(id as usize) {
             Some(kind) => kind.get_or_init(|| self.find_kind(id)),
             None => &TokenKind::Skipped,
         }
@@ -49,25 +49,32 @@ impl Tokenizer {
         if let Some(byte) = byte(&name) {
             return TokenKind::Byte(byte);
         }
-        let (mut ids, before_bytes) = self.before();
-        ids.push(id);
-        let text = self.decode(&ids, true);
-        TokenKind::Text(text.get(before_bytes..).unwrap_or_default().into())
+        let (before, before_bytes) = &self.kinds.before;
+        let text = self.decode(&[before.as_slice(), &[id]].concat(), true);
+        TokenKind::Text(text.get(*before_bytes..).unwrap_or_default().into())
     }
 
-    /// Tokens to stand before others, and the length of their own text in bytes.
-    pub fn before(&self) -> (Vec<u32>, usize) {
+    /// Knows of no token yet.
+    pub(super) fn new_kinds(&self) -> Kinds {
         let ids = self.encode_text(BEFORE);
         let bytes = self.decode(&ids, true).len();
-        (ids, bytes)
+        Kinds {
+            kinds: (0..self.vocab_size).map(|_| OnceLock::new()).collect(),
+            before: (ids, bytes),
+        }
+    }
+
+    /// Tokens to stand before others where a text goes on that is not theirs.
+    pub fn before(&self) -> &[u32] {
+        &self.kinds.before.0
     }
 
     /// What each token adds behind other text, as [`Self::decode`] has it, by id. Control tokens and ids the vocabulary does
     /// not have add nothing.
     pub fn pieces(&self) -> Vec<Vec<u8>> {
-        let is_control = |id: u32| self.control_tokens.values().any(|token| token.id == id);
+        let control: HashSet<u32> = self.control_tokens.values().map(|token| token.id).collect();
         let piece = |id: u32| match self.kind(id) {
-            _ if is_control(id) => Vec::new(),
+            _ if control.contains(&id) => Vec::new(),
             TokenKind::Skipped => Vec::new(),
             TokenKind::Byte(byte) => vec![*byte],
             TokenKind::Text(text) => text.as_bytes().to_vec(),
