@@ -160,12 +160,10 @@ pub(crate) fn check(logits: &[f32]) -> Result<(), SamplerError> {
     if logits.chunks(LANES).all(is_finite) {
         return Ok(());
     }
-    match logits.iter().position(|logit| !logit.is_finite()) {
+    let mut all = logits.iter().copied().enumerate();
+    match all.find(|(_, logit)| !logit.is_finite()) {
         None => Ok(()),
-        Some(index) => Err(SamplerError::NotFinite {
-            index,
-            value: logits[index],
-        }),
+        Some((index, value)) => Err(SamplerError::NotFinite { index, value }),
     }
 }
 
@@ -182,7 +180,7 @@ fn likeliest(logits: &[f32]) -> u32 {
     }
     let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
     let id = logits.iter().position(|logit| *logit == largest);
-    // A vocabulary is counted in u32; where all are impossible the first is as good as any.
+    // A vocabulary is counted in u32; there is none only where there are no numbers.
     id.unwrap_or(0) as u32
 }
 

@@ -343,12 +343,12 @@ impl<L: ModelLoader> Scheduler<L> {
         self.running.insert(place, sequence);
     }
 
-    fn end(&mut self, sequence: Sequence<L::Model>, reason: Finish, stop: Option<String>) {
-        self.close(&sequence, Outcome::Finished);
+    fn end(&mut self, mut sequence: Sequence<L::Model>, reason: Finish, stop: Option<String>) {
+        self.close(&mut sequence, Outcome::Finished);
         sequence.finish(reason, stop);
     }
 
-    fn interrupt(&mut self, sequence: Sequence<L::Model>, interrupt: Interrupt) {
+    fn interrupt(&mut self, mut sequence: Sequence<L::Model>, interrupt: Interrupt) {
         let outcome = match interrupt {
             Interrupt::Stopped if !sequence.was_admitted() => Outcome::Failed,
             interrupt => Outcome::from(interrupt),
@@ -365,18 +365,24 @@ impl<L: ModelLoader> Scheduler<L> {
                 }
             });
         } else {
-            self.close(&sequence, outcome);
+            self.close(&mut sequence, outcome);
         }
         sequence.interrupt(interrupt);
     }
 
-    /// Counts a running sequence out, before its client hears of the end: whoever asks next finds room.
-    fn close(&mut self, sequence: &Sequence<L::Model>, outcome: Outcome) {
+    /// Counts a running sequence and its KV blocks out, before its client hears of the end: whoever asks next finds room, and hears so.
+    fn close(&mut self, sequence: &mut Sequence<L::Model>, outcome: Outcome) {
         self.is_full = false;
+        let (tokens, timings) = (sequence.len() as u64, sequence.timings());
+        sequence.rewind();
+        let kv = self.model.as_ref().map(Model::kv);
         self.count_out(outcome, |stats| {
             stats.running -= 1;
-            stats.running_tokens = stats.running_tokens.saturating_sub(sequence.len() as u64);
-            stats.add_timings(&sequence.timings());
+            stats.running_tokens = stats.running_tokens.saturating_sub(tokens);
+            stats.add_timings(&timings);
+            if let Some(kv) = kv {
+                stats.kv_blocks_used = kv.blocks_used as u64;
+            }
         });
     }
 

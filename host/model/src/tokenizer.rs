@@ -103,6 +103,11 @@ impl Tokenizer {
             .map_err(|error| format!("it cannot encode every text: {error}"))?;
         let last = vocabulary.values().max();
         let vocab_size = last.map_or(0, |id| id.saturating_add(1));
+        // Each id takes memory, whether there is a token or not.
+        if vocab_size as usize > vocabulary.len().saturating_mul(2) {
+            let count = vocabulary.len();
+            return Err(format!("{count} tokens have ids up to {}", vocab_size - 1));
+        }
         let mut tokenizer = Self {
             vocab_size,
             kinds: Kinds::default(),

@@ -12,8 +12,8 @@ use crate::options::{Role, SandboxOptions};
 
 /// One tick of the deadline clock.
 const TICK: Duration = Duration::from_millis(1);
-/// Where no call runs, the clock looks for one this often, so much later a deadline may come; and falls asleep when it has seen none
-/// so many times: to wake it takes as long as a token's whole way to the client, and tokens follow each other.
+/// Where no call runs, the clock looks for one this often, and a deadline may fire that much late; it falls asleep when it has seen none
+/// so many times. To wake it for each call takes a third of a token's way to the client, and tokens follow each other.
 const GLANCE: Duration = Duration::from_millis(10);
 const GLANCES_MAX: u32 = 100;
 /// Core instances, tables and memories of one component: a Rust guest has three, two and one, what
@@ -92,7 +92,7 @@ fn pool(options: &SandboxOptions) -> PoolingAllocationConfig {
     pool
 }
 
-/// The thread that ticks the engine's epoch while calls run, and sleeps while none do.
+/// The thread that ticks the engine's epoch while calls run, looks for calls a while longer, and then sleeps until there is one.
 pub(crate) struct Ticker {
     state: Arc<TickerState>,
     thread: Option<JoinHandle<()>>,
@@ -108,7 +108,7 @@ struct TickerState {
     stop: AtomicBool,
 }
 
-/// While it lives, the epoch advances.
+/// While it lives, the epoch advances, from [`GLANCE`] on at the latest.
 pub(crate) struct Ticking<'a>(&'a Ticker);
 
 impl Ticker {
@@ -252,6 +252,24 @@ mod tests {
         drop(first);
         assert!(waiting.join().unwrap());
         assert_eq!(slots.used(), 0);
+    }
+
+    #[test]
+    fn a_call_wakes_the_clock_that_sleeps() {
+        let engine = build_engine(&SandboxOptions::default()).unwrap();
+        let ticker = Ticker::start(engine).unwrap();
+        let becomes = |sleeps: bool| {
+            let give_up = Instant::now() + Duration::from_secs(30);
+            while ticker.state.sleeps.load(Ordering::SeqCst) != sleeps {
+                assert!(Instant::now() < give_up, "it never sleeps: {sleeps}");
+                thread::sleep(TICK);
+            }
+        };
+        becomes(true);
+        let running = ticker.run();
+        becomes(false);
+        drop(running);
+        becomes(true);
     }
 
     #[test]

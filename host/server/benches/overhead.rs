@@ -382,8 +382,12 @@ fn bare() {
     });
     let mut piece = [0; TOKEN_BYTES];
     let mut hear = || {
-        while client.read_exact(&mut piece).is_err() {
-            spin_loop();
+        let mut heard = 0;
+        while heard < TOKEN_BYTES {
+            match client.read(&mut piece[heard..]) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => spin_loop(),
+                read => heard += read.unwrap(),
+            }
         }
         let heard = Instant::now();
         heard - told.recv().unwrap()

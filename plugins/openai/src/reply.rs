@@ -73,7 +73,7 @@ struct Chunk<'a, C> {
     created: u64,
     model: &'a str,
     choices: C,
-    /// Null on all chunks but the last, and there only where it was asked for.
+    /// Null on all but the last, and a key only when asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Value>,
 }

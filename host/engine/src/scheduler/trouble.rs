@@ -98,8 +98,8 @@ impl<L: ModelLoader> Scheduler<L> {
     }
 
     fn fail(&mut self, mut sequence: Sequence<L::Model>, error: EngineError) {
-        self.close(&sequence, Outcome::Failed);
         freed("a sequence", || sequence.rewind());
+        self.close(&mut sequence, Outcome::Failed);
         sequence.fail(error);
     }
 }

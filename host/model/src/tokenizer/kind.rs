@@ -9,7 +9,7 @@ use super::Tokenizer;
 const BEFORE: &str = "a";
 
 /// How a token takes part in [`Tokenizer::decode`] without special tokens.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub enum TokenKind {
     /// A piece of text of its own, as it reads behind other text.
     Text(Box<str>),
@@ -51,7 +51,8 @@ impl Tokenizer {
         }
         let (before, before_bytes) = &self.kinds.before;
         let text = self.decode(&[before.as_slice(), &[id]].concat(), true);
-        TokenKind::Text(text.get(*before_bytes..).unwrap_or_default().into())
+        // `get` for a tokenizer whose decoder is none of ours; Phi-3's always has what stands before first.
+        TokenKind::Text(text.get(*before_bytes..).unwrap_or(&text).into())
     }
 
     /// Knows of no token yet.
@@ -64,7 +65,7 @@ impl Tokenizer {
         }
     }
 
-    /// Tokens to stand before others where a text goes on that is not theirs.
+    /// Tokens of a text that stands in for what came before.
     pub fn before(&self) -> &[u32] {
         &self.kinds.before.0
     }

@@ -31,8 +31,7 @@ struct Rows<'a> {
     run: &'a [f16],
     next: &'a [f16],
     count: usize,
-    /// Rows ahead that memory is asked for. Where there are fewer than [`AHEAD_ROWS`], so that what is asked for is read: the same rows of
-    /// what is read behind these.
+    /// Rows ahead that memory is asked for: at most all rows here, so that what is asked for is among those read next.
     ahead: usize,
     stride: usize,
 }
