@@ -468,3 +468,17 @@ fn unusable_tokenizer_files_say_why() {
     assert!(refused.contains("cannot encode every text"), "{refused}");
     assert_eq!(TOKENIZER.vocab_size(), 32045);
 }
+
+#[test]
+fn ids_far_above_the_number_of_tokens_are_refused() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/phi3/tokenizer.json");
+    let mut file: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    assert!(file["model"]["vocab"]["\u{2581}the"].is_u64());
+    file["model"]["vocab"]["\u{2581}the"] = 4_000_000_000_u32.into();
+    let refused = Tokenizer::from_bytes(file.to_string().as_bytes()).unwrap_err();
+    assert!(
+        refused.to_string().contains("ids up to 4000000000"),
+        "{refused}"
+    );
+}
