@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::chat::content;
 use crate::client::{chunks, events, joined};
-use crate::server::{chat, data_url, fixture, pictures, shared, text, with};
+use crate::server::{Server, chat, data_url, fixture, pictures, shared, text, with};
 
 fn streamed(body: &Value) -> Value {
     with(body.clone(), json!({"stream": true}))
@@ -104,6 +104,35 @@ fn pieces_come_as_they_are_made() {
         pieces += 1;
     }
     assert!(pieces > 5, "200 tokens in {pieces} pieces");
+}
+
+#[test]
+fn texts_are_written_without_the_adapter_as_it_writes_them() {
+    let server = Server::start();
+    let streamed = streamed(&with(chat(&[text("slowly")]), json!({"max_tokens": 200})));
+    let calls = || {
+        let stats = server.stats();
+        let plugins = stats["plugins"].as_array().expect("a list").clone();
+        let openai = plugins.into_iter().find(|plugin| plugin["id"] == "openai");
+        openai.expect("it ships")["functions"]["advance"]["calls"].as_u64()
+    };
+    let framed = chunks(&server.chat(&streamed));
+    let calls_framed = calls().expect("a number");
+    assert!(framed.len() > 10, "200 tokens in {} chunks", framed.len());
+    // That it began, the first text, and its end.
+    assert!((2..=4).contains(&calls_framed), "{calls_framed} calls");
+    let told = chunks(&server.chat(&with(streamed, json!({"logprobs": true}))));
+    let calls_told = calls().expect("a number") - calls_framed;
+    assert!(calls_told > 4, "{calls_told} calls where tokens are told");
+    assert_eq!(joined(&framed), joined(&told));
+    for (framed, told) in [(&framed[1], &told[1]), (&framed[5], &told[5])] {
+        let keys = |chunk: &Value| {
+            let outer = chunk.as_object().expect("an object").keys().cloned();
+            let choice = chunk["choices"][0].as_object().expect("an object");
+            outer.chain(choice.keys().cloned()).collect::<Vec<_>>()
+        };
+        assert_eq!(keys(framed), keys(told));
+    }
 }
 
 #[test]

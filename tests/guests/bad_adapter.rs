@@ -105,7 +105,11 @@ impl GuestExchange for Echo {
             (_, Next::End) => self.0.take().into_bytes(),
             _ => Vec::new(),
         };
-        Ok(Progress { bytes, next })
+        Ok(Progress {
+            bytes,
+            next,
+            frame: None,
+        })
     }
 
     fn keep_alive(&self) -> Vec<u8> {

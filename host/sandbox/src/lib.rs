@@ -33,8 +33,8 @@ mod wasm_engine;
 pub use adapter::exchange::Exchange;
 pub use adapter::lifted::{Lifted, Piece};
 pub use adapter::types::{
-    Blob, Event, FormPart, Generation, Head, HttpRequest, Input, Next, OutputFormat, Progress,
-    Response, Route, Sampling, Source, Step, TokenChance, TokenInfo, ToolChoice,
+    Blob, Event, FormPart, Frame, Generation, Head, HttpRequest, Input, Next, OutputFormat,
+    Progress, Response, Route, Sampling, Source, Step, TokenChance, TokenInfo, ToolChoice,
 };
 pub use chat::{ChatRole, Extensions, FinishReason, Message, Part, ToolCall, ToolSpec, Usage};
 pub use check::{CheckReport, check_file};

@@ -17,6 +17,7 @@ mod cached;
 mod cancel;
 mod drive;
 mod failure;
+mod frame;
 mod generate;
 mod output;
 mod plan;

@@ -4,7 +4,7 @@
 
 use serde_json::{Value, json};
 
-use crate::exports::visor::plugin::adapter::{Event, Next, Progress, Response};
+use crate::exports::visor::plugin::adapter::{Event, Frame, Next, Progress, Response};
 use crate::visor::plugin::types::{Error, ErrorCode, FinishReason, ToolCall, Usage};
 
 /// Why an answer ended that is as long as it may be: as the client has it, or the operator.
@@ -81,20 +81,21 @@ impl Reply {
     /// stream.
     pub(crate) fn advance(&mut self, events: Vec<Event>) -> Result<Progress, Error> {
         let mut bytes = Vec::new();
+        let progress = |bytes, next, frame| Ok(Progress { bytes, next, frame });
+        let framed = matches!(events.last(), Some(Event::Delta(_)));
         for event in events {
             match self.event(event, &mut bytes) {
                 Ok(Next::More) => {}
-                Ok(next) => return Ok(Progress { bytes, next }),
+                Ok(next) => return progress(bytes, next, None),
                 Err(error) if self.begun => {
                     bytes.extend(error_event(&error));
-                    let next = Next::End;
-                    return Ok(Progress { bytes, next });
+                    return progress(bytes, Next::End, None);
                 }
                 Err(error) => return Err(error),
             }
         }
-        let next = Next::More;
-        Ok(Progress { bytes, next })
+        let framed = framed && self.shape == Shape::Stream;
+        progress(bytes, Next::More, framed.then(frame))
     }
 
     fn event(&mut self, event: Event, bytes: &mut Vec<u8>) -> Result<Next, Error> {
@@ -102,11 +103,7 @@ impl Reply {
             Event::Started((_, usage)) => self.begin(&usage, bytes),
             Event::Delta(delta) if self.shape == Shape::Stream => {
                 self.open_text(bytes);
-                let delta = json!({ "type": "text_delta", "text": delta.text });
-                bytes.extend(named(
-                    "content_block_delta",
-                    json!({ "index": 0, "delta": delta }),
-                ));
+                bytes.extend(text_delta(&delta.text));
             }
             Event::Delta(delta) => self.text.push_str(&delta.text),
             Event::ToolCall(call) => self.call(call.call, bytes),
@@ -261,6 +258,26 @@ fn counts(usage: &Usage) -> Value {
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
     })
+}
+
+fn text_delta(text: &str) -> Vec<u8> {
+    let delta = json!({ "type": "text_delta", "text": text });
+    let data = json!({ "index": 0, "delta": delta });
+    named("content_block_delta", data)
+}
+
+/// Texts differ in nothing else.
+fn frame() -> Frame {
+    let event = text_delta("");
+    const TEXT: &[u8] = br#""text":"""#;
+    let at = event.windows(TEXT.len()).position(|bytes| bytes == TEXT);
+    let at = at.expect("a text has that key") + TEXT.len() - 2;
+    Frame {
+        generation: 0,
+        choice: 0,
+        before: event[..at].to_vec(),
+        after: event[at + 2..].to_vec(),
+    }
 }
 
 /// One event of a stream: its data says its name again.

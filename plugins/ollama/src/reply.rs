@@ -62,20 +62,26 @@ impl Reply {
     /// stream.
     pub(crate) fn advance(&mut self, events: Vec<Event>, now: &str) -> Result<Progress, Error> {
         let mut bytes = Vec::new();
+        // No frame: every line has a time of its own.
+        let progress = |bytes, next| {
+            Ok(Progress {
+                bytes,
+                next,
+                frame: None,
+            })
+        };
         for event in events {
             match self.event(event, now, &mut bytes) {
                 Ok(Next::More) => {}
-                Ok(next) => return Ok(Progress { bytes, next }),
+                Ok(next) => return progress(bytes, next),
                 Err(error) if self.begun => {
                     bytes.extend(error_line(&error));
-                    let next = Next::End;
-                    return Ok(Progress { bytes, next });
+                    return progress(bytes, Next::End);
                 }
                 Err(error) => return Err(error),
             }
         }
-        let next = Next::More;
-        Ok(Progress { bytes, next })
+        progress(bytes, Next::More)
     }
 
     fn event(&mut self, event: Event, now: &str, bytes: &mut Vec<u8>) -> Result<Next, Error> {

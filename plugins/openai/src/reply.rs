@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::error_event;
-use crate::exports::visor::plugin::adapter::{Delta, Event, Next, Progress, TokenInfo};
+use crate::exports::visor::plugin::adapter::{Delta, Event, Frame, Next, Progress, TokenInfo};
 use crate::logprobs;
 use crate::visor::plugin::types::{Error, ErrorCode, FinishReason, ToolCall, Usage};
 
@@ -131,24 +131,21 @@ impl Reply {
     /// stream: the status line is out, and a torn connection would tell the client nothing.
     pub(crate) fn advance(&mut self, events: Vec<Event>) -> Result<Progress, Error> {
         let mut bytes = Vec::new();
+        let progress = |bytes, next, frame| Ok(Progress { bytes, next, frame });
+        let framed = matches!(events.last(), Some(Event::Delta(_)));
         for event in events {
             match self.event(event, &mut bytes) {
                 Ok(Next::More) => {}
-                Ok(next) => return Ok(Progress { bytes, next }),
+                Ok(next) => return progress(bytes, next, None),
                 Err(error) if self.begun => {
                     bytes.extend(error_event(&error));
-                    return Ok(Progress {
-                        bytes,
-                        next: Next::End,
-                    });
+                    return progress(bytes, Next::End, None);
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok(Progress {
-            bytes,
-            next: Next::More,
-        })
+        let frame = framed.then(|| self.frame()).flatten();
+        progress(bytes, Next::More, frame)
     }
 
     fn event(&mut self, event: Event, bytes: &mut Vec<u8>) -> Result<Next, Error> {
@@ -219,11 +216,13 @@ impl Reply {
         let logprobs = self.told(&delta.tokens, self.choices[index].offset);
         let characters = |info: &TokenInfo| logprobs::characters(&info.chosen.bytes);
         self.choices[index].offset += delta.tokens.iter().map(characters).sum::<usize>();
+        self.write_text(index, &delta.text, logprobs, bytes);
+    }
+
+    fn write_text(&self, index: usize, text: &str, logprobs: Value, bytes: &mut Vec<u8>) {
         let text = match self.shape {
-            Shape::Chat => Text::Delta {
-                content: &delta.text,
-            },
-            Shape::Completion => Text::Text(&delta.text),
+            Shape::Chat => Text::Delta { content: text },
+            Shape::Completion => Text::Text(text),
         };
         let piece = Piece {
             index,
@@ -232,6 +231,26 @@ impl Reply {
             finish_reason: (),
         };
         self.write_chunk([piece], None, bytes);
+    }
+
+    /// How the text of a stream is written that is the only choice and tells no tokens.
+    fn frame(&self) -> Option<Frame> {
+        if !self.stream || self.logprobs || self.choices.len() > 1 {
+            return None;
+        }
+        let mut chunk = Vec::new();
+        self.write_text(0, "", Value::Null, &mut chunk);
+        let text: &[u8] = match self.shape {
+            Shape::Chat => br#""content":"""#,
+            Shape::Completion => br#""text":"""#,
+        };
+        let at = chunk.windows(text.len()).position(|bytes| bytes == text)? + text.len();
+        Some(Frame {
+            generation: 0,
+            choice: 0,
+            before: chunk[..at - 2].to_vec(),
+            after: chunk[at..].to_vec(),
+        })
     }
 
     /// A call is whole when it comes; a stream names it first, as the API does.

@@ -83,20 +83,26 @@ impl Reply {
     /// stream.
     pub(crate) fn advance(&mut self, events: Vec<Event>) -> Result<Progress, Error> {
         let mut bytes = Vec::new();
+        // No frame: every event has a number of its own, and the last ones have all text.
+        let progress = |bytes, next| {
+            Ok(Progress {
+                bytes,
+                next,
+                frame: None,
+            })
+        };
         for event in events {
             match self.event(event, &mut bytes) {
                 Ok(Next::More) => {}
-                Ok(next) => return Ok(Progress { bytes, next }),
+                Ok(next) => return progress(bytes, next),
                 Err(error) if self.sequence > 0 => {
                     bytes.extend(error_event(&error, self.sequence));
-                    let next = Next::End;
-                    return Ok(Progress { bytes, next });
+                    return progress(bytes, Next::End);
                 }
                 Err(error) => return Err(error),
             }
         }
-        let next = Next::More;
-        Ok(Progress { bytes, next })
+        progress(bytes, Next::More)
     }
 
     fn event(&mut self, event: Event, bytes: &mut Vec<u8>) -> Result<Next, Error> {

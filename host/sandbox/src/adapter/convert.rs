@@ -3,7 +3,7 @@
 use wasmtime::component::{ResourceTable, ResourceTableError};
 
 use crate::adapter::types::{
-    Event, Generation, Head, Input, Next, OutputFormat, Progress, Response, Route, Sampling,
+    Event, Frame, Generation, Head, Input, Next, OutputFormat, Progress, Response, Route, Sampling,
     Source, Step, TokenChance, TokenInfo, ToolChoice,
 };
 use crate::bindings::adapter::exports::visor::plugin::adapter as wit;
@@ -62,7 +62,19 @@ pub(crate) fn progress(
     Ok(Progress {
         bytes: progress.bytes,
         next,
+        frame: progress.frame.map(Into::into),
     })
+}
+
+impl From<wit::Frame> for Frame {
+    fn from(frame: wit::Frame) -> Self {
+        Self {
+            generation: frame.generation,
+            choice: frame.choice,
+            before: frame.before,
+            after: frame.after,
+        }
+    }
 }
 
 fn generations(

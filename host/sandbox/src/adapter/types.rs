@@ -290,6 +290,19 @@ pub enum Next {
     Generate(Vec<Generation>),
 }
 
+/// How the deltas of one choice are written that are text and nothing else.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    /// Which generation.
+    pub generation: u32,
+    /// Which alternative.
+    pub choice: u32,
+    /// What stands before the text, which is written as a JSON string.
+    pub before: Vec<u8>,
+    /// What stands behind it.
+    pub after: Vec<u8>,
+}
+
 /// The answer of `advance`.
 #[derive(Clone, Debug)]
 pub struct Progress {
@@ -297,4 +310,6 @@ pub struct Progress {
     pub bytes: Vec<u8>,
     /// What follows.
     pub next: Next,
+    /// How deltas may be written up to the next `advance`.
+    pub frame: Option<Frame>,
 }

@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use visor_engine::{Event as EngineEvent, EventReceiver};
-use visor_sandbox::{Exchange, Generation, Head, Next};
+use visor_sandbox::{Event, Exchange, Generation, Head, Next, Progress};
 
 use super::failure::Failure;
+use super::frame::{Framing, Text};
 use super::generate::{self, Keep, Origin, Running};
 use super::output::Output;
 use super::record::Stage;
@@ -36,6 +37,7 @@ pub(super) fn run(
         following: Vec::new(),
         started: 0,
         answers: 0,
+        framing: Framing::default(),
         output: Output::new(reply, head),
         ended: false,
     };
@@ -57,6 +59,8 @@ struct Drive<'a> {
     started: u32,
     /// Answers so far, of all generations.
     answers: u32,
+    /// How the adapter writes texts.
+    framing: Framing,
     output: Output<'a>,
     /// The adapter said that its response is complete.
     ended: bool,
@@ -106,8 +110,8 @@ impl Drive<'_> {
         Ok(())
     }
 
-    /// Waits until there is something to tell, and tells it: one call of the adapter for all that
-    /// has come by now.
+    /// Waits until there is something to tell, and tells it: at most one call of the adapter for all
+    /// that has come by now.
     fn round(&mut self, work: &mut Work) -> Result<(), Stop> {
         work.check()?;
         if !self.tell_all(work)? {
@@ -123,13 +127,14 @@ impl Drive<'_> {
         if events.is_empty() {
             return Ok(());
         }
-        let began = Instant::now();
-        let progress = self.exchange.advance(events);
-        work.trace.stages.add(Stage::Adapter, began.elapsed());
-        let progress = progress.map_err(Failure::from)?;
-        let bytes = work.restorer.answer(progress.bytes, self.is_json)?;
+        let framed = Text::of(&events).and_then(|text| self.framing.write(text));
+        let (bytes, next) = match framed {
+            Some(bytes) => (bytes, Next::More),
+            None => self.advance(work, events)?,
+        };
+        let bytes = work.restorer.answer(bytes, self.is_json)?;
         self.output.write(work, bytes)?;
-        match progress.next {
+        match next {
             Next::More => Ok(()),
             Next::End => {
                 // Whatever else runs for this exchange has nobody left to talk to.
@@ -138,6 +143,19 @@ impl Drive<'_> {
             }
             Next::Generate(generations) => self.start(work, generations),
         }
+    }
+
+    /// Hands events over to the adapter.
+    fn advance(&mut self, work: &mut Work, events: Vec<Event>) -> Result<(Vec<u8>, Next), Stop> {
+        let lone = Text::of(&events).map(|_| events.clone());
+        let began = Instant::now();
+        let progress = self.exchange.advance(events);
+        work.trace.stages.add(Stage::Adapter, began.elapsed());
+        let progress = progress.map_err(Failure::from)?;
+        let Progress { bytes, next, frame } = progress;
+        let text = lone.as_deref().and_then(Text::of);
+        self.framing = Framing::checked(frame, text, &bytes);
+        Ok((bytes, next))
     }
 
     /// Tells every event that is there; whether there is anything to hand over now.

@@ -305,3 +305,26 @@ fn a_ping_is_an_event() {
     let ping = String::from_utf8(ping()).unwrap();
     assert_eq!(events(&ping)[0].0, "ping");
 }
+
+#[test]
+fn a_frame_gives_what_is_written_for_a_text() {
+    let mut reply = reply(Shape::Stream);
+    let first = reply.advance(vec![Event::Started((0, USAGE)), delta("Hé")]);
+    let frame = first
+        .unwrap()
+        .frame
+        .expect("nothing is told beside the text");
+    for text in ["", "llo", "\"quoted\"\\\n\u{1}\u{2028}😀"] {
+        let written = reply.advance(vec![delta(text)]).unwrap().bytes;
+        let text = serde_json::to_vec(text).unwrap();
+        assert_eq!(written, [&frame.before[..], &text, &frame.after].concat());
+    }
+    let over = reply.advance(vec![finish(FinishReason::Stop, None)]);
+    assert!(over.unwrap().frame.is_none());
+}
+
+#[test]
+fn a_message_in_one_piece_has_no_frame() {
+    let progress = reply(Shape::Whole).advance(vec![delta("a")]);
+    assert!(progress.unwrap().frame.is_none());
+}
