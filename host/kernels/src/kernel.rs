@@ -64,7 +64,7 @@ impl Kernel {
     /// Whether small products are the specification's, to the bit: asked where not every machine that tests it can tell.
     #[cfg(target_arch = "x86_64")]
     fn is_right(&self) -> bool {
-        // Few rows, and tiles of every height; and rows as long as there is a way of their own for.
+        // Few rows, and tiles of every height; and rows so long that they are read in another order.
         self.multiplies(2 * BLOCK, 2 * TILE_ROWS)
             && self.multiplies(crate::x86_64::LONG_COLUMNS, FEW_ROWS)
     }

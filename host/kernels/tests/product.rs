@@ -117,6 +117,9 @@ fn every_kernel_gives_the_bits_of_the_specification() {
                 (33, 8192, 2),
                 (64, 8192, 3),
                 (16, 8192, 4),
+                (17, 8192, 7),
+                (32, 8192, 10),
+                (24, 16384, 5),
                 (24, 16384, 1),
             ] {
                 if columns % group != 0 {

@@ -1,7 +1,6 @@
-//! The products with AVX-512 VNNI: a register holds sixteen rows of weights (a few long rows go a way of their own), what AVX2
-//! calls a pair of panels, and one `vpdpbusd` multiplies four columns of each with four activations, sums and all, in 32 bits.
+//! The products with AVX-512 VNNI: a register holds sixteen rows of weights, what AVX2 calls a pair of panels, and one `vpdpbusd`
+//! multiplies four columns of each with four activations, sums and all, in 32 bits.
 
-mod few;
 mod many;
 
 use std::arch::x86_64::*;
@@ -11,7 +10,7 @@ use super::{Ahead, Panel, TILE_PANELS};
 use crate::activations::{BLOCK, Eight, FEW_ROWS, QuantizedRows, TILE_ROWS, Tile};
 use crate::int4::{Int4Rows, ScaleType};
 use crate::product::{Out, PANEL};
-use crate::x86_64::{Avx512, load_bytes, store};
+use crate::x86_64::{Avx512, LONG_COLUMNS, load_bytes, store};
 
 impl Avx512 {
     /// Values of a range of panels for all of `x`.
@@ -23,9 +22,6 @@ impl Avx512 {
         out: Out<'_>,
     ) {
         let kernel = match x.rows() {
-            1 if few::takes(x.blocks) => few::few_rows::<1>,
-            2 if few::takes(x.blocks) => few::few_rows::<2>,
-            3 if few::takes(x.blocks) => few::few_rows::<3>,
             1 => several_rows::<1>,
             2 => several_rows::<2>,
             3 => several_rows::<3>,
@@ -99,7 +95,14 @@ impl<'a> Pair<'a> {
     #[target_feature(enable = "avx512f,avx2")]
     #[inline]
     fn words(&self, block: usize) -> [__m512i; PANEL] {
-        by_word(|row| self.panels[row / PANEL].codes(row % PANEL, block))
+        join_words(self.half(0, block), self.half(1, block))
+    }
+
+    /// One block of a panel's rows.
+    #[target_feature(enable = "avx512f,avx2")]
+    #[inline]
+    fn half(&self, panel: usize, block: usize) -> [__m512i; 4] {
+        half_by_word(|row| self.panels[panel].codes(row, block))
     }
 }
 
@@ -121,6 +124,10 @@ fn widen_two(two: __m512i, scale_type: ScaleType) -> [__m512; 2] {
         _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(halves)),
     ]
 }
+
+/// Blocks of a long row that are read of one panel before they are read of the other. Long rows share their places in the first-level
+/// cache, which keeps eight lines in each: sixteen rows at once came at 20 GB/s where others come at 33. Long rows are whole stretches.
+const STRETCH: usize = 8;
 
 /// A block of N rows of activations. Few rows are read from where they lie close together: of tiles, of five rows each, one of
 /// 3072 columns takes 17 KB, half of a first-level cache.
@@ -153,6 +160,9 @@ impl<const N: usize> Block<'_, N> {
 
 /// Values of all panels' rows for the N rows of `x`, at most two tiles: weights go from their file into the product without being
 /// stored unpacked.
+///
+/// The compiler leaves the steps of a block a loop as long as words come out of a branch; written out, they spill, and 3 to 6 rows
+/// take nearly twice as long.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,f16c")]
 fn several_rows<const N: usize>(
     weights: &Int4Rows<'_>,
@@ -163,11 +173,23 @@ fn several_rows<const N: usize>(
     let tiles = x.first_and_last_tiles();
     let few = x.few.as_chunks::<N>().0;
     let mut pair = Pair::new();
+    let is_long = weights.columns().is_multiple_of(LONG_COLUMNS);
+    let mut firsts = [[_mm512_setzero_si512(); 4]; STRETCH];
     for first in panels.clone().step_by(TILE_PANELS) {
         pair.find(weights, first..panels.end);
         let mut values = [_mm512_setzero_ps(); N];
         for (block, lines) in pair.lines.iter().enumerate() {
-            let words = pair.words(block);
+            let words = if is_long {
+                let place = block % STRETCH;
+                if place == 0 {
+                    for (offset, first) in firsts.iter_mut().enumerate() {
+                        *first = pair.half(0, block + offset);
+                    }
+                }
+                join_words(firsts[place], pair.half(1, block))
+            } else {
+                pair.words(block)
+            };
             let [codes, scales, biases] = Ahead::new(&pair.panels[0], block, TILE_PANELS);
             scales.prefetch_all();
             biases.prefetch_all();
@@ -205,20 +227,32 @@ fn hand_over<const N: usize>(
 #[target_feature(enable = "avx512f,avx2")]
 #[inline]
 fn by_word<'a>(rows: impl Fn(usize) -> &'a [u8; 32]) -> [__m512i; PANEL] {
-    let mut fours = [[_mm512_setzero_si512(); 4]; 2];
-    for (half, fours) in fours.iter_mut().enumerate() {
-        for (row, two) in fours.iter_mut().enumerate() {
-            let (low, high) = (rows(8 * half + row), rows(8 * half + row + 4));
-            *two =
-                _mm512_inserti64x4::<1>(_mm512_castsi256_si512(load_bytes(low)), load_bytes(high));
-        }
-        *fours = transpose_quarters(*fours);
+    join_words(
+        half_by_word(|row| rows(row)),
+        half_by_word(|row| rows(PANEL + row)),
+    )
+}
+
+/// Eight words of each of eight rows: quarters of a register are a word of rows 0..4, the fourth word behind it, the same of rows 4..8.
+#[target_feature(enable = "avx512f,avx2")]
+#[inline]
+fn half_by_word<'a>(rows: impl Fn(usize) -> &'a [u8; 32]) -> [__m512i; 4] {
+    let mut fours = [_mm512_setzero_si512(); 4];
+    for (row, two) in fours.iter_mut().enumerate() {
+        let (low, high) = (rows(row), rows(row + 4));
+        *two = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(load_bytes(low)), load_bytes(high));
     }
+    transpose_quarters(fours)
+}
+
+/// Eight words of eight rows and of eight more: one of each row in each register.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn join_words(first: [__m512i; 4], second: [__m512i; 4]) -> [__m512i; PANEL] {
     let mut words = [_mm512_setzero_si512(); PANEL];
     for word in 0..4 {
-        // Quarters of a register: a word of rows 0..4, the fourth word behind it, the same of rows 4..8.
-        words[word] = _mm512_shuffle_i64x2::<0b10_00_10_00>(fours[0][word], fours[1][word]);
-        words[4 + word] = _mm512_shuffle_i64x2::<0b11_01_11_01>(fours[0][word], fours[1][word]);
+        words[word] = _mm512_shuffle_i64x2::<0b10_00_10_00>(first[word], second[word]);
+        words[4 + word] = _mm512_shuffle_i64x2::<0b11_01_11_01>(first[word], second[word]);
     }
     words
 }
