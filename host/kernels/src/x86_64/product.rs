@@ -41,9 +41,9 @@ impl Avx2 {
         out: Out<'_>,
     ) {
         let kernel = match x.rows() {
-            1 => few_rows::<1>,
-            2 => few_rows::<2>,
-            3 => few_rows::<3>,
+            1 => one_row,
+            2 => several::several_rows::<2>,
+            3 => several::several_rows::<3>,
             4 => several::several_rows::<4>,
             5 => several::several_rows::<5>,
             6 => several::several_rows::<6>,
@@ -150,55 +150,46 @@ impl<'a> Panel<'a> {
     }
 }
 
-/// Decoding: every weight is used for one to three rows of `x`, and memory is what limits. Rows of weights are read one after
-/// the other; a lane is a block.
+/// Decoding: every weight is used once, and memory is what limits. Rows of weights are read one after the other; a lane is a block.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn few_rows<const N: usize>(
-    weights: &Int4Rows<'_>,
-    panels: Range<usize>,
-    x: &QuantizedRows,
-    out: Out<'_>,
-) {
+fn one_row(weights: &Int4Rows<'_>, panels: Range<usize>, x: &QuantizedRows, out: Out<'_>) {
     let mut panel = Panel::new();
     let first = panels.start;
-    let x_eights = x.few.as_chunks::<N>().0;
-    let mut eights = vec![EightBlocks::<N>::new(); x_eights.len()];
+    let mut eights = vec![EightBlocks::new(); x.few.len()];
     for index in panels {
         panel.find(weights, index);
         for (row, parts) in panel.rows.iter().enumerate() {
-            read_row(*parts, weights, x_eights, &mut eights, row);
+            read_row(*parts, weights, &x.few, &mut eights, row);
         }
-        let mut values = [_mm256_setzero_ps(); N];
-        for (index, (eight, x_eight)) in eights.iter().zip(x_eights).enumerate() {
+        let mut value = _mm256_setzero_ps();
+        for (index, (eight, x_eight)) in eights.iter().zip(&x.few).enumerate() {
             let lines = eight.lines.map(|part| transpose_f32(part));
             let blocks = 8.min(x.blocks - 8 * index);
-            for ((value, dots), x) in values.iter_mut().zip(eight.dots).zip(x_eight) {
-                for (block, dot) in transpose_f32(dots).into_iter().enumerate().take(blocks) {
-                    let line = [lines[0][block], lines[1][block]];
-                    *value = accumulate(*value, dot, line, [x.scales[block], x.sums[block]]);
-                }
+            let dots = transpose_f32(eight.dots);
+            for (block, dot) in dots.into_iter().enumerate().take(blocks) {
+                let line = [lines[0][block], lines[1][block]];
+                let x = [x_eight.scales[block], x_eight.sums[block]];
+                value = accumulate(value, dot, line, x);
             }
         }
-        for (row, value) in values.iter().enumerate() {
-            out(index - first, row, &[store(*value)]);
-        }
+        out(index - first, 0, &[store(value)]);
     }
 }
 
-/// What eight blocks of a panel give with N rows of activations. Lanes are blocks.
+/// What eight blocks of a panel give with the row of activations. Lanes are blocks.
 #[derive(Clone, Copy)]
-struct EightBlocks<const N: usize> {
-    /// Dot products, (rows of x, rows).
-    dots: [[__m256; PANEL]; N],
+struct EightBlocks {
+    /// Dot products of each row.
+    dots: [__m256; PANEL],
     /// Scales and biases of each row.
     lines: [[__m256; PANEL]; 2],
 }
 
-impl<const N: usize> EightBlocks<N> {
+impl EightBlocks {
     #[target_feature(enable = "avx2")]
     fn new() -> Self {
         Self {
-            dots: [[_mm256_setzero_ps(); PANEL]; N],
+            dots: [_mm256_setzero_ps(); PANEL],
             lines: [[_mm256_setzero_ps(); PANEL]; 2],
         }
     }
@@ -207,11 +198,11 @@ impl<const N: usize> EightBlocks<N> {
 /// What all blocks of a row of weights give, into place `row`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn read_row<const N: usize>(
+fn read_row(
     [codes, scales, biases]: [&[u8]; 3],
     weights: &Int4Rows<'_>,
-    x: &[[Eight; N]],
-    eights: &mut [EightBlocks<N>],
+    x: &[Eight],
+    eights: &mut [EightBlocks],
     row: usize,
 ) {
     let scale_type = weights.scale_type();
@@ -235,24 +226,18 @@ fn read_row<const N: usize>(
             };
             (load_f32(&line(scales)), load_f32(&line(biases)))
         };
-        let dots = eight_dots(codes, x.each_ref().map(|x| &x.words));
-        for (out, dots) in out.dots.iter_mut().zip(dots) {
-            out[row] = _mm256_cvtepi32_ps(dots);
-        }
+        out.dots[row] = _mm256_cvtepi32_ps(eight_dots(codes, &x.words));
         [out.lines[0][row], out.lines[1][row]] = [scale, bias];
     }
 }
 
-/// Dot products of eight blocks of one row of weights with a few rows of activations, a lane each.
+/// Dot products of eight blocks of one row of weights with those of the row of activations, a lane each.
 ///
 /// A 16-bit lane holds a pair of even and a pair of odd columns, at most 2 * 3810 = 7620; two additions of lanes make that
 /// 30480 before lanes become 32 bits.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn eight_dots<const N: usize>(
-    codes: &[[u8; BLOCK / 2]; 8],
-    words: [&[[i32; WORDS]; 8]; N],
-) -> [__m256i; N] {
+fn eight_dots(codes: &[[u8; BLOCK / 2]; 8], words: &[[i32; WORDS]; 8]) -> __m256i {
     let nibble = _mm256_set1_epi8(0xF);
     for line in 0..4 {
         let ahead = codes
@@ -261,37 +246,29 @@ fn eight_dots<const N: usize>(
             .wrapping_add(AHEAD_BYTES + 64 * line);
         _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
     }
-    let mut halves = [[nibble; N]; 2]; // each 128-bit half: one word of each of four blocks
+    let mut halves = [nibble; 2]; // each 128-bit half: one word of each of four blocks
     let fours = halves.iter_mut().zip(codes.as_chunks::<4>().0);
-    for (half, (dots, codes)) in fours.enumerate() {
-        let mut sums = [[_mm256_setzero_si256(); N]; 4];
-        for (place, (sums, codes)) in sums.iter_mut().zip(codes).enumerate() {
+    for ((dots, codes), words) in fours.zip(words.as_chunks::<4>().0) {
+        let mut sums = [_mm256_setzero_si256(); 4];
+        for ((sum, codes), words) in sums.iter_mut().zip(codes).zip(words) {
             let codes = load_bytes(codes);
             let low = _mm256_and_si256(codes, nibble);
             let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), nibble);
-            for (sum, words) in sums.iter_mut().zip(words) {
-                let (even, odd) = words[4 * half + place].split_at(WORDS / 2);
-                let low = _mm256_maddubs_epi16(low, load_words(even));
-                *sum = _mm256_add_epi16(low, _mm256_maddubs_epi16(high, load_words(odd)));
-            }
+            let (even, odd) = words.split_at(WORDS / 2);
+            let low = _mm256_maddubs_epi16(low, load_words(even));
+            *sum = _mm256_add_epi16(low, _mm256_maddubs_epi16(high, load_words(odd)));
         }
-        for (row, dots) in dots.iter_mut().enumerate() {
-            let [a, b, c, d] = [sums[0][row], sums[1][row], sums[2][row], sums[3][row]];
-            let ab = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-            let cd = _mm256_add_epi16(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
-            let four =
-                _mm256_add_epi16(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
-            *dots = _mm256_madd_epi16(four, _mm256_set1_epi16(1));
-        }
+        let [a, b, c, d] = sums;
+        let ab = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+        let cd = _mm256_add_epi16(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+        let four = _mm256_add_epi16(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+        *dots = _mm256_madd_epi16(four, _mm256_set1_epi16(1));
     }
-    let [first, mut dots] = halves;
-    for (dots, first) in dots.iter_mut().zip(first) {
-        *dots = _mm256_add_epi32(
-            _mm256_permute2x128_si256::<0x20>(first, *dots),
-            _mm256_permute2x128_si256::<0x31>(first, *dots),
-        );
-    }
-    dots
+    let [first, last] = halves;
+    _mm256_add_epi32(
+        _mm256_permute2x128_si256::<0x20>(first, last),
+        _mm256_permute2x128_si256::<0x31>(first, last),
+    )
 }
 
 /// `value` and what a block adds to it, rounded as the specification does.
