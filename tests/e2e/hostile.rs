@@ -103,7 +103,9 @@ fn an_adapter_that_misbehaves_costs_its_own_requests_only() {
         ),
         (
             "advance",
-            &["spin", "hoard", "trap", "recurse", "huge", "handles"],
+            &[
+                "spin", "hoard", "trap", "recurse", "huge", "handles", "frame",
+            ],
         ),
     ] {
         for deed in deeds {
@@ -127,7 +129,7 @@ fn an_adapter_that_misbehaves_costs_its_own_requests_only() {
     }
     // The record of a request is written just after its last byte.
     until("all are counted", || {
-        (server.stats()["requests"]["outcomes"]["guest_fault"].as_u64() >= Some(15)).then_some(())
+        (server.stats()["requests"]["outcomes"]["guest_fault"].as_u64() >= Some(16)).then_some(())
     });
 }
 

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use crate::chat::content;
 use crate::client::{chunks, events, joined};
+use crate::dialects::model;
 use crate::server::{Server, chat, data_url, fixture, pictures, shared, text, with};
 
 fn streamed(body: &Value) -> Value {
@@ -106,32 +107,78 @@ fn pieces_come_as_they_are_made() {
     assert!(pieces > 5, "200 tokens in {pieces} pieces");
 }
 
+/// A question that is answered with much text, to three dialects, and the place of the text in what they stream.
+fn asked() -> [(&'static str, &'static str, Value, &'static str); 3] {
+    let more = json!({"max_tokens": 200, "stream": true});
+    let message = with(chat(&[text("slowly")]), more.clone());
+    let named = with(message.clone(), json!({"model": model()}));
+    let prompt = json!({"prompt": "slowly: \"a\"\n\u{e9}", "temperature": 0});
+    [
+        (
+            "openai",
+            "/v1/chat/completions",
+            message,
+            "/choices/0/delta/content",
+        ),
+        (
+            "openai",
+            "/v1/completions",
+            with(prompt, more),
+            "/choices/0/text",
+        ),
+        ("anthropic", "/v1/messages", named, "/delta/text"),
+    ]
+}
+
+/// The events of a stream that have text at `place`, without it, and all text.
+fn texts(server: &Server, path: &str, body: &Value, place: &str) -> (Vec<Value>, String) {
+    let answer = server.send("POST", path, body.to_string().as_bytes());
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let lines = answer.text().lines();
+    let told = lines
+        .filter_map(|line| line.strip_prefix("data: "))
+        .filter(|told| *told != "[DONE]");
+    let (mut events, mut all) = (Vec::new(), String::new());
+    for told in told {
+        let mut event: Value = serde_json::from_str(told).expect("JSON");
+        let text = event.pointer_mut(place).map(Value::take);
+        let text = text.as_ref().and_then(Value::as_str).unwrap_or_default();
+        if !text.is_empty() {
+            all.push_str(text);
+            events.push(event);
+        }
+    }
+    (events, all)
+}
+
 #[test]
 fn texts_are_written_without_the_adapter_as_it_writes_them() {
-    let server = Server::start();
-    let streamed = streamed(&with(chat(&[text("slowly")]), json!({"max_tokens": 200})));
-    let calls = || {
-        let stats = server.stats();
-        let plugins = stats["plugins"].as_array().expect("a list").clone();
-        let openai = plugins.into_iter().find(|plugin| plugin["id"] == "openai");
-        openai.expect("it ships")["functions"]["advance"]["calls"].as_u64()
-    };
-    let framed = chunks(&server.chat(&streamed));
-    let calls_framed = calls().expect("a number");
-    assert!(framed.len() > 10, "200 tokens in {} chunks", framed.len());
-    // That it began, the first text, and its end.
-    assert!((2..=4).contains(&calls_framed), "{calls_framed} calls");
-    let told = chunks(&server.chat(&with(streamed, json!({"logprobs": true}))));
-    let calls_told = calls().expect("a number") - calls_framed;
-    assert!(calls_told > 4, "{calls_told} calls where tokens are told");
-    assert_eq!(joined(&framed), joined(&told));
-    for (framed, told) in [(&framed[1], &told[1]), (&framed[5], &told[5])] {
-        let keys = |chunk: &Value| {
-            let outer = chunk.as_object().expect("an object").keys().cloned();
-            let choice = chunk["choices"][0].as_object().expect("an object");
-            outer.chain(choice.keys().cloned()).collect::<Vec<_>>()
+    for (id, path, body, place) in asked() {
+        let server = Server::start();
+        let calls = || {
+            let stats = server.stats();
+            let plugins = stats["plugins"].as_array().expect("a list").clone();
+            let adapter = plugins.into_iter().find(|plugin| plugin["id"] == id);
+            adapter.expect("it ships")["functions"]["advance"]["calls"].as_u64()
         };
-        assert_eq!(keys(framed), keys(told));
+        let (framed, all) = texts(&server, path, &body, place);
+        assert!(framed.len() > 10, "{path}: 200 tokens in {}", framed.len());
+        // That it began, the first text, and its end.
+        let framed_calls = calls().expect("a number");
+        assert!(
+            (2..=4).contains(&framed_calls),
+            "{path}: {framed_calls} calls"
+        );
+        assert!(framed.iter().all(|event| *event == framed[0]), "{path}");
+        let whole = with(body, json!({"stream": false}));
+        let whole = server.send("POST", path, whole.to_string().as_bytes()).ok();
+        let said = [
+            "/choices/0/message/content",
+            "/choices/0/text",
+            "/content/0/text",
+        ];
+        let said = said.into_iter().find_map(|place| whole.pointer(place));
+        assert_eq!(said.and_then(Value::as_str), Some(all.as_str()), "{path}");
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Left alone, it hands the body to the model as one user message and answers in plain text.
 //! Deeds of its own: `huge` (a body of 8 MiB), `lie` (an image that was not sent), `status` (9999),
-//! `header` (a line break in one), `flood` (the log), `handles`, and in `advance` also `never-end`.
+//! `header` (a line break in one), `flood` (the log), `handles`, and in `advance` also `never-end`
+//! and `frame` (16 KiB around a text).
 
 #![expect(missing_docs, reason = "what `generate!` makes is documented in wit/")]
 
@@ -13,8 +14,8 @@ use visor_test_guests::{configure, deed, huge_string, main_deed};
 wit_bindgen::generate!({ world: "adapter-plugin", path: "../../wit" });
 
 use exports::visor::plugin::adapter::{
-    self, Event, Exchange, Generation, GuestExchange, Head, Input, Next, OutputFormat, Progress,
-    Response, Route, Sampling, Step, ToolChoice,
+    self, Event, Exchange, Frame, Generation, GuestExchange, Head, Input, Next, OutputFormat,
+    Progress, Response, Route, Sampling, Step, ToolChoice,
 };
 use exports::visor::plugin::lifecycle;
 use visor::plugin::adapter_input::Request;
@@ -105,11 +106,13 @@ impl GuestExchange for Echo {
             (_, Next::End) => self.0.take().into_bytes(),
             _ => Vec::new(),
         };
-        Ok(Progress {
-            bytes,
-            next,
-            frame: None,
-        })
+        let frame = (deed == "frame").then(|| Frame {
+            generation: 0,
+            choice: 0,
+            before: vec![b'<'; 1 << 14],
+            after: Vec::new(),
+        });
+        Ok(Progress { bytes, next, frame })
     }
 
     fn keep_alive(&self) -> Vec<u8> {

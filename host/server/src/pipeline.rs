@@ -5,7 +5,7 @@
 //!      ─▶ adapter.start ─▶ respond: written, done
 //!                       └▶ generate, for each: vision (decode, image policy) ─▶ prompt (template,
 //!                          tokenize) ─▶ plan (count) ─▶ cached (scope, whole answers) ─▶ vision (crops)
-//!                          ─▶ engine ─▶ drive: events ─▶ adapter.advance ─▶ output ─▶ http
+//!                          ─▶ engine ─▶ drive: events ─▶ adapter.advance or frame ─▶ output ─▶ http
 //! ```
 //!
 //! An exchange runs on one thread of its own, top to bottom. It is pinned to one revision of the

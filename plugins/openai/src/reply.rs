@@ -65,7 +65,7 @@ struct Choice {
     finish_reason: Option<&'static str>,
 }
 
-/// A piece of an answer, as it goes over the wire: written as it is, since there is one for every token.
+/// A piece of an answer, as it goes over the wire: written as it is, since there may be one for every token.
 #[derive(Serialize)]
 struct Chunk<'a, C> {
     id: &'a str,

@@ -1,6 +1,6 @@
 //! What the host insists on in the answers of an adapter.
 
-use crate::adapter::types::{Generation, Head, Input, Response, Route, Sampling};
+use crate::adapter::types::{Frame, Generation, Head, Input, Response, Route, Sampling};
 use crate::chat::{Message, Part};
 
 const ROUTES_MAX: usize = 64;
@@ -18,6 +18,9 @@ const HOST_HEADERS: [&str; 8] = [
     "transfer-encoding",
     "upgrade",
 ];
+
+/// Most bytes that stand around a text: it is sent with each of them.
+const FRAME_BYTES_MAX: usize = 8 << 10;
 
 /// What is wrong, or nothing.
 pub(crate) type Checked = Result<(), String>;
@@ -105,6 +108,16 @@ pub(crate) fn response(response: &Response) -> Checked {
 pub(crate) fn head(head: &Head) -> Checked {
     status(head.status)?;
     headers(&head.headers)
+}
+
+pub(crate) fn frame(frame: &Frame) -> Checked {
+    let bytes = frame.before.len() + frame.after.len();
+    match bytes {
+        0..=FRAME_BYTES_MAX => Ok(()),
+        _ => Err(format!(
+            "a frame of {bytes} bytes; {FRAME_BYTES_MAX} are allowed"
+        )),
+    }
 }
 
 fn status(status: u16) -> Checked {

@@ -80,6 +80,8 @@ impl Exchange {
             if let Next::Generate(generations) = &progress.next {
                 checks::generations(generations, *generations_left).map_err(Halt::Broken)?;
             }
+            let checked = progress.frame.as_ref().map_or(Ok(()), checks::frame);
+            checked.map_err(Halt::Broken)?;
             Ok(progress)
         })?;
         if let Next::Generate(generations) = &progress.next {

@@ -1,64 +1,109 @@
 //! Texts that are written without the adapter, in the frame it gave for them. They come one token at a time, and calling the adapter
 //! for one takes longer than all else that is done to it.
 
+use std::borrow::Cow;
+
 use visor_sandbox::{Event, Frame};
 
-/// Room for the text of a token with its quotes.
-const TEXT_BYTES: usize = 32;
+/// Room for the quotes of a text, and for what of it is escaped.
+const ESCAPES_BYTES: usize = 32;
 
-/// A delta that is text and nothing else.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// A delta that is text and has no tokens.
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Text<'a> {
     generation: u32,
     choice: u32,
-    text: &'a str,
+    text: Cow<'a, str>,
 }
 
 impl<'a> Text<'a> {
     /// These events, if they are one such delta.
-    pub(super) fn of(events: &'a [Event]) -> Option<Self> {
+    pub(super) fn only(events: &'a [Event]) -> Option<Self> {
         match events {
-            [
-                Event::Delta {
-                    generation,
-                    choice,
-                    text,
-                    tokens,
-                },
-            ] if tokens.is_empty() => Some(Self {
+            [event] => Self::of(event),
+            _ => None,
+        }
+    }
+
+    /// The last of these events, if it is such a delta.
+    pub(super) fn last(events: &[Event]) -> Option<Text<'static>> {
+        let last = events.last().and_then(Text::of)?;
+        Some(Text {
+            text: Cow::Owned(last.text.into_owned()),
+            ..last
+        })
+    }
+
+    fn of(event: &'a Event) -> Option<Self> {
+        match event {
+            Event::Delta {
+                generation,
+                choice,
+                text,
+                tokens,
+            } if tokens.is_empty() => Some(Self {
                 generation: *generation,
                 choice: *choice,
-                text,
+                text: Cow::Borrowed(text),
             }),
             _ => None,
         }
     }
 }
 
+/// A frame gives other bytes than its adapter wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the frame does not give what the adapter writes for a text; none of this exchange is used"
+)]
+pub(super) struct WrongFrame;
+
 /// The frame that texts are written in, if there is one.
 #[derive(Debug, Default)]
-pub(super) struct Framing(Option<Frame>);
+pub(super) struct Framing {
+    frame: Option<Frame>,
+    /// Whether a frame was wrong: no other is used then.
+    is_wrong: bool,
+}
 
 impl Framing {
-    /// The frame that came with `bytes`, if it gives them.
-    pub(super) fn checked(frame: Option<Frame>, text: Option<Text<'_>>, bytes: &[u8]) -> Self {
-        let framing = Self(frame);
-        match text.and_then(|text| framing.write(text)) {
-            Some(framed) if framed == bytes => framing,
-            _ => Self::default(),
+    /// Takes up the frame that came with `bytes`, in place of any before, if there was a text to hold it against: that the adapter was
+    /// told last.
+    ///
+    /// # Errors
+    /// `bytes` do not end as the frame gives it; once.
+    pub(super) fn set(
+        &mut self,
+        frame: Option<Frame>,
+        last: Option<Text<'_>>,
+        bytes: &[u8],
+    ) -> Result<(), WrongFrame> {
+        self.frame = frame.filter(|_| !self.is_wrong);
+        let framed = last.and_then(|text| self.write(&text));
+        if framed
+            .as_ref()
+            .is_some_and(|framed| bytes.ends_with(framed))
+        {
+            return Ok(());
         }
+        self.frame = None;
+        if framed.is_some() {
+            self.is_wrong = true;
+            return Err(WrongFrame);
+        }
+        Ok(())
     }
 
     /// A text as the adapter would write it.
-    pub(super) fn write(&self, text: Text<'_>) -> Option<Vec<u8>> {
-        let frame = self.0.as_ref()?;
+    pub(super) fn write(&self, text: &Text<'_>) -> Option<Vec<u8>> {
+        let frame = self.frame.as_ref()?;
         if (frame.generation, frame.choice) != (text.generation, text.choice) {
             return None;
         }
-        let room = frame.before.len() + text.text.len() + TEXT_BYTES + frame.after.len();
+        let room = frame.before.len() + text.text.len() + ESCAPES_BYTES + frame.after.len();
         let mut bytes = Vec::with_capacity(room);
         bytes.extend_from_slice(&frame.before);
-        serde_json::to_writer(&mut bytes, text.text).ok()?;
+        serde_json::to_writer(&mut bytes, &text.text).ok()?;
         bytes.extend_from_slice(&frame.after);
         Some(bytes)
     }
@@ -66,6 +111,8 @@ impl Framing {
 
 #[cfg(test)]
 mod tests {
+    use visor_sandbox::{TokenChance, TokenInfo};
+
     use super::*;
 
     fn delta(choice: u32, text: &str) -> Event {
@@ -86,38 +133,68 @@ mod tests {
         })
     }
 
+    /// With the frame of texts of choice 2.
+    fn framing() -> Framing {
+        let mut framing = Framing::default();
+        let first = [delta(1, "x"), delta(2, "a\"\n")];
+        let set = framing.set(frame(), Text::last(&first), br#"[begun]<"a\"\n">"#);
+        assert_eq!(set, Ok(()));
+        framing
+    }
+
+    fn written(framing: &Framing, events: &[Event]) -> Option<Vec<u8>> {
+        framing.write(&Text::only(events)?)
+    }
+
     #[test]
     fn a_text_is_written_as_the_adapter_wrote_the_one_before() {
-        let first = [delta(2, "a\"\n")];
-        let framing = Framing::checked(frame(), Text::of(&first), br#"<"a\"\n">"#);
-        let next = [delta(2, "\u{e9}\\")];
-        let written = Text::of(&next).and_then(|text| framing.write(text));
-        assert_eq!(written.unwrap(), "<\"\u{e9}\\\\\">".as_bytes());
+        let written = written(&framing(), &[delta(2, "\u{e9}\\\u{1}")]);
+        assert_eq!(written.unwrap(), "<\"\u{e9}\\\\\\u0001\">".as_bytes());
     }
 
     #[test]
     fn what_the_frame_is_not_for_goes_to_the_adapter() {
-        let first = [delta(2, "a")];
-        let framing = Framing::checked(frame(), Text::of(&first), br#"<"a">"#);
-        let other = [delta(1, "a")];
-        assert!(
-            Text::of(&other)
-                .and_then(|text| framing.write(text))
-                .is_none()
-        );
-        let two = [delta(2, "a"), delta(1, "b")];
-        assert_eq!(Text::of(&two), None);
-        assert_eq!(Text::of(&[]), None);
+        let mut told = delta(2, "a");
+        if let Event::Delta { tokens, .. } = &mut told {
+            let chosen = TokenChance {
+                token: 1,
+                bytes: b"a".to_vec(),
+                logprob: 0.0,
+            };
+            tokens.push(TokenInfo {
+                chosen,
+                alternatives: Vec::new(),
+            });
+        }
+        let mut other = delta(2, "a");
+        if let Event::Delta { generation, .. } = &mut other {
+            *generation = 0;
+        }
+        let two = vec![delta(2, "a"), delta(2, "b")];
+        for events in [vec![told], vec![other], vec![delta(1, "a")], two, vec![]] {
+            assert_eq!(written(&framing(), &events), None, "{events:?}");
+        }
     }
 
     #[test]
-    fn a_frame_that_gives_other_bytes_than_the_adapter_is_not_used() {
-        let events = [delta(2, "a")];
-        let text = Text::of(&events);
-        for (text, bytes) in [(text, &br#"<"b">"#[..]), (text, b""), (None, br#"<"a">"#)] {
-            let framing = Framing::checked(frame(), text, bytes);
-            assert!(framing.0.is_none(), "{bytes:?}");
+    fn what_the_adapter_says_next_takes_the_frame_back() {
+        let text = [delta(2, "a")];
+        for (frame, events) in [(None, &text[..]), (frame(), &[])] {
+            let mut framing = framing();
+            let set = framing.set(frame, Text::last(events), br#"<"a">"#);
+            assert_eq!((set, written(&framing, &text)), (Ok(()), None));
         }
-        assert!(Framing::checked(None, text, br#"<"a">"#).0.is_none());
+    }
+
+    #[test]
+    fn a_frame_that_gives_other_bytes_than_the_adapter_is_the_last_of_its_exchange() {
+        let text = [delta(2, "a")];
+        for bytes in [&br#"<"b">"#[..], b""] {
+            let mut framing = framing();
+            let set = framing.set(frame(), Text::last(&text), bytes);
+            assert_eq!((set, written(&framing, &text)), (Err(WrongFrame), None));
+            let set = framing.set(frame(), Text::last(&text), br#"<"a">"#);
+            assert_eq!((set, written(&framing, &text)), (Ok(()), None));
+        }
     }
 }

@@ -324,6 +324,21 @@ fn a_frame_gives_what_is_written_for_a_text() {
 }
 
 #[test]
+fn a_message_does_not_change_when_texts_are_written_in_the_frame() {
+    let whole = answer(FinishReason::Stop, None);
+    let mut framed = reply(Shape::Stream);
+    let begun = framed.advance(whole[..2].to_vec()).unwrap();
+    let frame = begun.frame.expect("nothing is told beside the text");
+    let text = [&frame.before[..], b"\"llo\"", &frame.after].concat();
+    let end = framed.advance(whole[3..].to_vec()).unwrap();
+    let written = [begun.bytes, text, end.bytes].concat();
+    assert_eq!(
+        String::from_utf8(written).unwrap(),
+        run(Shape::Stream, whole)
+    );
+}
+
+#[test]
 fn a_message_in_one_piece_has_no_frame() {
     let progress = reply(Shape::Whole).advance(vec![delta("a")]);
     assert!(progress.unwrap().frame.is_none());

@@ -1,5 +1,7 @@
 //! Event lists in, bytes out.
 
+mod frames;
+
 use super::*;
 use crate::error::render_error;
 use crate::exports::visor::plugin::adapter::{Call, Finish, TokenChance, Total};
@@ -550,36 +552,4 @@ fn calls_stand_beside_no_text() {
     assert_eq!((deltas.len(), &deltas[2]["index"]), (4, &json!(1)));
     let last = &chunks[chunks.len() - 1]["choices"][0];
     assert_eq!(last["finish_reason"], "tool_calls");
-}
-
-#[test]
-fn a_frame_gives_what_is_written_for_a_text() {
-    for shape in [Shape::Chat, Shape::Completion] {
-        let mut reply = reply_of(shape, 1, true, true);
-        reply.model = r#"m"content":"","text":"""#.to_owned();
-        let first = reply.advance(vec![delta("Hé")]).unwrap();
-        let frame = first.frame.expect("nothing is told beside the text");
-        for text in ["", "llo", "\"quoted\"\\\n\u{1}\u{2028}😀"] {
-            let written = reply.advance(vec![delta(text)]).unwrap().bytes;
-            let text = serde_json::to_vec(text).unwrap();
-            assert_eq!(written, [&frame.before[..], &text, &frame.after].concat());
-        }
-    }
-}
-
-#[test]
-fn there_is_no_frame_for_what_is_more_than_text() {
-    let frame = |mut reply: Reply, events| reply.advance(events).unwrap().frame;
-    let of = |choices, stream| reply_of(Shape::Chat, choices, stream, false);
-    assert!(frame(of(1, true), vec![delta("a")]).is_some());
-    assert!(frame(of(1, false), vec![delta("a")]).is_none(), "one piece");
-    assert!(
-        frame(of(2, true), vec![delta("a")]).is_none(),
-        "two choices"
-    );
-    let mut telling = of(1, true);
-    telling.logprobs = true;
-    assert!(frame(telling, vec![delta("a")]).is_none(), "tokens");
-    let events = vec![delta("a"), finish(FinishReason::Stop), done()];
-    assert!(frame(of(1, true), events).is_none(), "it is over");
 }
