@@ -66,6 +66,7 @@ struct Weights {
     copies: usize,
     codes: Vec<u8>,
     scales: Vec<u8>,
+    biases: Vec<u8>,
 }
 
 impl Weights {
@@ -73,12 +74,13 @@ impl Weights {
         let copies = (200_000_000 / (rows * columns / 2)).max(1);
         let codes = (0..rows * columns / 2 * copies).map(|index| (index * 2_654_435_761) as u8);
         let mut scales = Vec::new();
-        (0..rows * columns / 64).for_each(|_| ScaleType::F16.put(0.01, &mut scales));
+        (0..rows * columns / 64 * copies).for_each(|_| ScaleType::F16.put(0.01, &mut scales));
         Self {
             rows,
             columns,
             copies,
             codes: codes.collect(),
+            biases: scales.clone(),
             scales,
         }
     }
@@ -90,7 +92,10 @@ impl Weights {
         for run in 0..(self.copies * 4).min(if m > 32 { 4 } else { 64 }) {
             let bytes = rows * columns / 2;
             let codes = &self.codes[run % self.copies * bytes..][..bytes];
-            let parts = [codes, &self.scales, &self.scales];
+            let bytes = rows * columns / 64 * ScaleType::F16.bytes();
+            let [scales, biases] = [&self.scales, &self.biases]
+                .map(|all| &all[run % self.copies * bytes..][..bytes]);
+            let parts = [codes, scales, biases];
             let view = Int4Rows::new(parts, columns, 64, ScaleType::F16).expect("a matrix");
             let start = Instant::now();
             work(&view);
