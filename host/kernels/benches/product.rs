@@ -92,9 +92,9 @@ impl Weights {
         for run in 0..(self.copies * 4).min(if m > 32 { 4 } else { 64 }) {
             let bytes = rows * columns / 2;
             let codes = &self.codes[run % self.copies * bytes..][..bytes];
-            let bytes = rows * columns / 64 * ScaleType::F16.bytes();
+            let groups = rows * columns / 64 * ScaleType::F16.bytes();
             let [scales, biases] = [&self.scales, &self.biases]
-                .map(|all| &all[run % self.copies * bytes..][..bytes]);
+                .map(|all| &all[run % self.copies * groups..][..groups]);
             let parts = [codes, scales, biases];
             let view = Int4Rows::new(parts, columns, 64, ScaleType::F16).expect("a matrix");
             let start = Instant::now();

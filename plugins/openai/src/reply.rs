@@ -132,7 +132,7 @@ impl Reply {
     pub(crate) fn advance(&mut self, events: Vec<Event>) -> Result<Progress, Error> {
         let mut bytes = Vec::new();
         let progress = |bytes, next, frame| Ok(Progress { bytes, next, frame });
-        let framed = matches!(events.last(), Some(Event::Delta(_)));
+        let framed = matches!(events[..], [Event::Delta(_)]) && self.begun;
         for event in events {
             match self.event(event, &mut bytes) {
                 Ok(Next::More) => {}

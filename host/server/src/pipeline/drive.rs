@@ -127,7 +127,7 @@ impl Drive<'_> {
         if events.is_empty() {
             return Ok(());
         }
-        let framed = Text::only(&events).and_then(|text| self.framing.write(&text));
+        let framed = Text::of(&events).and_then(|text| self.framing.write(&text));
         let (bytes, next) = match framed {
             Some(bytes) => (bytes, Next::More),
             None => self.advance(work, events)?,
@@ -147,13 +147,13 @@ impl Drive<'_> {
 
     /// Hands events over to the adapter.
     fn advance(&mut self, work: &mut Work, events: Vec<Event>) -> Result<(Vec<u8>, Next), Stop> {
-        let last = Text::last(&events);
+        let told = Text::of(&events).map(Text::into_owned);
         let began = Instant::now();
         let progress = self.exchange.advance(events);
         work.trace.stages.add(Stage::Adapter, began.elapsed());
         let progress = progress.map_err(Failure::from)?;
         let Progress { bytes, next, frame } = progress;
-        if let Err(wrong) = self.framing.set(frame, last, &bytes) {
+        if let Err(wrong) = self.framing.set(frame, told, &bytes) {
             let plugin = work.call.pinned.adapter.id();
             tracing::warn!(target: "visor::plugin", %plugin, request = %work.call.incoming.id, "{wrong}");
         }

@@ -18,35 +18,29 @@ pub(super) struct Text<'a> {
 
 impl<'a> Text<'a> {
     /// These events, if they are one such delta.
-    pub(super) fn only(events: &'a [Event]) -> Option<Self> {
+    pub(super) fn of(events: &'a [Event]) -> Option<Self> {
         match events {
-            [event] => Self::of(event),
-            _ => None,
-        }
-    }
-
-    /// The last of these events, if it is such a delta.
-    pub(super) fn last(events: &[Event]) -> Option<Text<'static>> {
-        let last = events.last().and_then(Text::of)?;
-        Some(Text {
-            text: Cow::Owned(last.text.into_owned()),
-            ..last
-        })
-    }
-
-    fn of(event: &'a Event) -> Option<Self> {
-        match event {
-            Event::Delta {
-                generation,
-                choice,
-                text,
-                tokens,
-            } if tokens.is_empty() => Some(Self {
+            [
+                Event::Delta {
+                    generation,
+                    choice,
+                    text,
+                    tokens,
+                },
+            ] if tokens.is_empty() => Some(Self {
                 generation: *generation,
                 choice: *choice,
                 text: Cow::Borrowed(text),
             }),
             _ => None,
+        }
+    }
+
+    /// The same with a text of its own.
+    pub(super) fn into_owned(self) -> Text<'static> {
+        Text {
+            text: Cow::Owned(self.text.into_owned()),
+            ..self
         }
     }
 }
@@ -67,23 +61,20 @@ pub(super) struct Framing {
 }
 
 impl Framing {
-    /// Takes up the frame that came with `bytes`, in place of any before, if there was a text to hold it against: that the adapter was
-    /// told last.
+    /// Takes up the frame that came with `bytes`, in place of any before, if there is a text to hold it against: all that the adapter
+    /// was told.
     ///
     /// # Errors
-    /// `bytes` do not end as the frame gives it; once.
+    /// `bytes` are not what the frame gives; once.
     pub(super) fn set(
         &mut self,
         frame: Option<Frame>,
-        last: Option<Text<'_>>,
+        told: Option<Text<'_>>,
         bytes: &[u8],
     ) -> Result<(), WrongFrame> {
         self.frame = frame.filter(|_| !self.is_wrong);
-        let framed = last.and_then(|text| self.write(&text));
-        if framed
-            .as_ref()
-            .is_some_and(|framed| bytes.ends_with(framed))
-        {
+        let framed = told.and_then(|text| self.write(&text));
+        if framed.as_ref().is_some_and(|framed| framed == bytes) {
             return Ok(());
         }
         self.frame = None;
@@ -136,14 +127,14 @@ mod tests {
     /// With the frame of texts of choice 2.
     fn framing() -> Framing {
         let mut framing = Framing::default();
-        let first = [delta(1, "x"), delta(2, "a\"\n")];
-        let set = framing.set(frame(), Text::last(&first), br#"[begun]<"a\"\n">"#);
+        let first = [delta(2, "a\"\n")];
+        let set = framing.set(frame(), Text::of(&first), br#"<"a\"\n">"#);
         assert_eq!(set, Ok(()));
         framing
     }
 
     fn written(framing: &Framing, events: &[Event]) -> Option<Vec<u8>> {
-        framing.write(&Text::only(events)?)
+        framing.write(&Text::of(events)?)
     }
 
     #[test]
@@ -181,7 +172,7 @@ mod tests {
         let text = [delta(2, "a")];
         for (frame, events) in [(None, &text[..]), (frame(), &[])] {
             let mut framing = framing();
-            let set = framing.set(frame, Text::last(events), br#"<"a">"#);
+            let set = framing.set(frame, Text::of(events), br#"<"a">"#);
             assert_eq!((set, written(&framing, &text)), (Ok(()), None));
         }
     }
@@ -189,11 +180,11 @@ mod tests {
     #[test]
     fn a_frame_that_gives_other_bytes_than_the_adapter_is_the_last_of_its_exchange() {
         let text = [delta(2, "a")];
-        for bytes in [&br#"<"b">"#[..], b""] {
+        for bytes in [&br#"<"b">"#[..], br#"[<"a">"#, b""] {
             let mut framing = framing();
-            let set = framing.set(frame(), Text::last(&text), bytes);
+            let set = framing.set(frame(), Text::of(&text), bytes);
             assert_eq!((set, written(&framing, &text)), (Err(WrongFrame), None));
-            let set = framing.set(frame(), Text::last(&text), br#"<"a">"#);
+            let set = framing.set(frame(), Text::of(&text), br#"<"a">"#);
             assert_eq!((set, written(&framing, &text)), (Ok(()), None));
         }
     }

@@ -309,11 +309,10 @@ fn a_ping_is_an_event() {
 #[test]
 fn a_frame_gives_what_is_written_for_a_text() {
     let mut reply = reply(Shape::Stream);
-    let first = reply.advance(vec![Event::Started((0, USAGE)), delta("Hé")]);
-    let frame = first
-        .unwrap()
-        .frame
-        .expect("nothing is told beside the text");
+    let first = reply.advance(vec![delta("Hé")]).unwrap();
+    assert!(first.frame.is_none(), "it opens a block, too");
+    let next = reply.advance(vec![delta(",")]).unwrap();
+    let frame = next.frame.expect("nothing is told beside the text");
     for text in ["", "llo", "\"quoted\"\\\n\u{1}\u{2028}😀"] {
         let written = reply.advance(vec![delta(text)]).unwrap().bytes;
         let text = serde_json::to_vec(text).unwrap();
@@ -325,13 +324,15 @@ fn a_frame_gives_what_is_written_for_a_text() {
 
 #[test]
 fn a_message_does_not_change_when_texts_are_written_in_the_frame() {
-    let whole = answer(FinishReason::Stop, None);
+    let mut whole = answer(FinishReason::Stop, None);
+    whole.insert(3, delta("!"));
     let mut framed = reply(Shape::Stream);
     let begun = framed.advance(whole[..2].to_vec()).unwrap();
-    let frame = begun.frame.expect("nothing is told beside the text");
-    let text = [&frame.before[..], b"\"llo\"", &frame.after].concat();
-    let end = framed.advance(whole[3..].to_vec()).unwrap();
-    let written = [begun.bytes, text, end.bytes].concat();
+    let next = framed.advance(vec![whole[2].clone()]).unwrap();
+    let frame = next.frame.expect("nothing is told beside the text");
+    let text = [&frame.before[..], b"\"!\"", &frame.after].concat();
+    let end = framed.advance(whole[4..].to_vec()).unwrap();
+    let written = [begun.bytes, next.bytes, text, end.bytes].concat();
     assert_eq!(
         String::from_utf8(written).unwrap(),
         run(Shape::Stream, whole)

@@ -126,8 +126,9 @@ fn widen_two(two: __m512i, scale_type: ScaleType) -> [__m512; 2] {
 }
 
 /// Blocks of a long row that are read of one panel before they are read of the other. Long rows share their places in the first-level
-/// cache, which keeps eight lines in each: sixteen rows at once came at 20 GB/s where others come at 33. Long rows are whole stretches.
+/// cache, which keeps eight lines in each: sixteen rows at once came at 20 GB/s where others come at 33.
 const STRETCH: usize = 8;
+const _: () = assert!(LONG_COLUMNS.is_multiple_of(STRETCH * BLOCK));
 
 /// A block of N rows of activations. Few rows are read from where they lie close together: of tiles, of five rows each, one of
 /// 3072 columns takes 17 KB, half of a first-level cache.
@@ -227,10 +228,7 @@ fn hand_over<const N: usize>(
 #[target_feature(enable = "avx512f,avx2")]
 #[inline]
 fn by_word<'a>(rows: impl Fn(usize) -> &'a [u8; 32]) -> [__m512i; PANEL] {
-    join_words(
-        half_by_word(|row| rows(row)),
-        half_by_word(|row| rows(PANEL + row)),
-    )
+    join_words(half_by_word(&rows), half_by_word(|row| rows(PANEL + row)))
 }
 
 /// Eight words of each of eight rows: quarters of a register are a word of rows 0..4, the fourth word behind it, the same of rows 4..8.

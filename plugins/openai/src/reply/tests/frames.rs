@@ -2,11 +2,18 @@
 
 use super::*;
 
+/// Has told that it began.
+fn begun(mut reply: Reply) -> Reply {
+    reply.advance(vec![Event::Started((0, USAGE))]).unwrap();
+    reply
+}
+
 #[test]
 fn a_frame_gives_what_is_written_for_a_text() {
     for shape in [Shape::Chat, Shape::Completion] {
         let mut reply = reply_of(shape, 1, true, true);
         reply.model = r#"m"content":"","text":"""#.to_owned();
+        let mut reply = begun(reply);
         let first = reply.advance(vec![delta("Hé")]).unwrap();
         let frame = first.frame.expect("nothing is told beside the text");
         for text in ["", "llo", "\"quoted\"\\\n\u{1}\u{2028}😀"] {
@@ -21,10 +28,10 @@ fn a_frame_gives_what_is_written_for_a_text() {
 fn an_answer_does_not_change_when_texts_are_written_in_the_frame() {
     for end in [finish(FinishReason::Length), Event::Failed((0, failure()))] {
         let ends = || vec![end.clone(), done()];
-        let mut told = reply(true, true);
+        let mut told = begun(reply(true, true));
         let mut bytes = told.advance(vec![delta("a"), delta("b")]).unwrap().bytes;
         bytes.extend(told.advance(ends()).unwrap().bytes);
-        let mut framed = reply(true, true);
+        let mut framed = begun(reply(true, true));
         let Progress {
             bytes: mut written,
             frame,
@@ -40,8 +47,12 @@ fn an_answer_does_not_change_when_texts_are_written_in_the_frame() {
 #[test]
 fn there_is_no_frame_for_what_is_more_than_text() {
     let frame = |mut reply: Reply, events| reply.advance(events).unwrap().frame;
-    let of = |choices, stream| reply_of(Shape::Chat, choices, stream, false);
+    let not_begun = reply(true, false);
+    assert!(frame(not_begun, vec![delta("a")]).is_none(), "who speaks");
+    let of = |choices, stream| begun(reply_of(Shape::Chat, choices, stream, false));
     assert!(frame(of(1, true), vec![delta("a")]).is_some());
+    let two = vec![delta("a"), delta("b")];
+    assert!(frame(of(1, true), two).is_none(), "two texts");
     assert!(frame(of(1, false), vec![delta("a")]).is_none(), "one piece");
     assert!(
         frame(of(2, true), vec![delta("a")]).is_none(),
