@@ -30,7 +30,7 @@ def visor(binary):
         "prefill_tokens_per_s": next(p["tokens_per_s"] for p in measured["prefill"] if p["tokens"] == 757),
         "decode_tokens_per_s": measured["decode"]["tokens_per_s"],
         "batch_tokens_per_s": measured["batches"][-1]["tokens_per_s"],
-        "seconds_per_crop": measured["vision"][0]["seconds_per_crop"],
+        "seconds_per_crop": measured["vision"][0]["tower_seconds_per_crop"],
         "first_token_s": measured["first_token"]["seconds"],
         "peak_bytes": told["peak_resident_mib"] * 2**20,
         "crops": measured["first_token"]["crops"],

@@ -90,6 +90,8 @@ pub struct Vision {
     pub seconds: f64,
     /// One of them.
     pub seconds_per_crop: f64,
+    /// One of them through the tower alone.
+    pub tower_seconds_per_crop: f64,
     /// 10^9 operations that the image needs.
     pub gop: f64,
     /// Of the product rate.
@@ -222,12 +224,20 @@ impl Bench<'_> {
         let pixels = picture(side);
         let crops = pixels.crop_count;
         (self.options.say)(&format!("vision, {crops} crops"));
-        let seconds = median_s(RUNS, || self.encode(&pixels).map(|_| ()))?;
+        let mut tower = Vec::with_capacity(RUNS);
+        let seconds = median_s(RUNS, || {
+            let start = Instant::now();
+            let keep_going = self.options.keep_going;
+            let patches = self.model.tower_features(&pixels, keep_going)?;
+            tower.push(seconds_since(start));
+            self.model.project(&patches, &pixels).map(|_| ())
+        })?;
         let gop = self.work.vision(crops, pixels.image_tokens()) / 1e9;
         Ok(Vision {
             crops,
             seconds,
             seconds_per_crop: seconds / f64::from(crops),
+            tower_seconds_per_crop: median(tower) / f64::from(crops),
             gop,
             product_share: gop / seconds / self.ceilings.product_gop_per_s,
         })

@@ -236,9 +236,13 @@ impl Phi3V {
     }
 
     /// The tower's output, (crops, 576, width).
-    pub(crate) fn tower_features(&self, pixels: &PixelValues) -> Result<Tensor, ModelError> {
+    pub(crate) fn tower_features(
+        &self,
+        pixels: &PixelValues,
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Tensor, ModelError> {
         let mut pass = TowerPass::default();
-        let patches = self.tower.advance(&mut pass, &pixels.crops, &|| true)?;
+        let patches = self.tower.advance(&mut pass, &pixels.crops, keep_going)?;
         patches.ok_or(ModelError::Cancelled)
     }
 

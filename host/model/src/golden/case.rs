@@ -267,7 +267,7 @@ fn compare_features(
     let (model, tolerance) = (&case.loaded.model, case.loaded.tolerance());
     let mut towers = Vec::new();
     for image in images {
-        let patches = model.tower_features(image)?;
+        let patches = model.tower_features(image, &|| true)?;
         case.features
             .push(Arc::new(model.project(&patches, image)?));
         towers.push(patches);
