@@ -49,10 +49,11 @@ fn sequences_run_together_and_say_what_each_says_alone() {
         .collect();
     assert_eq!(script.widest.load(Ordering::Relaxed), 1);
 
-    let script = Script::new(Answer::Hashed(600));
+    let (script, hold) = Script::new(Answer::Hashed(600)).held_at(0);
     let engine = start_with(&script, together(4));
     engine.wait_ready(PATIENCE);
     let events = submit_all(&engine, &requests);
+    drop(hold);
     let have: Vec<String> = events.iter().map(|events| hear(events).text).collect();
     assert_eq!(have, want);
     assert_eq!(script.widest.load(Ordering::Relaxed), 4);
@@ -63,7 +64,7 @@ fn sequences_run_together_and_say_what_each_says_alone() {
 
 #[test]
 fn a_long_prompt_does_not_stall_who_decodes() {
-    let script = Script::new(Answer::Tokens(vec![1000; 400]));
+    let (script, hold) = Script::new(Answer::Tokens(vec![1000; 400])).held_at(10);
     let mut options = together(2);
     // Whatever a step takes, it is longer than this: a decoding sequence shares its steps with as few positions as can be.
     options.slice = Duration::ZERO;
@@ -73,6 +74,7 @@ fn a_long_prompt_does_not_stall_who_decodes() {
     let first = engine.submit(request(300)).unwrap();
     let mut seen = first.by_ref_until_delta();
     let long = engine.submit(asking(400, 1)).unwrap();
+    drop(hold);
     seen += hear_rest(&first);
     assert_eq!(seen, 300);
     hear(&long);
@@ -121,7 +123,7 @@ fn when_blocks_run_out_the_last_one_waits_and_loses_nothing() {
         .iter()
         .map(|request| ask(&alone, request.clone()).text)
         .collect();
-    let script = Script::new(Answer::Hashed(600));
+    let (script, hold) = Script::new(Answer::Hashed(600)).held_at(0);
     let mut options = together(3);
     // Room for little more than one of them.
     options.context_tokens_max = 80;
@@ -129,6 +131,7 @@ fn when_blocks_run_out_the_last_one_waits_and_loses_nothing() {
     let engine = start_with(&script, options);
     engine.wait_ready(PATIENCE);
     let events = submit_all(&engine, &requests);
+    drop(hold);
     for (events, want) in events.iter().zip(&want) {
         let heard = hear(events);
         assert_eq!(&heard.text, want);

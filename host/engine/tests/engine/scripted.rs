@@ -2,6 +2,7 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher as _};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -102,6 +103,21 @@ impl Script {
     ) -> Self {
         self.hook = Arc::new(hook);
         self
+    }
+
+    /// A model that waits where somebody has `position` positions behind it, until what is returned is dropped: whatever is
+    /// submitted before that runs together, however busy the machine.
+    pub(crate) fn held_at(self, position: usize) -> (Self, Sender<()>) {
+        let (hold, wait) = channel();
+        let wait = Mutex::new(wait);
+        let script = self.on(move |_, call| {
+            if matches!(call, Call::Advance { from, .. } if *from >= position) {
+                // Nothing is ever sent.
+                let _ = wait.lock().unwrap().recv();
+            }
+            Reply::Go
+        });
+        (script, hold)
     }
 
     fn call(&self, device: DeviceKind, call: Call) -> Result<Reply, ModelError> {
