@@ -172,7 +172,12 @@ impl<'a> Int4Rows<'a> {
 
     /// The parts of one row: its codes, its scales and its biases.
     pub(crate) fn row(&self, row: usize) -> [&'a [u8]; 3] {
-        let part = |bytes: &'a [u8], width: usize| &bytes[row * width..(row + 1) * width];
+        self.parts(row..row + 1)
+    }
+
+    /// The parts of some rows.
+    pub(crate) fn parts(&self, rows: Range<usize>) -> [&'a [u8]; 3] {
+        let part = |bytes: &'a [u8], width: usize| &bytes[rows.start * width..rows.end * width];
         [
             part(self.weight, self.columns / 2),
             part(self.scales, self.scale_bytes),

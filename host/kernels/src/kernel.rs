@@ -14,7 +14,7 @@ use crate::int4::ScaleType;
 use crate::product::{Out, PANEL};
 use crate::scalar;
 #[cfg(target_arch = "x86_64")]
-use crate::x86_64::{Avx2, Avx512};
+use crate::x86_64::{Avx2, Avx512, LONG_COLUMNS};
 
 /// A set of instructions that the kernels are written for, proved to be there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,23 +64,30 @@ impl Kernel {
     /// Whether small products are the specification's, to the bit: asked where not every machine that tests it can tell.
     #[cfg(target_arch = "x86_64")]
     fn is_right(&self) -> bool {
-        // Few rows, and tiles of every height; and rows so long that they are read in another order.
-        self.multiplies(2 * BLOCK, 1..=2 * TILE_ROWS)
-            && self.multiplies(crate::x86_64::LONG_COLUMNS, FEW_ROWS..=FEW_ROWS + 1)
+        // Few rows, and tiles of every height; then rows that are read in another order: so long, or in whole registers.
+        self.multiplies(2 * BLOCK, ScaleType::F32, 1..=2 * TILE_ROWS)
+            && self.multiplies(LONG_COLUMNS, ScaleType::F32, FEW_ROWS..=FEW_ROWS + 1)
+            && self.multiplies(32 * BLOCK, ScaleType::F16, 1..=FEW_ROWS)
+            && self.multiplies(16 * BLOCK, ScaleType::Bf16, 1..=FEW_ROWS)
     }
 
     /// Whether products of so many rows of so many columns are the specification's.
     #[cfg(target_arch = "x86_64")]
-    fn multiplies(&self, columns: usize, mut rows: std::ops::RangeInclusive<usize>) -> bool {
+    fn multiplies(
+        &self,
+        columns: usize,
+        scale_type: ScaleType,
+        mut rows: std::ops::RangeInclusive<usize>,
+    ) -> bool {
         const ROWS: usize = 3 * PANEL;
         let codes: Vec<u8> = (0..ROWS * columns / 2)
             .map(|index| ((index * 2_654_435_761) >> 8) as u8)
             .collect();
         let mut scales = Vec::new();
         (0..ROWS * columns / BLOCK)
-            .for_each(|index| ScaleType::F32.put((index as f32 - 20.0) / 7.0, &mut scales));
+            .for_each(|index| scale_type.put((index as f32 - 20.0) / 7.0, &mut scales));
         let parts: [&[u8]; 3] = [&codes, &scales, &scales];
-        let Ok(weights) = Int4Rows::new(parts, columns, BLOCK, ScaleType::F32) else {
+        let Ok(weights) = Int4Rows::new(parts, columns, BLOCK, scale_type) else {
             return false;
         };
         let x: Vec<f32> = (0..*rows.end() * columns)
