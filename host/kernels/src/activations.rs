@@ -24,7 +24,7 @@ pub(crate) const LARGEST_MIN: f32 = 1e-30;
 /// Rows that lie interleaved in memory: as many as a kernel multiplies at once.
 pub(crate) const TILE_ROWS: usize = 5;
 
-/// Up to this many rows are kept once more, close together, for kernels that decode: AVX2's takes one.
+/// Up to this many rows are kept once more, close together, for kernels that decode: AVX2's takes one, that of AVX-512 up to three.
 pub(crate) const FEW_ROWS: usize = 3;
 
 /// One block of columns of a few rows; zeros where there are fewer.

@@ -79,33 +79,13 @@ impl Kernel {
         scale_type: ScaleType,
         mut rows: std::ops::RangeInclusive<usize>,
     ) -> bool {
-        const ROWS: usize = 3 * PANEL;
-        let codes: Vec<u8> = (0..ROWS * columns / 2)
-            .map(|index| ((index * 2_654_435_761) >> 8) as u8)
-            .collect();
-        let mut scales = Vec::new();
-        (0..ROWS * columns / BLOCK)
-            .for_each(|index| scale_type.put((index as f32 - 20.0) / 7.0, &mut scales));
-        let parts: [&[u8]; 3] = [&codes, &scales, &scales];
-        let Ok(weights) = Int4Rows::new(parts, columns, BLOCK, scale_type) else {
-            return false;
-        };
-        let x: Vec<f32> = (0..*rows.end() * columns)
-            .map(|index| (index * 37 % 101) as f32 - 50.0)
-            .collect();
-        let product = |kernel: Self, rows: usize| {
-            let x = QuantizedRows::new(kernel, &x[..rows * columns], columns);
-            let mut values = Vec::new();
-            kernel.multiply(&weights, 0..ROWS / PANEL, &x, &mut |first, row, panels| {
-                let panels = panels.iter().enumerate();
-                values.extend(
-                    panels.map(|(panel, eight)| (first + panel, row, eight.map(f32::to_bits))),
-                );
-            });
-            values.sort_unstable();
-            values
-        };
-        rows.all(|rows| product(*self, rows) == product(Self::Scalar, rows))
+        const PANELS: usize = 3;
+        let matrix = Sample::new(PANELS * PANEL, columns, scale_type);
+        rows.all(|rows| {
+            let x = sample_rows(rows, columns);
+            let product = |kernel| matrix.product(kernel, 0..PANELS, &x);
+            product(*self) == product(Self::Scalar)
+        })
     }
 
     /// As logs and reports call it.
@@ -216,14 +196,103 @@ fn quantize_each<'a>(
     }
 }
 
+/// A matrix that a kernel is tried with before it is used.
+#[cfg(target_arch = "x86_64")]
+struct Sample {
+    codes: Vec<u8>,
+    scales: Vec<u8>, // and biases
+    columns: usize,
+    scale_type: ScaleType,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Sample {
+    fn new(rows: usize, columns: usize, scale_type: ScaleType) -> Self {
+        let codes = (0..rows * columns / 2).map(|index| ((index * 2_654_435_761) >> 8) as u8);
+        let mut scales = Vec::new();
+        (0..rows * columns / BLOCK)
+            .for_each(|index| scale_type.put((index as f32 - 20.0) / 7.0, &mut scales));
+        Self {
+            codes: codes.collect(),
+            scales,
+            columns,
+            scale_type,
+        }
+    }
+
+    /// The bits of its product with some rows, by panel and row; nothing where it is no matrix.
+    fn product(
+        &self,
+        kernel: Kernel,
+        panels: Range<usize>,
+        x: &[f32],
+    ) -> Vec<(usize, usize, [u32; PANEL])> {
+        let parts: [&[u8]; 3] = [&self.codes, &self.scales, &self.scales];
+        let Ok(weights) = Int4Rows::new(parts, self.columns, BLOCK, self.scale_type) else {
+            return Vec::new();
+        };
+        let x = QuantizedRows::new(kernel, x, self.columns);
+        let mut values = Vec::new();
+        let start = panels.start;
+        kernel.multiply(&weights, panels, &x, &mut |first, row, panels| {
+            for (panel, eight) in (start + first..).zip(panels) {
+                let mut bits = eight.map(f32::to_bits);
+                // Behind the last row a panel's values mean nothing.
+                let count = weights.rows() - panel * PANEL;
+                bits.iter_mut().skip(count).for_each(|bits| *bits = 0);
+                values.push((panel, row, bits));
+            }
+        });
+        values.sort_unstable();
+        values
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn sample_rows(rows: usize, columns: usize) -> Vec<f32> {
+    let value = |index: usize| (index * 37 % 101) as f32 - 50.0;
+    (0..rows * columns).map(value).collect()
+}
+
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
     use super::*;
 
+    /// Otherwise it is not used, and no other test sees it.
     #[test]
-    fn a_kernel_is_asked_for_a_product_before_it_is_used() {
-        for kernel in Kernel::available() {
+    fn every_kernel_that_this_processor_has_is_right() {
+        let avx2 = Avx2::detect().map(Kernel::Avx2);
+        let avx512 = Avx512::detect().map(Kernel::Avx512);
+        for kernel in avx2.into_iter().chain(avx512) {
             assert!(kernel.is_right(), "{}", kernel.name());
+        }
+    }
+
+    /// Whatever the tasks that a product is cut into, which depend on the number of threads.
+    #[test]
+    fn any_range_of_panels_is_the_specification_s() {
+        const ROWS: usize = 4 * PANEL + 7;
+        let panels = ROWS.div_ceil(PANEL);
+        let shapes = [(1024, ScaleType::F16), (3072, ScaleType::Bf16)];
+        for ((columns, scale_type), rows) in shapes
+            .into_iter()
+            .flat_map(|shape| [1, 2, 3, 7].map(|rows| (shape, rows)))
+        {
+            let matrix = Sample::new(ROWS, columns, scale_type);
+            let x = sample_rows(rows, columns);
+            for start in 0..panels {
+                for end in start..=panels {
+                    let product = |kernel| matrix.product(kernel, start..end, &x);
+                    let want = product(Kernel::Scalar);
+                    for kernel in Kernel::available() {
+                        assert!(
+                            product(kernel) == want,
+                            "{} {columns} {rows} {start}..{end}",
+                            kernel.name()
+                        );
+                    }
+                }
+            }
         }
     }
 }

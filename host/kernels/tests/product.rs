@@ -191,12 +191,17 @@ fn quantized_activations_are_the_same_to_the_bit() {
 fn what_is_not_finite_stays_so() {
     let mut random = Random(3);
     let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
-    for (columns, bad) in [128, 8192]
+    let shapes = [
+        (128, 3, ScaleType::F32),
+        (8192, 3, ScaleType::F32),
+        (1024, 2, ScaleType::F16),
+    ];
+    for ((columns, m, scale_type), bad) in shapes
         .into_iter()
-        .flat_map(|columns| bad.map(|bad| (columns, bad)))
+        .flat_map(|shape| bad.map(|bad| (shape, bad)))
     {
-        let matrix = Matrix::random(&mut random, (16, columns), 64, ScaleType::F32);
-        let mut x = vec![1.0; 3 * columns];
+        let matrix = Matrix::random(&mut random, (16, columns), 64, scale_type);
+        let mut x = vec![1.0; m * columns];
         x[columns + 70] = bad;
         for kernel in Kernel::available() {
             let out = product(kernel, &matrix.view(), &x);
@@ -221,15 +226,15 @@ fn what_is_not_finite_stays_so() {
 #[test]
 fn extreme_codes_do_not_overflow() {
     let extremes = [(0xFFu8, 1.0f32), (0xFF, -1.0), (0xF0, 1.0), (0x0F, -1.0)];
-    let shapes = [(128, 6), (8192, 3)];
+    let shapes = [(128, 6), (8192, 3), (1024, 1), (1024, 2)];
     for ((code, sign), (columns, m)) in extremes
         .into_iter()
         .flat_map(|extreme| shapes.map(|shape| (extreme, shape)))
     {
         let mut scales = Vec::new();
-        (0..8 * columns / 64).for_each(|_| ScaleType::F16.put(1.0, &mut scales));
+        (0..16 * columns / 64).for_each(|_| ScaleType::F16.put(1.0, &mut scales));
         let biases = vec![0; scales.len()];
-        let weight = vec![code; 8 * columns / 2];
+        let weight = vec![code; 16 * columns / 2];
         let weights =
             Int4Rows::new([&weight, &scales, &biases], columns, 64, ScaleType::F16).unwrap();
         let x = vec![sign * 127.0; m * columns];
@@ -272,23 +277,25 @@ fn rows_multiply_alike_alone_and_together() {
 #[test]
 fn an_activation_between_products_changes_no_bit() {
     let mut random = Random(8);
-    for (rows, m) in [
-        (128, 0),
-        (128, 1),
-        (128, 3),
-        (128, 5),
-        (256, 10),
-        (384, 21),
-        (128, 77),
+    for (rows, columns, m) in [
+        (128, 192, 0),
+        (128, 192, 1),
+        (128, 192, 3),
+        (128, 192, 5),
+        (256, 192, 10),
+        (384, 192, 21),
+        (128, 192, 77),
+        (256, 1024, 1),
+        (256, 1024, 2),
     ] {
-        let matrix = Matrix::random(&mut random, (rows, 192), 64, ScaleType::F16);
-        let values: Vec<f32> = (0..m * 192).map(|_| random.unit()).collect();
+        let matrix = Matrix::random(&mut random, (rows, columns), 64, ScaleType::F16);
+        let values: Vec<f32> = (0..m * columns).map(|_| random.unit()).collect();
         let bias: Vec<f32> = (0..rows).map(|_| random.unit() * 100.0).collect();
         for (kernel, bias) in Kernel::available()
             .into_iter()
             .flat_map(|kernel| [(kernel, None), (kernel, Some(&bias[..]))])
         {
-            let x = QuantizedRows::new(kernel, &values, 192);
+            let x = QuantizedRows::new(kernel, &values, columns);
             let mut product = vec![f32::NAN; m * rows];
             multiply(kernel, &matrix.view(), &x, bias, &mut product);
             let gated = product.chunks_exact(rows).flat_map(|row| {
@@ -311,7 +318,6 @@ fn an_activation_between_products_changes_no_bit() {
     }
 }
 
-/// Eight bits of activations cost less than a hundredth of the product, on weights and activations as layers have them.
 #[test]
 fn a_bias_is_added_behind_the_product() {
     let mut random = Random(7);
@@ -332,6 +338,7 @@ fn a_bias_is_added_behind_the_product() {
     }
 }
 
+/// Eight bits of activations cost less than a hundredth of the product, on weights and activations as layers have them.
 #[test]
 fn eight_bits_are_near_the_floats() {
     let mut random = Random(5);

@@ -106,7 +106,7 @@ impl Script {
     }
 
     /// A model that waits where somebody has `position` positions behind it, until what is returned is dropped: whatever is
-    /// submitted before that runs together, however busy the machine.
+    /// submitted before that runs together, however busy the machine. In place of what `on` was given.
     pub(crate) fn held_at(self, position: usize) -> (Self, Sender<()>) {
         let (hold, wait) = channel();
         let wait = Mutex::new(wait);

@@ -30,14 +30,14 @@ use crate::product::{Out, PANEL};
 const TILE_PANELS: usize = 2;
 /// How far ahead of a row's codes memory is asked for when decoding, into the second-level cache: so many rows, and not nearer than
 /// so many bytes. Into the first level it comes a fifth slower.
-const AHEAD_ROWS: usize = 5;
+const CODES_AHEAD_ROWS: usize = 5;
 const AHEAD_BYTES_MIN: usize = 8192;
 /// The same for its scales and biases: of five rows of 3072 columns they are few lines.
 const LINES_AHEAD_ROWS: usize = 16;
 
-/// How far ahead of a row's codes memory is asked for when decoding.
-fn ahead_bytes(codes: &[u8]) -> usize {
-    AHEAD_BYTES_MIN.max(codes.len() * AHEAD_ROWS)
+/// Bytes ahead of a row of so many that memory is asked for.
+fn ahead_bytes(row_bytes: usize) -> usize {
+    AHEAD_BYTES_MIN.max(row_bytes * CODES_AHEAD_ROWS)
 }
 
 impl Avx2 {
@@ -216,7 +216,7 @@ fn read_row(
 ) {
     let scale_type = weights.scale_type();
     let (width, per_group) = (scale_type.bytes(), weights.group() / BLOCK);
-    let ahead = ahead_bytes(codes);
+    let ahead = ahead_bytes(codes.len());
     for part in [scales, biases] {
         prefetch_far(
             part.as_ptr().wrapping_add(LINES_AHEAD_ROWS * part.len()),

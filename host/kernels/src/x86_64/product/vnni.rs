@@ -1,7 +1,8 @@
 //! The products with AVX-512 VNNI: a register holds sixteen rows of weights, what AVX2 calls a pair of panels, and one `vpdpbusd`
-//! multiplies four columns of each with four activations, sums and all, in 32 bits.
+//! multiplies four columns of each with four activations, sums and all, in 32 bits. One row of activations or two go through a row
+//! of weights at a time, see `by_row`.
 
-mod few;
+mod by_row;
 mod many;
 
 use std::arch::x86_64::*;
@@ -23,8 +24,8 @@ impl Avx512 {
         out: Out<'_>,
     ) {
         let kernel = match x.rows() {
-            1 if few::takes(weights) => few::few_rows::<1>,
-            2 if few::takes(weights) => few::few_rows::<2>,
+            1 if by_row::takes(weights) => by_row::multiply::<1>,
+            2 if by_row::takes(weights) => by_row::multiply::<2>,
             1 => several_rows::<1>,
             2 => several_rows::<2>,
             3 => several_rows::<3>,
@@ -56,16 +57,12 @@ impl<'a> Pair<'a> {
         }
     }
 
-    /// Takes up the first panels of a range, the last one again where there are fewer.
+    /// Takes up the first panels of a range, the last one again where there are fewer, and reads scales and biases.
+    #[target_feature(enable = "avx512f,avx512bw,avx2,f16c")]
     fn find(&mut self, weights: &Int4Rows<'a>, panels: Range<usize>) {
         for (offset, panel) in self.panels.iter_mut().enumerate() {
             panel.find(weights, (panels.start + offset).min(panels.end - 1));
         }
-    }
-
-    /// Reads scales and biases.
-    #[target_feature(enable = "avx512f,avx512bw,avx2,f16c")]
-    fn read_lines(&mut self, weights: &Int4Rows<'a>) {
         let blocks = weights.columns() / BLOCK;
         self.lines.resize(blocks, [_mm512_setzero_ps(); 2]);
         let halves = weights.scale_type() != ScaleType::F32;
@@ -185,7 +182,6 @@ fn several_rows<const N: usize>(
     let mut firsts = [[_mm512_setzero_si512(); 4]; STRETCH];
     for first in panels.clone().step_by(TILE_PANELS) {
         pair.find(weights, first..panels.end);
-        pair.read_lines(weights);
         let mut values = [_mm512_setzero_ps(); N];
         for (block, lines) in pair.lines.iter().enumerate() {
             let words = if is_long {

@@ -51,7 +51,6 @@ pub(super) fn many_rows(
             // The last panel again where there are fewer; nobody asks for its values.
             let panel = (first + TILE_PANELS * offset).min(here.end - 1);
             pair.find(weights, panel..here.end);
-            pair.read_lines(weights);
         }
         for row in (0..x.rows()).step_by(ROWS_AT_ONCE) {
             let rows = row..(row + ROWS_AT_ONCE).min(x.rows());

@@ -11,7 +11,8 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::{
-    accumulate, by_word, hand_over, several_rows, transpose_quarters, unpacked, widen_two,
+    accumulate, by_word, hand_over, join_words, several_rows, transpose_quarters, unpacked,
+    widen_two,
 };
 use crate::activations::{BLOCK, Eight, QuantizedRows};
 use crate::int4::{Int4Rows, ScaleType};
@@ -22,17 +23,17 @@ use crate::x86_64::wide::LANES;
 
 /// Rows of weights whose dot products are gathered.
 const ROWS: usize = TILE_PANELS * PANEL;
-/// Codes of two blocks: a register, and a line.
-const LINE: usize = BLOCK;
-/// Lines of as many blocks as a register has lanes.
-const LINES: usize = LANES / 2;
+/// Bytes of two blocks' codes: a register, and a cache line.
+const TWO_BLOCKS: usize = BLOCK;
+/// Registers of as many blocks as a register has lanes.
+const REGISTERS: usize = LANES / 2;
 
 /// Codes of as many blocks of a row as a register has lanes.
-type Sixteen = [[u8; LINE]; LINES];
+type Sixteen = [[u8; TWO_BLOCKS]; REGISTERS];
 /// Scales or biases of as many blocks of a row, sixteen bits each.
 type SixteenHalves = [u8; 2 * LANES];
 /// Activations of two blocks: of their even columns, and of their odd ones.
-type Pairs<const N: usize> = [[[__m512i; 2]; N]; LINES];
+type Twos<const N: usize> = [[[__m512i; 2]; N]; REGISTERS];
 /// Dot products of sixteen blocks: (rows of x, rows), lanes: blocks.
 type Dots<const N: usize> = [[__m512i; ROWS]; N];
 
@@ -57,7 +58,7 @@ pub(super) fn takes(weights: &Int4Rows<'_>) -> bool {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,f16c")]
-pub(super) fn few_rows<const N: usize>(
+pub(super) fn multiply<const N: usize>(
     weights: &Int4Rows<'_>,
     panels: Range<usize>,
     x: &QuantizedRows,
@@ -68,25 +69,26 @@ pub(super) fn few_rows<const N: usize>(
     let zero = _mm512_setzero_si512();
     memory
         .activations
-        .resize(sixteens.len() * LINES * N, [zero; 2]);
+        .resize(sixteens.len() * REGISTERS * N, [zero; 2]);
     memory.dots.resize(sixteens.len() * N, [zero; ROWS]);
-    let pairs = memory.activations.as_chunks_mut::<N>().0.as_chunks_mut().0;
-    for (pairs, sixteen) in pairs.iter_mut().zip(sixteens) {
-        pair_up(pairs, sixteen);
+    let twos = memory.activations.as_chunks_mut::<N>().0.as_chunks_mut().0;
+    for (twos, sixteen) in twos.iter_mut().zip(sixteens) {
+        in_twos(twos, sixteen);
     }
     let dots_by_sixteen = memory.dots.as_chunks_mut().0;
-    let tiles = panels
+    // Whole ones.
+    let pairs = panels
         .end
         .min(weights.rows() / PANEL)
         .saturating_sub(panels.start)
         / TILE_PANELS;
-    for tile in 0..tiles {
-        let first = panels.start + tile * TILE_PANELS;
+    for pair in 0..pairs {
+        let first = panels.start + pair * TILE_PANELS;
         let parts = weights.parts(first * PANEL..first * PANEL + ROWS);
-        let mut ahead = LinesAhead::new(parts);
+        let mut ahead = MemoryAhead::new(parts);
         let codes = parts[0].as_chunks().0.as_chunks().0;
         for (row, codes) in codes.chunks_exact(sixteens.len()).enumerate() {
-            for ((codes, x), dots) in codes.iter().zip(&*pairs).zip(&mut *dots_by_sixteen) {
+            for ((codes, x), dots) in codes.iter().zip(&*twos).zip(&mut *dots_by_sixteen) {
                 read_row(codes, x, dots, row, &mut ahead);
             }
         }
@@ -98,7 +100,7 @@ pub(super) fn few_rows<const N: usize>(
         }
         hand_over(values, (&panels, first), out);
     }
-    let rest = panels.start + tiles * TILE_PANELS..panels.end;
+    let rest = panels.start + pairs * TILE_PANELS..panels.end;
     if !rest.is_empty() {
         let before = rest.start - panels.start;
         several_rows::<N>(weights, rest, x, &mut |panel, row, values| {
@@ -110,7 +112,7 @@ pub(super) fn few_rows<const N: usize>(
 
 /// Scales and biases of sixteen blocks of all rows: a register holds two blocks' of each row.
 struct Lines {
-    twos: [[__m512i; LINES]; 2],
+    twos: [[__m512i; REGISTERS]; 2],
     scale_type: ScaleType,
 }
 
@@ -152,17 +154,17 @@ fn add_sixteen<const N: usize>(
     lines: &Lines,
     x: &[[Eight; N]; 2],
     values: &mut [__m512; N],
-    ahead: &mut LinesAhead,
+    ahead: &mut MemoryAhead,
 ) {
     let mut by_block = [[_mm512_setzero_si512(); LANES]; N];
     for n in 0..N {
         by_block[n] = transpose(&dots[n]);
     }
-    for index in 0..LINES {
+    for index in 0..REGISTERS {
         let two = lines.two(index);
         for (part, line) in two.into_iter().enumerate() {
             let block = 2 * index + part;
-            ahead.codes();
+            ahead.ask_codes();
             for n in 0..N {
                 let eight = &x[block / 8][n];
                 let scale_and_sum = [eight.scales[block % 8], eight.sums[block % 8]];
@@ -173,14 +175,14 @@ fn add_sixteen<const N: usize>(
 }
 
 /// Memory to come: codes further on, scales and biases of the next sixteen rows.
-struct LinesAhead {
+struct MemoryAhead {
     codes: *const u8,
     lines: [*const u8; 2],
 }
 
-impl LinesAhead {
+impl MemoryAhead {
     fn new([codes, scales, biases]: [&[u8]; 3]) -> Self {
-        let ahead = ahead_bytes(&codes[..codes.len() / ROWS]);
+        let ahead = ahead_bytes(codes.len() / ROWS);
         Self {
             codes: codes.as_ptr().wrapping_add(ahead),
             lines: [scales, biases].map(|part| part.as_ptr_range().end),
@@ -189,25 +191,25 @@ impl LinesAhead {
 
     /// Asks for a line of codes.
     #[inline]
-    fn codes(&mut self) {
-        prefetch_far(self.codes, LINE);
-        self.codes = self.codes.wrapping_add(LINE);
+    fn ask_codes(&mut self) {
+        prefetch_far(self.codes, TWO_BLOCKS);
+        self.codes = self.codes.wrapping_add(TWO_BLOCKS);
     }
 
     /// Asks for a line of scales and, the next time, for one of biases.
     #[inline]
-    fn lines(&mut self) {
-        prefetch_far(self.lines[0], LINE);
-        self.lines = [self.lines[1], self.lines[0].wrapping_add(LINE)];
+    fn ask_lines(&mut self) {
+        prefetch_far(self.lines[0], TWO_BLOCKS);
+        self.lines = [self.lines[1], self.lines[0].wrapping_add(TWO_BLOCKS)];
     }
 }
 
 /// Sixteen blocks of each row of activations, two by two.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn pair_up<const N: usize>(pairs: &mut Pairs<N>, sixteen: &[[Eight; N]; 2]) {
-    for (index, pair) in pairs.iter_mut().enumerate() {
-        for (row, parts) in pair.iter_mut().enumerate() {
+fn in_twos<const N: usize>(twos: &mut Twos<N>, sixteen: &[[Eight; N]; 2]) {
+    for (index, two) in twos.iter_mut().enumerate() {
+        for (row, parts) in two.iter_mut().enumerate() {
             let words = &sixteen[index / 4][row].words;
             // SAFETY: a block is 64 bytes, and the load needs no alignment.
             let first = unsafe { _mm512_loadu_si512(words[2 * index % 8].as_ptr().cast()) };
@@ -226,25 +228,25 @@ fn pair_up<const N: usize>(pairs: &mut Pairs<N>, sixteen: &[[Eight; N]; 2]) {
 #[inline]
 fn read_row<const N: usize>(
     codes: &Sixteen,
-    x: &Pairs<N>,
+    x: &Twos<N>,
     dots: &mut Dots<N>,
     row: usize,
-    ahead: &mut LinesAhead,
+    ahead: &mut MemoryAhead,
 ) {
     let mut sums = [[[_mm512_setzero_si512(); 4]; 2]; N];
-    for line in 0..LINES {
+    for index in 0..REGISTERS {
         // SAFETY: 64 bytes, and the load needs no alignment.
-        let word = unsafe { _mm512_loadu_si512(codes[line].as_ptr().cast()) };
+        let word = unsafe { _mm512_loadu_si512(codes[index].as_ptr().cast()) };
         let [even, odd] = unpacked(word);
         // An eighth of the codes to come is asked for where values are added up.
-        if line == 0 {
-            ahead.lines();
+        if index == 0 {
+            ahead.ask_lines();
         } else {
-            ahead.codes();
+            ahead.ask_codes();
         }
         for n in 0..N {
-            let sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, x[line][n][0]);
-            sums[n][line / 4][line % 4] = _mm512_dpbusd_epi32(sum, odd, x[line][n][1]);
+            let sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, x[index][n][0]);
+            sums[n][index / 4][index % 4] = _mm512_dpbusd_epi32(sum, odd, x[index][n][1]);
         }
     }
     for n in 0..N {
@@ -277,37 +279,16 @@ fn totals([first, second]: [__m512i; 2]) -> __m512i {
 #[inline]
 fn transpose(rows: &[__m512i; LANES]) -> [__m512i; LANES] {
     let mut fours = [[_mm512_setzero_si512(); 4]; 4]; // (rows / 4, column of each quarter)
-    for four in 0..4 {
-        fours[four] = transpose_quarters([
-            rows[4 * four],
-            rows[4 * four + 1],
-            rows[4 * four + 2],
-            rows[4 * four + 3],
-        ]);
+    for (four, rows) in fours.iter_mut().zip(rows.as_chunks().0) {
+        *four = transpose_quarters(*rows);
     }
+    let low = join_words(fours[0], fours[1]);
+    let high = join_words(fours[2], fours[3]);
     let mut out = [_mm512_setzero_si512(); LANES];
-    for column in 0..4 {
-        let [a, b, c, d] = [
-            fours[0][column],
-            fours[1][column],
-            fours[2][column],
-            fours[3][column],
-        ];
-        let ab = [
-            _mm512_shuffle_i64x2::<0b10_00_10_00>(a, b),
-            _mm512_shuffle_i64x2::<0b11_01_11_01>(a, b),
-        ];
-        let cd = [
-            _mm512_shuffle_i64x2::<0b10_00_10_00>(c, d),
-            _mm512_shuffle_i64x2::<0b11_01_11_01>(c, d),
-        ];
-        for quarter in 0..2 {
-            // ab[quarter]: quarters `quarter` and `quarter + 2` of a, then of b.
-            out[4 * quarter + column] =
-                _mm512_shuffle_i64x2::<0b10_00_10_00>(ab[quarter], cd[quarter]);
-            out[4 * (quarter + 2) + column] =
-                _mm512_shuffle_i64x2::<0b11_01_11_01>(ab[quarter], cd[quarter]);
-        }
+    for index in 0..PANEL {
+        let (low, high) = (low[index], high[index]);
+        out[index] = _mm512_shuffle_i64x2::<0b10_00_10_00>(low, high);
+        out[PANEL + index] = _mm512_shuffle_i64x2::<0b11_01_11_01>(low, high);
     }
     out
 }
