@@ -257,9 +257,11 @@ fn who_has_to_run_alone_takes_turns_with_the_others() {
         }
         _ => Reply::Go,
     });
+    let (script, hold) = script.held_at(0);
     let engine = start_with(&script, together(3));
     engine.wait_ready(PATIENCE);
     let suspects = [40, 400].map(|length| engine.submit(asking(length, 30)).unwrap());
+    drop(hold);
     hear_failed.recv_timeout(PATIENCE).unwrap();
     let newcomer = engine.submit(asking(5, 30)).unwrap();
     let before = script.calls.lock().unwrap().len();

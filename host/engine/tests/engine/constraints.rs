@@ -237,7 +237,7 @@ fn rules_that_cannot_be_followed_cost_their_own_request_only() {
 #[test]
 fn a_sequence_that_runs_again_goes_on_within_its_rules() {
     let run = |sequences_max: usize, blocks: u64| {
-        let script = Script::new(Answer::Hashed(600));
+        let (script, hold) = Script::new(Answer::Hashed(600)).held_at(0);
         let mut options = options();
         options.sequences_max = sequences_max;
         options.kv_bytes = 1000 * blocks;
@@ -255,6 +255,7 @@ fn a_sequence_that_runs_again_goes_on_within_its_rules() {
                 engine.submit(request).unwrap()
             })
             .collect();
+        drop(hold);
         let texts: Vec<String> = events.iter().map(|events| hear(events).text).collect();
         let followed: Vec<Vec<u32>> = grammars
             .iter()

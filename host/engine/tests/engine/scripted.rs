@@ -106,16 +106,17 @@ impl Script {
     }
 
     /// A model that waits where somebody has `position` positions behind it, until what is returned is dropped: whatever is
-    /// submitted before that runs together, however busy the machine. In place of what `on` was given.
+    /// submitted before that runs together, however busy the machine.
     pub(crate) fn held_at(self, position: usize) -> (Self, Sender<()>) {
         let (hold, wait) = channel();
         let wait = Mutex::new(wait);
-        let script = self.on(move |_, call| {
+        let hook = Arc::clone(&self.hook);
+        let script = self.on(move |device, call| {
             if matches!(call, Call::Advance { from, .. } if *from >= position) {
                 // Nothing is ever sent.
                 let _ = wait.lock().unwrap().recv();
             }
-            Reply::Go
+            hook(device, call)
         });
         (script, hold)
     }
