@@ -57,6 +57,7 @@ pub(super) fn takes(weights: &Int4Rows<'_>) -> bool {
     sixteens && weights.group() == BLOCK && weights.scale_type() != ScaleType::F32
 }
 
+/// Values of all panels' rows for the N rows of `x`, sixteen rows of weights at a time; fewer at the end as [`several_rows`] has them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,f16c")]
 pub(super) fn multiply<const N: usize>(
     weights: &Int4Rows<'_>,
@@ -76,7 +77,7 @@ pub(super) fn multiply<const N: usize>(
         in_twos(twos, sixteen);
     }
     let dots_by_sixteen = memory.dots.as_chunks_mut().0;
-    // Whole ones.
+    // Of panels, whole ones.
     let pairs = panels
         .end
         .min(weights.rows() / PANEL)
