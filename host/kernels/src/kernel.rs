@@ -84,7 +84,7 @@ impl Kernel {
         rows.all(|rows| {
             let x = sample_rows(rows, columns);
             let product = |kernel| matrix.product(kernel, 0..PANELS, &x);
-            product(*self) == product(Self::Scalar)
+            product(*self).is_some_and(|values| Some(values) == product(Self::Scalar))
         })
     }
 
@@ -220,17 +220,15 @@ impl Sample {
         }
     }
 
-    /// The bits of its product with some rows, by panel and row; nothing where it is no matrix.
+    /// The bits of its product with some rows, by panel and row; none where it is no matrix.
     fn product(
         &self,
         kernel: Kernel,
         panels: Range<usize>,
         x: &[f32],
-    ) -> Vec<(usize, usize, [u32; PANEL])> {
+    ) -> Option<Vec<(usize, usize, [u32; PANEL])>> {
         let parts: [&[u8]; 3] = [&self.codes, &self.scales, &self.scales];
-        let Ok(weights) = Int4Rows::new(parts, self.columns, BLOCK, self.scale_type) else {
-            return Vec::new();
-        };
+        let weights = Int4Rows::new(parts, self.columns, BLOCK, self.scale_type).ok()?;
         let x = QuantizedRows::new(kernel, x, self.columns);
         let mut values = Vec::new();
         let start = panels.start;
@@ -244,7 +242,7 @@ impl Sample {
             }
         });
         values.sort_unstable();
-        values
+        Some(values)
     }
 }
 
@@ -284,6 +282,8 @@ mod tests {
                 for end in start..=panels {
                     let product = |kernel| matrix.product(kernel, start..end, &x);
                     let want = product(Kernel::Scalar);
+                    let count = rows * (end - start);
+                    assert_eq!(want.as_ref().map(Vec::len), Some(count));
                     for kernel in Kernel::available() {
                         assert!(
                             product(kernel) == want,
