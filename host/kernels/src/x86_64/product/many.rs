@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Ahead, Panel, TILE_PANELS, accumulate};
+use super::{Ahead, Panel, TILE_PANELS, accumulate, add_products};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL, TASK_PANELS};
@@ -82,9 +82,7 @@ impl Unpacked {
                 panel.unpack(block, &mut self.codes[index].0, offset);
                 self.lines[index][offset] = panel.lines[block];
             }
-            for part in Ahead::new(&panels[0], block, TILE_PANELS) {
-                part.prefetch_all();
-            }
+            Ahead::new(&panels[0], TILE_PANELS).prefetch_all(block);
         }
     }
 }
@@ -176,13 +174,9 @@ fn rows_times_panels<const N: usize>(
         .first_chunk_mut::<N>()
         .expect("the caller counted them");
     let ones = _mm256_set1_epi16(1);
-    // Eight, but unknown to the compiler: it would unroll the loop over steps and then hold every weight at once.
-    let steps = std::hint::black_box(WORDS / 2);
     for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
-        let (low, high) = codes.0.split_at(steps);
-        let (low_words, high_words) = tile.words.split_at(steps);
-        let low = pair_sums::<N>(low, low_words);
-        let high = pair_sums::<N>(high, high_words);
+        let low = pair_sums::<N, 0>(&codes.0, &tile.words);
+        let high = pair_sums::<N, { WORDS / 2 }>(&codes.0, &tile.words);
         for row in 0..N {
             for offset in 0..TILE_PANELS {
                 let low = _mm256_madd_epi16(low[row][offset], ones);
@@ -194,22 +188,38 @@ fn rows_times_panels<const N: usize>(
     }
 }
 
-/// Products of at most eight steps, neighbours added, as 16-bit numbers: (rows of x, panels).
+/// Products of eight steps from one on, neighbours added, as 16-bit numbers: (rows of x, panels).
 #[target_feature(enable = "avx2")]
 #[inline]
-fn pair_sums<const N: usize>(
-    codes: &[[__m256i; TILE_PANELS]],
-    words: &[[i32; TILE_ROWS]],
+fn pair_sums<const N: usize, const FIRST: usize>(
+    codes: &[[__m256i; TILE_PANELS]; WORDS],
+    words: &[[i32; TILE_ROWS]; WORDS],
 ) -> [[__m256i; TILE_PANELS]; N] {
     let mut pairs = [[_mm256_setzero_si256(); TILE_PANELS]; N];
-    for (codes, words) in codes.iter().zip(words) {
-        for row in 0..N {
-            let activation = _mm256_set1_epi32(words[row]);
-            for offset in 0..TILE_PANELS {
-                let products = _mm256_maddubs_epi16(codes[offset], activation);
-                pairs[row][offset] = _mm256_add_epi16(pairs[row][offset], products);
-            }
+    let step = |step: usize| (&codes[FIRST + step], &words[FIRST + step]);
+    // Written out: the compiler leaves a loop over them one.
+    add_step(&mut pairs, step(0));
+    add_step(&mut pairs, step(1));
+    add_step(&mut pairs, step(2));
+    add_step(&mut pairs, step(3));
+    add_step(&mut pairs, step(4));
+    add_step(&mut pairs, step(5));
+    add_step(&mut pairs, step(6));
+    add_step(&mut pairs, step(7));
+    pairs
+}
+
+/// Adds the products of a word of each of the panels' rows with N rows of activations.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add_step<const N: usize>(
+    pairs: &mut [[__m256i; TILE_PANELS]; N],
+    (codes, words): (&[__m256i; TILE_PANELS], &[i32; TILE_ROWS]),
+) {
+    for row in 0..N {
+        let activation = _mm256_set1_epi32(words[row]);
+        for offset in 0..TILE_PANELS {
+            add_products(&mut pairs[row][offset], codes[offset], activation);
         }
     }
-    pairs
 }

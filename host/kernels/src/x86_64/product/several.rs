@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Ahead, Panel, accumulate};
+use super::{Ahead, Panel, accumulate, add_products};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile};
 use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL};
@@ -24,14 +24,13 @@ pub(super) fn several_rows<const N: usize>(
     for index in panels {
         panel.find(weights, index);
         panel.read_lines(weights);
+        let ahead = Ahead::new(&panel, 1);
         let mut values = [_mm256_setzero_ps(); N];
         for (block, lines) in panel.lines.iter().enumerate() {
             let words = panel.words(block);
-            let [codes, scales, biases] = Ahead::new(&panel, block, 1);
-            scales.prefetch_all();
-            biases.prefetch_all();
+            ahead.prefetch_lines(block);
             let tiles = [&tiles[0][block], &tiles[1][block]];
-            let dots = dots::<N>(&words, tiles, codes);
+            let dots = dots::<N>(&words, tiles, (&ahead, block));
             for row in 0..N {
                 let tile = tiles[row / TILE_ROWS];
                 let x = [tile.scales[row % TILE_ROWS], tile.sums[row % TILE_ROWS]];
@@ -44,44 +43,63 @@ pub(super) fn several_rows<const N: usize>(
     }
 }
 
-/// Dot products of a block of a panel with N rows of activations: (rows of x), lanes: the panel's rows. Asks for the codes to come, of
-/// which two words have a line.
+/// Dot products of a block of a panel with N rows of activations: (rows of x), lanes: the panel's rows. Asks for the block's share of
+/// the codes to come.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn dots<const N: usize>(words: &[__m256i; PANEL], tiles: [&Tile; 2], ahead: Ahead) -> [__m256i; N] {
-    let [first, last] = tiles.map(|tile| tile.words.split_at(PANEL));
-    let mut dots = nibble_dots::<N, 0>(words, [first.0, last.0], (ahead, 0));
-    let high = nibble_dots::<N, 4>(words, [first.1, last.1], (ahead, PANEL / 4));
-    for (dot, high) in dots.iter_mut().zip(high) {
-        *dot = _mm256_add_epi32(*dot, high);
+fn dots<const N: usize>(
+    words: &[__m256i; PANEL],
+    tiles: [&Tile; 2],
+    ahead: (&Ahead, usize),
+) -> [__m256i; N] {
+    let mut dots = nibble_dots::<N, 0>(words, tiles, ahead);
+    let odd = nibble_dots::<N, 4>(words, tiles, ahead);
+    for (dot, odd) in dots.iter_mut().zip(odd) {
+        *dot = _mm256_add_epi32(*dot, odd);
     }
     dots
 }
 
-/// The same of the nibbles that lie `SHIFT` bits up in each byte, with the activations of their columns. Asks for half of the codes to
-/// come, from a line on.
+/// The same of the nibbles that lie `SHIFT` bits up in each byte, even columns or odd ones; asks for half of the share.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn nibble_dots<const N: usize, const SHIFT: i32>(
     words: &[__m256i; PANEL],
-    x: [&[[i32; TILE_ROWS]]; 2],
-    (ahead, line): (Ahead, usize),
+    tiles: [&Tile; 2],
+    (ahead, block): (&Ahead, usize),
 ) -> [__m256i; N] {
-    let nibble = _mm256_set1_epi8(0xF);
-    // Unknown to the compiler, which would unroll the loop and then hold more than there are registers.
-    let words = &words[..std::hint::black_box(PANEL)];
+    let half = if SHIFT == 0 { 0 } else { 1 };
     let mut sums = [_mm256_setzero_si256(); N];
-    for (step, (word, x)) in words.iter().zip(x[0].iter().zip(x[1])).enumerate() {
-        if step % 4 == 0 {
-            ahead.prefetch(line + step / 4);
-        }
-        let codes = _mm256_and_si256(_mm256_srli_epi16::<SHIFT>(*word), nibble);
-        let x: [&[i32; TILE_ROWS]; 2] = x.into();
-        for row in 0..N {
-            let activation = _mm256_set1_epi32(x[row / TILE_ROWS][row % TILE_ROWS]);
-            let products = _mm256_maddubs_epi16(codes, activation);
-            sums[row] = _mm256_add_epi16(sums[row], products);
-        }
-    }
+    let word = |step: usize| {
+        (
+            words[step],
+            tiles.map(|tile| &tile.words[half * PANEL + step]),
+        )
+    };
+    ahead.prefetch_codes(block, 2 * half);
+    // Written out: the compiler leaves a loop over them one.
+    add_step::<N, SHIFT>(&mut sums, word(0));
+    add_step::<N, SHIFT>(&mut sums, word(1));
+    add_step::<N, SHIFT>(&mut sums, word(2));
+    add_step::<N, SHIFT>(&mut sums, word(3));
+    ahead.prefetch_codes(block, 2 * half + 1);
+    add_step::<N, SHIFT>(&mut sums, word(4));
+    add_step::<N, SHIFT>(&mut sums, word(5));
+    add_step::<N, SHIFT>(&mut sums, word(6));
+    add_step::<N, SHIFT>(&mut sums, word(7));
     sums.map(|sum| _mm256_madd_epi16(sum, _mm256_set1_epi16(1)))
+}
+
+/// Adds the products of a word of each of the panel's rows with N rows of activations.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add_step<const N: usize, const SHIFT: i32>(
+    sums: &mut [__m256i; N],
+    (word, x): (__m256i, [&[i32; TILE_ROWS]; 2]),
+) {
+    let codes = _mm256_and_si256(_mm256_srli_epi16::<SHIFT>(word), _mm256_set1_epi8(0xF));
+    for row in 0..N {
+        let activation = _mm256_set1_epi32(x[row / TILE_ROWS][row % TILE_ROWS]);
+        add_products(&mut sums[row], codes, activation);
+    }
 }

@@ -182,6 +182,7 @@ fn several_rows<const N: usize>(
     let mut firsts = [[_mm512_setzero_si512(); 4]; STRETCH];
     for first in panels.clone().step_by(TILE_PANELS) {
         pair.find(weights, first..panels.end);
+        let ahead = Ahead::new(&pair.panels[0], TILE_PANELS);
         let mut values = [_mm512_setzero_ps(); N];
         for (block, lines) in pair.lines.iter().enumerate() {
             let words = if is_long {
@@ -195,15 +196,13 @@ fn several_rows<const N: usize>(
             } else {
                 pair.words(block)
             };
-            let [codes, scales, biases] = Ahead::new(&pair.panels[0], block, TILE_PANELS);
-            scales.prefetch_all();
-            biases.prefetch_all();
+            ahead.prefetch_lines(block);
             let x = if N <= FEW_ROWS {
                 Block::Few(&few[block / 8], block % 8)
             } else {
                 Block::Tiles([&tiles[0][block], &tiles[1][block]])
             };
-            let dots = dots::<N>(&words, x, codes);
+            let dots = dots::<N>(&words, x, (&ahead, block));
             for row in 0..N {
                 values[row] = accumulate(values[row], dots[row], *lines, x.scale_and_sum(row));
             }
@@ -289,11 +288,15 @@ fn transpose_quarters(rows: [__m512i; 4]) -> [__m512i; 4] {
 /// codes to come, of which each word has a line.
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[inline]
-fn dots<const N: usize>(words: &[__m512i; PANEL], x: Block<'_, N>, ahead: Ahead) -> [__m512i; N] {
+fn dots<const N: usize>(
+    words: &[__m512i; PANEL],
+    x: Block<'_, N>,
+    (ahead, block): (&Ahead, usize),
+) -> [__m512i; N] {
     let mut sums = [[_mm512_setzero_si512(); 2]; N]; // of even columns, of odd ones
     for (step, word) in words.iter().enumerate() {
         let [even, odd] = unpacked(*word);
-        ahead.prefetch(step);
+        ahead.prefetch_codes(block, step);
         for (row, sums) in sums.iter_mut().enumerate() {
             let activation = |step: usize| _mm512_set1_epi32(x.word(row, step));
             sums[0] = _mm512_dpbusd_epi32(sums[0], even, activation(step));

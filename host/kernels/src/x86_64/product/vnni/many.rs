@@ -100,9 +100,7 @@ impl Unpacked {
                 }
                 lines[offset] = pair.lines[block];
             }
-            for part in Ahead::new(&pairs[0].panels[0], block, PANELS) {
-                part.prefetch_all();
-            }
+            Ahead::new(&pairs[0].panels[0], PANELS).prefetch_all(block);
         }
     }
 }
