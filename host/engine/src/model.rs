@@ -77,6 +77,9 @@ pub trait Model: Send + 'static {
     /// Another limit for blocks alive at once.
     fn set_kv_blocks_max(&self, blocks_max: usize);
 
+    /// Gives the system memory that is kept for blocks to come: there is nothing to do.
+    fn return_spare_memory(&self) {}
+
     /// Takes blocks for so many positions in all.
     ///
     /// # Errors
@@ -212,6 +215,10 @@ impl Model for Phi3V {
 
     fn set_kv_blocks_max(&self, blocks_max: usize) {
         self.kv_pool().set_blocks_max(blocks_max);
+    }
+
+    fn return_spare_memory(&self) {
+        self.kv_pool().return_spare_memory();
     }
 
     fn reserve(&self, state: &mut SequenceState, positions: usize) -> Result<(), ModelError> {

@@ -182,6 +182,9 @@ impl<L: ModelLoader> Scheduler<L> {
     fn rest(&self) -> Wake {
         match self.inbox.recv_timeout(RESTED) {
             Err(RecvTimeoutError::Timeout) => {
+                if let Some(model) = &self.model {
+                    model.return_spare_memory();
+                }
                 visor_model::return_free_memory();
                 self.inbox.recv().unwrap_or(Wake::Orphaned)
             }

@@ -10,6 +10,7 @@ use visor_kernels::{AttentionInput, AttentionShape, HalfRows, HeadRows, Kernel, 
 const PAGE_ROWS: usize = 64;
 
 fn main() {
+    visor_kernels::allocator::return_large_blocks();
     visor_kernels::on_pool(|| {
         let tower = AttentionShape {
             heads: 16,
@@ -26,6 +27,8 @@ fn main() {
             causal: true,
         };
         measure("prefill of 757", decoder, (757, 757), Way::Tiled);
+        measure("its first 128", decoder, (128, 128), Way::Tiled);
+        measure("128 behind 512 of it", decoder, (128, 640), Way::Tiled);
         measure(
             "prefill of 512 behind 1997",
             decoder,

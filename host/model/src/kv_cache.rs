@@ -7,12 +7,18 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
 use visor_kernels::{HalfRows, HeadRows};
 
 use crate::error::ModelError;
 use crate::rope::Regime;
 pub(crate) use pool::BLOCK_POSITIONS;
 pub use pool::{KvBlock, KvPool};
+
+/// From so many rows of a layer on, all cores write them.
+const ROWS_TOGETHER_MIN: usize = 8;
+/// Of how many heads a core writes keys or values one after the other, at least.
+const PARTS_MIN: usize = 8;
 
 /// Rotated keys and values of every layer, for positions `0..len`, in blocks of a pool: f16 in plain memory where the CPU
 /// computes with activations of eight bits. Elsewhere they are tensors of the compute type, and blocks count them: as many
@@ -169,22 +175,33 @@ impl KvCache {
     /// As [`Self::append_tensors`], of rows that hold queries, keys and values side by side, in f16. Room was reserved.
     pub(crate) fn append(&mut self, layer: usize, qkv: &[f32], columns: usize) {
         let (head_dim, head_values) = (self.pool.head_dim(), self.pool.head_values());
-        let width = self.pool.kv_heads() * head_dim;
-        for (row, values) in qkv.chunks_exact(columns).enumerate() {
-            let position = self.len + row;
+        let (heads, layer_values) = (self.pool.kv_heads(), self.pool.layer_values());
+        let mut position = self.len;
+        let mut rest = qkv;
+        while !rest.is_empty() {
+            let place = position % BLOCK_POSITIONS;
+            let count = (BLOCK_POSITIONS - place).min(rest.len() / columns);
+            let (rows, behind) = rest.split_at(count * columns);
             let block = &mut self.blocks[position / BLOCK_POSITIONS];
             let block = Arc::get_mut(block).expect("`reserve` made it this sequence's alone");
-            let at = position % BLOCK_POSITIONS * head_dim;
-            let layer = &mut block.values_mut()[layer * self.pool.layer_values()..]
-                [..self.pool.layer_values()];
-            let (keys, values) = values[columns - 2 * width..].split_at(width);
-            let heads = keys
-                .chunks_exact(head_dim)
-                .zip(values.chunks_exact(head_dim));
-            for (parts, (keys, values)) in layer.chunks_exact_mut(2 * head_values).zip(heads) {
-                parts[at..][..head_dim].convert_from_f32_slice(keys);
-                parts[head_values + at..][..head_dim].convert_from_f32_slice(values);
-            }
+            let layer = &mut block.values_mut()[layer * layer_values..][..layer_values];
+            // Keys of a head or values of it.
+            let append_part = |(part, to): (usize, &mut [f16])| {
+                let first =
+                    columns - 2 * heads * head_dim + (part % 2 * heads + part / 2) * head_dim;
+                let to = to[place * head_dim..].chunks_exact_mut(head_dim);
+                for (to, row) in to.zip(rows.chunks_exact(columns)) {
+                    to.convert_from_f32_slice(&row[first..][..head_dim]);
+                }
+            };
+            let together = if count < ROWS_TOGETHER_MIN {
+                2 * heads
+            } else {
+                PARTS_MIN
+            };
+            let parts = layer.par_chunks_exact_mut(head_values).enumerate();
+            parts.with_min_len(together).for_each(append_part);
+            (position, rest) = (position + count, behind);
         }
     }
 
@@ -215,5 +232,44 @@ impl KvCache {
     pub(crate) fn commit(&mut self, positions: usize, regime: Regime) {
         self.len += positions;
         self.regime = regime;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What follows from the layout alone: of row r, part p of head h begins at column `(1 + p) * 3 * 4 + 4 * h` behind the queries.
+    #[test]
+    fn rows_lie_where_they_are_read_however_many_are_appended_together() {
+        let columns = 9 * 4;
+        let row =
+            |position: usize| (0..columns).map(move |c| (position * columns + c) as f32 / 8.0);
+        let rows: Vec<f32> = (0..200).flat_map(row).collect();
+        for step in [1, 7, 8, 63, 64, 65, 200] {
+            let mut cache = KvCache::new(Arc::new(KvPool::tiny()));
+            cache.reserve(200).unwrap();
+            for some in rows.chunks(step * columns) {
+                (0..2).for_each(|layer| cache.append(layer, some, columns));
+                cache.commit(some.len() / columns, Regime::Short);
+            }
+            let pages = cache.pages();
+            for (layer, head, position) in [(0, 0, 0), (1, 2, 63), (0, 1, 64), (1, 0, 199)] {
+                let parts = cache.head_rows(&pages, layer, head);
+                for (part, read) in parts.iter().enumerate() {
+                    let HeadRows::F16(read) = read else {
+                        panic!("kept as f16");
+                    };
+                    let at = read.offset + position % read.page_rows * read.stride;
+                    let values = &read.pages[position / read.page_rows][at..][..4];
+                    let first = position * columns + (1 + part) * 12 + 4 * head;
+                    let want = rows[first..][..4].iter().map(|x| f16::from_f32(*x));
+                    assert!(
+                        values.iter().copied().eq(want),
+                        "{step} {layer} {head} {position}"
+                    );
+                }
+            }
+        }
     }
 }
