@@ -77,7 +77,7 @@ pub trait Model: Send + 'static {
     /// Another limit for blocks alive at once.
     fn set_kv_blocks_max(&self, blocks_max: usize);
 
-    /// Gives the system memory that is kept for blocks to come: there is nothing to do.
+    /// Gives the system memory that is kept for blocks to come, where any is. Called when nothing has been asked for a while.
     fn return_spare_memory(&self) {}
 
     /// Takes blocks for so many positions in all.

@@ -15,9 +15,9 @@ use crate::rope::Regime;
 pub(crate) use pool::BLOCK_POSITIONS;
 pub use pool::{KvBlock, KvPool};
 
-/// From so many rows of a layer on, all cores write them.
+/// From so many rows on that a layer gets in a block, all cores write them.
 const ROWS_TOGETHER_MIN: usize = 8;
-/// Of how many heads a core writes keys or values one after the other, at least.
+/// Parts, keys or values of one head, that a core writes one after the other, at least.
 const PARTS_MIN: usize = 8;
 
 /// Rotated keys and values of every layer, for positions `0..len`, in blocks of a pool: f16 in plain memory where the CPU
@@ -176,6 +176,7 @@ impl KvCache {
     pub(crate) fn append(&mut self, layer: usize, qkv: &[f32], columns: usize) {
         let (head_dim, head_values) = (self.pool.head_dim(), self.pool.head_values());
         let (heads, layer_values) = (self.pool.kv_heads(), self.pool.layer_values());
+        assert!(qkv.len().is_multiple_of(columns), "whole rows");
         let mut position = self.len;
         let mut rest = qkv;
         while !rest.is_empty() {

@@ -1,7 +1,9 @@
-//! Requests that are refused before anything is computed.
+//! Requests that are refused before anything is computed, and memory that is given back when there are none.
 
 use std::sync::Mutex;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 use visor_engine::{EngineError, Finish, GenerateRequest};
 
@@ -144,4 +146,16 @@ fn prompts_that_wait_are_limited_in_tokens_too() {
         assert_eq!(hear(events).reason(), Some(Finish::Length));
     }
     assert_eq!(engine.stats().waiting_tokens, 0);
+}
+
+#[test]
+fn spare_memory_is_returned_when_nothing_was_asked_for_a_while() {
+    let script = Script::saying("x");
+    let engine = start(&script);
+    ask(&engine, request(1));
+    let late = Instant::now() + Duration::from_secs(60);
+    while script.returns.load(Ordering::Relaxed) == 0 {
+        assert!(Instant::now() < late, "kept for ever");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }

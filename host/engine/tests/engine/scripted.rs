@@ -72,6 +72,8 @@ pub(crate) struct Script {
     pub(crate) loads: Arc<AtomicU64>,
     /// Blocks alive.
     pub(crate) blocks_used: Arc<AtomicUsize>,
+    /// How often spare memory was returned.
+    pub(crate) returns: Arc<AtomicUsize>,
     /// Most sequences in a step.
     pub(crate) widest: Arc<AtomicUsize>,
     pub(crate) short_positions_max: usize,
@@ -87,6 +89,7 @@ impl Script {
             hook: Arc::new(|_, _| Reply::Go),
             loads: Arc::default(),
             blocks_used: Arc::default(),
+            returns: Arc::default(),
             widest: Arc::default(),
             short_positions_max: usize::MAX,
             drafts_max: usize::MAX,
@@ -399,6 +402,10 @@ impl Model for ScriptedModel {
 
     fn set_kv_blocks_max(&self, blocks_max: usize) {
         self.blocks_max.store(blocks_max, Ordering::Relaxed);
+    }
+
+    fn return_spare_memory(&self) {
+        self.script.returns.fetch_add(1, Ordering::Relaxed);
     }
 
     fn reserve(&self, state: &mut State, positions: usize) -> Result<(), ModelError> {

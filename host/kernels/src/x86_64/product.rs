@@ -73,7 +73,7 @@ struct Panel<'a> {
     rows: [[&'a [u8]; 3]; PANEL], // codes, scales, biases
     /// Blocks that each of the rows has.
     blocks: usize,
-    line_bytes: usize,       // of scales or biases that a block of all rows has
+    scale_bytes: usize,      // of scales or biases that a block of all rows has
     lines: Vec<[__m256; 2]>, // (blocks): scale and bias of each row
 }
 
@@ -82,7 +82,7 @@ impl<'a> Panel<'a> {
         Self {
             rows: [[&[]; 3]; PANEL],
             blocks: 0,
-            line_bytes: 0,
+            scale_bytes: 0,
             lines: Vec::new(),
         }
     }
@@ -94,7 +94,7 @@ impl<'a> Panel<'a> {
             *row = weights.row((panel * PANEL + index).min(last));
         }
         self.blocks = weights.columns() / BLOCK;
-        self.line_bytes = self.rows[0][1].len() * PANEL / self.blocks;
+        self.scale_bytes = self.rows[0][1].len() * PANEL / self.blocks;
         let bytes = self.blocks * BLOCK / 2;
         let whole = self.rows.iter().all(|[codes, ..]| codes.len() >= bytes);
         assert!(whole, "a row is whole blocks");
@@ -312,11 +312,10 @@ fn add_products(sum: &mut __m256i, codes: __m256i, activations: __m256i) {
 
 /// Memory of the panels behind those that are multiplied together, to be asked for: rows lie one behind the other, so the shares of
 /// all blocks run through the panels to come from beginning to end.
-#[derive(Clone, Copy)]
 struct Ahead {
     starts: [*const u8; 3], // of codes, scales, biases
     panels: usize,
-    line_bytes: usize, // of scales or biases that a block of a panel has
+    scale_bytes: usize, // of scales or biases that a block of a panel has
 }
 
 impl Ahead {
@@ -324,7 +323,7 @@ impl Ahead {
         Self {
             starts: first.rows[0].map(|row| row.as_ptr().wrapping_add(row.len() * PANEL * panels)),
             panels,
-            line_bytes: first.line_bytes,
+            scale_bytes: first.scale_bytes,
         }
     }
 
@@ -340,8 +339,8 @@ impl Ahead {
     /// Asks for the lines that begin in a block's share of scales and biases.
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn prefetch_lines(&self, block: usize) {
-        let share = self.panels * self.line_bytes;
+    fn prefetch_scales(&self, block: usize) {
+        let share = self.panels * self.scale_bytes;
         let mut at = (block * share).next_multiple_of(64);
         while at < (block + 1) * share {
             _mm_prefetch::<_MM_HINT_T1>(self.starts[1].wrapping_add(at).cast());
@@ -356,7 +355,7 @@ impl Ahead {
         for line in 0..4 * self.panels {
             self.prefetch_codes(block, line);
         }
-        self.prefetch_lines(block);
+        self.prefetch_scales(block);
     }
 }
 

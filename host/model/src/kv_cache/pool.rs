@@ -28,14 +28,35 @@ pub struct KvPool {
 struct Shared {
     blocks_max: AtomicUsize,
     blocks_used: AtomicUsize,
-    /// Memory of blocks that are not alive any more, for those to come: 757 tokens of the full shape fill 300 MiB, and a virtual machine
-    /// took 0.7 of the ten seconds of their prefill to hand that out.
-    spare: Mutex<Vec<MmapMut>>,
+    spare: Mutex<Spare>,
+}
+
+/// Memory of blocks that are not alive any more, for those to come: the 757 tokens of a picture fill 288 MiB at the full shape, and a
+/// virtual machine took half a second of their ten seconds of prefill to hand that out. With blocks alive no more than the limit.
+#[derive(Default)]
+struct Spare {
+    pages: Vec<MmapMut>,
+    /// Not between [`KvPool::return_spare_memory`] and the next block.
+    is_kept: bool,
 }
 
 impl Shared {
-    fn spare(&self) -> MutexGuard<'_, Vec<MmapMut>> {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            blocks_max: AtomicUsize::new(usize::MAX),
+            blocks_used: AtomicUsize::new(0),
+            spare: Mutex::default(),
+        })
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Spare> {
         self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Blocks that may be alive beside those that are.
+    fn blocks_left(&self) -> usize {
+        let blocks_max = self.blocks_max.load(Ordering::Relaxed);
+        blocks_max.saturating_sub(self.blocks_used.load(Ordering::Relaxed))
     }
 }
 
@@ -55,11 +76,7 @@ impl KvPool {
             head_dim: config.head_dim,
             value_bytes,
             has_values,
-            shared: Arc::new(Shared {
-                blocks_max: AtomicUsize::new(usize::MAX),
-                blocks_used: AtomicUsize::new(0),
-                spare: Mutex::default(),
-            }),
+            shared: Shared::new(),
         }
     }
 
@@ -96,12 +113,17 @@ impl KvPool {
     /// Another limit. What is alive stays.
     pub fn set_blocks_max(&self, blocks_max: usize) {
         self.shared.blocks_max.store(blocks_max, Ordering::Relaxed);
+        let mut spare = self.shared.spare();
+        let kept = spare.pages.len().min(self.shared.blocks_left());
+        let beyond = spare.pages.split_off(kept);
+        drop(spare);
+        drop(beyond); // the system takes its time, which nobody who waits for the lock should
     }
 
-    /// Gives the system the memory of blocks that are not alive any more.
+    /// Gives the system memory of blocks that are not alive any more, and of those that end until there is a new one.
     pub fn return_spare_memory(&self) {
         let spare = std::mem::take(&mut *self.shared.spare());
-        drop(spare); // not under the lock
+        drop(spare.pages);
     }
 
     fn block_values(&self) -> usize {
@@ -148,12 +170,18 @@ impl KvPool {
         };
         if self.has_values {
             let bytes = self.block_bytes();
-            let spare = self.shared.spare().pop();
-            let pages = spare
+            let mut spare = self.shared.spare();
+            spare.is_kept = true;
+            let used = spare.pages.pop();
+            drop(spare);
+            let pages = used
                 .map_or_else(|| self.pages(), Ok)
                 .inspect_err(|error| tracing::warn!(%error, bytes, "no memory for a KV block"))
                 .map_err(|_| ModelError::KvFull { blocks_max })?;
             block.values = Some(pages);
+        }
+        if cfg!(debug_assertions) {
+            block.values_mut().fill(f16::NAN); // nobody reads what was not written
         }
         Ok(block)
     }
@@ -193,14 +221,10 @@ impl KvBlock {
 
 impl Drop for KvBlock {
     fn drop(&mut self) {
-        let used = self.shared.blocks_used.fetch_sub(1, Ordering::Relaxed) - 1;
-        let blocks_max = self.shared.blocks_max.load(Ordering::Relaxed);
-        if let Some(values) = self.values.take() {
-            let mut spare = self.shared.spare();
-            // Blocks alive and those to come together stay within the limit.
-            if used + spare.len() < blocks_max {
-                spare.push(values);
-            }
+        let mut spare = self.shared.spare();
+        self.shared.blocks_used.fetch_sub(1, Ordering::Relaxed);
+        if spare.is_kept && spare.pages.len() < self.shared.blocks_left() {
+            spare.pages.extend(self.values.take());
         }
     }
 }
@@ -218,11 +242,7 @@ mod tests {
                 head_dim: 4,
                 value_bytes: 2,
                 has_values: true,
-                shared: Arc::new(Shared {
-                    blocks_max: AtomicUsize::new(usize::MAX),
-                    blocks_used: AtomicUsize::new(0),
-                    spare: Mutex::default(),
-                }),
+                shared: Shared::new(),
             }
         }
     }
@@ -230,20 +250,38 @@ mod tests {
     #[test]
     fn memory_of_a_block_serves_the_next_one_within_the_limit_until_it_is_returned() {
         let pool = KvPool::tiny();
+        let spare = || pool.shared.spare().pages.len();
         pool.set_blocks_max(3);
-        let blocks: Vec<_> = (0..3).map(|_| pool.take().unwrap()).collect();
+        let mut blocks: Vec<_> = (0..3).map(|_| pool.take().unwrap()).collect();
         let places: Vec<_> = blocks.iter().map(|block| block.values().as_ptr()).collect();
-        drop(blocks);
-        assert_eq!((pool.blocks_used(), pool.shared.spare().len()), (0, 3));
-        let block = pool.take().unwrap();
-        assert!(places.contains(&block.values().as_ptr()));
-        assert_eq!((pool.blocks_used(), pool.shared.spare().len()), (1, 2));
+        blocks.clear();
+        assert_eq!((pool.blocks_used(), spare()), (0, 3));
+        blocks.push(pool.take().unwrap());
+        assert!(places.contains(&blocks[0].values().as_ptr()));
+        assert_eq!((pool.blocks_used(), spare()), (1, 2));
 
         pool.set_blocks_max(2);
-        drop(block);
-        assert_eq!(pool.shared.spare().len(), 2, "no more than may be alive");
+        assert_eq!(spare(), 1, "with the block that is alive as many as may be");
+        blocks.push(pool.take().unwrap());
+        pool.set_blocks_max(1);
+        blocks.pop();
+        assert_eq!(spare(), 0, "one is alive, and no more may be");
+        blocks.clear();
+        assert_eq!(spare(), 1);
 
         pool.return_spare_memory();
-        assert_eq!(pool.shared.spare().len(), 0);
+        assert_eq!(spare(), 0);
+    }
+
+    #[test]
+    fn memory_of_a_block_that_ends_while_nothing_is_done_is_not_kept() {
+        let pool = KvPool::tiny();
+        let spare = || pool.shared.spare().pages.len();
+        let block = pool.take().unwrap();
+        pool.return_spare_memory();
+        drop(block);
+        assert_eq!(spare(), 0);
+        drop(pool.take().unwrap());
+        assert_eq!(spare(), 1, "there is something to do again");
     }
 }

@@ -11,10 +11,9 @@ use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL};
 use crate::x86_64::store;
 
-/// A local of this type puts what a function spills on the borders of cache lines: where it straddled two, six to ten rows took up to
-/// a tenth longer.
+/// A local of this type aligns what its function spills: where that straddled cache lines, six to ten rows took up to a tenth longer.
 #[repr(align(64))]
-struct Line(#[expect(dead_code, reason = "only its place matters")] [u8; 64]);
+struct Aligned(#[expect(dead_code, reason = "only its place matters")] [u8; 64]);
 
 /// Values of all panels' rows for the N rows of `x`, at most two tiles.
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -24,7 +23,7 @@ pub(super) fn several_rows<const N: usize>(
     x: &QuantizedRows,
     out: Out<'_>,
 ) {
-    std::hint::black_box(&mut MaybeUninit::<Line>::uninit());
+    std::hint::black_box(&mut MaybeUninit::<Aligned>::uninit());
     let mut panel = Panel::new();
     let first = panels.start;
     let tiles = x.first_and_last_tiles();
@@ -35,7 +34,7 @@ pub(super) fn several_rows<const N: usize>(
         let mut values = [_mm256_setzero_ps(); N];
         for (block, lines) in panel.lines.iter().enumerate() {
             let words = panel.words(block);
-            ahead.prefetch_lines(block);
+            ahead.prefetch_scales(block);
             let tiles = [&tiles[0][block], &tiles[1][block]];
             let dots = dots::<N>(&words, tiles, (&ahead, block));
             for row in 0..N {

@@ -196,7 +196,7 @@ fn several_rows<const N: usize>(
             } else {
                 pair.words(block)
             };
-            ahead.prefetch_lines(block);
+            ahead.prefetch_scales(block);
             let x = if N <= FEW_ROWS {
                 Block::Few(&few[block / 8], block % 8)
             } else {
