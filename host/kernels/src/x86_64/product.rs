@@ -73,7 +73,6 @@ struct Panel<'a> {
     rows: [[&'a [u8]; 3]; PANEL], // codes, scales, biases
     /// Blocks that each of the rows has.
     blocks: usize,
-    scale_bytes: usize,      // of scales or biases that a block of all rows has
     lines: Vec<[__m256; 2]>, // (blocks): scale and bias of each row
 }
 
@@ -82,7 +81,6 @@ impl<'a> Panel<'a> {
         Self {
             rows: [[&[]; 3]; PANEL],
             blocks: 0,
-            scale_bytes: 0,
             lines: Vec::new(),
         }
     }
@@ -94,7 +92,6 @@ impl<'a> Panel<'a> {
             *row = weights.row((panel * PANEL + index).min(last));
         }
         self.blocks = weights.columns() / BLOCK;
-        self.scale_bytes = self.rows[0][1].len() * PANEL / self.blocks;
         let bytes = self.blocks * BLOCK / 2;
         let whole = self.rows.iter().all(|[codes, ..]| codes.len() >= bytes);
         assert!(whole, "a row is whole blocks");
@@ -323,7 +320,7 @@ impl Ahead {
         Self {
             starts: first.rows[0].map(|row| row.as_ptr().wrapping_add(row.len() * PANEL * panels)),
             panels,
-            scale_bytes: first.scale_bytes,
+            scale_bytes: first.rows[0][1].len() * PANEL / first.blocks,
         }
     }
 

@@ -77,12 +77,13 @@ impl Unpacked {
 
     #[target_feature(enable = "avx2")]
     fn fill(&mut self, panels: &[Panel<'_>; TILE_PANELS], blocks: Range<usize>) {
+        let ahead = Ahead::new(&panels[0], TILE_PANELS);
         for (index, block) in blocks.enumerate() {
             for (offset, panel) in panels.iter().enumerate() {
                 panel.unpack(block, &mut self.codes[index].0, offset);
                 self.lines[index][offset] = panel.lines[block];
             }
-            Ahead::new(&panels[0], TILE_PANELS).prefetch_all(block);
+            ahead.prefetch_all(block);
         }
     }
 }

@@ -91,6 +91,7 @@ impl Unpacked {
 
     #[target_feature(enable = "avx512f,avx2")]
     fn fill(&mut self, pairs: &[Pair<'_>; PAIRS], blocks: Range<usize>) {
+        let ahead = Ahead::new(&pairs[0].panels[0], PANELS);
         for (block, (steps, lines)) in blocks.zip(self.codes.iter_mut().zip(&mut self.lines)) {
             for (offset, pair) in pairs.iter().enumerate() {
                 for (step, word) in pair.words(block).into_iter().enumerate() {
@@ -100,7 +101,7 @@ impl Unpacked {
                 }
                 lines[offset] = pair.lines[block];
             }
-            Ahead::new(&pairs[0].panels[0], PANELS).prefetch_all(block);
+            ahead.prefetch_all(block);
         }
     }
 }
