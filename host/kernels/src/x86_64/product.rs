@@ -333,15 +333,16 @@ impl Ahead {
         _mm_prefetch::<_MM_HINT_T1>(self.starts[0].wrapping_add(at).cast());
     }
 
-    /// Asks for the lines that begin in a block's share of scales and biases.
+    /// Asks for the lines that begin in a block's share of scales and biases, into the first level: a row's are short, and read all
+    /// at once, from as many lines as there are rows.
     #[target_feature(enable = "avx2")]
     #[inline]
     fn prefetch_scales(&self, block: usize) {
         let share = self.panels * self.scale_bytes;
         let mut at = (block * share).next_multiple_of(64);
         while at < (block + 1) * share {
-            _mm_prefetch::<_MM_HINT_T1>(self.starts[1].wrapping_add(at).cast());
-            _mm_prefetch::<_MM_HINT_T1>(self.starts[2].wrapping_add(at).cast());
+            _mm_prefetch::<_MM_HINT_T0>(self.starts[1].wrapping_add(at).cast());
+            _mm_prefetch::<_MM_HINT_T0>(self.starts[2].wrapping_add(at).cast());
             at += 64;
         }
     }

@@ -293,17 +293,19 @@ fn dots<const N: usize>(
     x: Block<'_, N>,
     (ahead, block): (&Ahead, usize),
 ) -> [__m512i; N] {
-    let mut sums = [[_mm512_setzero_si512(); 2]; N]; // of even columns, of odd ones
+    // Of few rows, odd columns have sums of their own: a multiplication waits for the one before it in its sum.
+    let odds = const { if N > 4 { 0 } else { 1 } };
+    let mut sums = [[_mm512_setzero_si512(); 2]; N];
     for (step, word) in words.iter().enumerate() {
         let [even, odd] = unpacked(*word);
         ahead.prefetch_codes(block, step);
         for (row, sums) in sums.iter_mut().enumerate() {
             let activation = |step: usize| _mm512_set1_epi32(x.word(row, step));
             sums[0] = _mm512_dpbusd_epi32(sums[0], even, activation(step));
-            sums[1] = _mm512_dpbusd_epi32(sums[1], odd, activation(PANEL + step));
+            sums[odds] = _mm512_dpbusd_epi32(sums[odds], odd, activation(PANEL + step));
         }
     }
-    sums.map(|[even, odd]| _mm512_add_epi32(even, odd))
+    sums.map(|[first, second]| _mm512_add_epi32(first, second))
 }
 
 /// `value` and what a block adds to it, rounded as the specification does.

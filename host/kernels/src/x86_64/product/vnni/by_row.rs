@@ -17,9 +17,9 @@ use super::{
 use crate::activations::{BLOCK, Eight, QuantizedRows};
 use crate::int4::{Int4Rows, ScaleType};
 use crate::product::{Out, PANEL};
-use crate::x86_64::prefetch_far;
 use crate::x86_64::product::{TILE_PANELS, ahead_bytes};
 use crate::x86_64::wide::LANES;
+use crate::x86_64::{prefetch, prefetch_far};
 
 /// Rows of weights whose dot products are gathered.
 const ROWS: usize = TILE_PANELS * PANEL;
@@ -197,10 +197,11 @@ impl MemoryAhead {
         self.codes = self.codes.wrapping_add(TWO_BLOCKS);
     }
 
-    /// Asks for a line of scales and, the next time, for one of biases.
+    /// Asks for a line of scales and, the next time, for one of biases, into the first level: they are few, and those of sixteen
+    /// rows are read at once.
     #[inline]
     fn ask_lines(&mut self) {
-        prefetch_far(self.lines[0], TWO_BLOCKS);
+        prefetch(self.lines[0], TWO_BLOCKS);
         self.lines = [self.lines[1], self.lines[0].wrapping_add(TWO_BLOCKS)];
     }
 }
