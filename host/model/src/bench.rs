@@ -67,6 +67,8 @@ pub struct BenchReport {
     pub weight_bytes: u64,
     /// Opening and loading; on the CPU weights are mapped, and read when they are first used.
     pub load_s: f64,
+    /// The same once more: all that loading reads is in the page cache.
+    pub warm_load_s: f64,
     /// Encoding an image, by crops.
     pub vision: Vec<Vision>,
     /// Prompts of text, by length.
@@ -131,7 +133,7 @@ pub struct Decode {
     /// Reading the same weights from one to the next, 10^9 bytes a second: the median of readings between the steps. What a machine
     /// that others use too can read changes within a minute.
     pub read_gb_per_s: f64,
-    /// Of that.
+    /// Of what the weights were read with right before and right after a step, by the mean of the two: the median of all steps.
     pub read_share: f64,
 }
 
@@ -183,10 +185,8 @@ pub fn measure(
     options: &BenchOptions<'_>,
 ) -> Result<BenchReport, ModelError> {
     (options.say)("load");
-    let start = Instant::now();
-    let checkpoint = Checkpoint::open(folder)?;
-    let model = Phi3V::load_with(&checkpoint, DeviceKind::Cpu, options.activations, &|_| ())?;
-    let load_s = seconds_since(start);
+    let (_, load_s) = load(folder, options)?;
+    let ((checkpoint, model), warm_load_s) = load(folder, options)?;
     let bench = Bench {
         work: Work::new(model.config()),
         step_weights: step_weights(&checkpoint),
@@ -202,6 +202,7 @@ pub fn measure(
         quantization: facts.quantization,
         weight_bytes: facts.bytes,
         load_s,
+        warm_load_s,
         vision,
         prefill,
         decode,
@@ -209,6 +210,16 @@ pub fn measure(
         drafts: bench.drafts()?,
         first_token: bench.first_token()?,
     })
+}
+
+fn load(
+    folder: &Path,
+    options: &BenchOptions<'_>,
+) -> Result<((Checkpoint, Phi3V), f64), ModelError> {
+    let start = Instant::now();
+    let checkpoint = Checkpoint::open(folder)?;
+    let model = Phi3V::load_with(&checkpoint, DeviceKind::Cpu, options.activations, &|_| ())?;
+    Ok(((checkpoint, model), seconds_since(start)))
 }
 
 struct Bench<'a> {
@@ -278,16 +289,15 @@ impl Bench<'_> {
         let after_tokens = state.len();
         (self.options.say)(&format!("decode, after {after_tokens} tokens"));
         let mut reader = Reader::new(self.step_weights.iter().map(|tensor| tensor.bytes()));
-        let mut reads = Vec::with_capacity(DECODE_STEPS);
+        let mut reads = vec![reader.gb_per_s()];
         let mut steps = Vec::with_capacity(DECODE_STEPS);
         for _ in 0..DECODE_STEPS {
-            reads.push(reader.gb_per_s());
             let start = Instant::now();
             self.model.push(&mut state, largest(&logits))?;
             logits = self.run(&mut state)?;
             steps.push(seconds_since(start));
+            reads.push(reader.gb_per_s());
         }
-        let (step_s, read_gb_per_s) = (median(steps), median(reads));
         // The median step is one in the middle.
         let kv_bytes = self.work.kv_bytes(
             after_tokens + DECODE_STEPS / 2,
@@ -296,6 +306,11 @@ impl Bench<'_> {
         let weights = self.step_weights.iter();
         let weight_bytes = weights.map(|tensor| tensor.bytes().len() as u64).sum();
         let read = (weight_bytes + kv_bytes) as f64;
+        let beside = reads.windows(2).map(|two| (two[0] + two[1]) / 2.0);
+        let shares = steps.iter().zip(beside);
+        let shares = shares.map(|(step_s, gb_per_s)| read / step_s / 1e9 / gb_per_s);
+        let read_share = median(shares.collect());
+        let step_s = median(steps);
         Ok(Decode {
             after_tokens,
             steps: DECODE_STEPS,
@@ -303,8 +318,8 @@ impl Bench<'_> {
             tokens_per_s: 1.0 / step_s,
             weight_bytes,
             kv_bytes,
-            read_gb_per_s,
-            read_share: read / step_s / 1e9 / read_gb_per_s,
+            read_gb_per_s: median(reads),
+            read_share,
         })
     }
 

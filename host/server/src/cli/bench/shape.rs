@@ -173,7 +173,11 @@ fn print(out: &mut impl Write, told: &Told) -> std::io::Result<()> {
         "ceilings     {} threads read {:.1} GB/s and multiply {:.0} Gop/s ({})",
         ceilings.threads, ceilings.read_gb_per_s, ceilings.product_gop_per_s, ceilings.product
     )?;
-    writeln!(out, "load         {:.2} s", report.load_s)?;
+    writeln!(
+        out,
+        "load         {:.2} s, once more {:.2} s",
+        report.load_s, report.warm_load_s
+    )?;
     print_products(out, report)?;
     print_decode(out, report)?;
     let first = &report.first_token;
@@ -220,7 +224,7 @@ fn print_decode(out: &mut impl Write, report: &BenchReport) -> std::io::Result<(
     let decode = &report.decode;
     writeln!(
         out,
-        "decode       {:.1} ms a token after {}, {:.1} tokens/s, {:.0} % of the {:.1} GB/s of plain reading between the steps ({:.2} GB of weights, {:.2} GB of keys and values)",
+        "decode       {:.1} ms a token after {}, {:.1} tokens/s, {:.0} % of plain reading beside each step, {:.1} GB/s in the middle ({:.2} GB of weights, {:.2} GB of keys and values)",
         decode.step_ms,
         decode.after_tokens,
         decode.tokens_per_s,
