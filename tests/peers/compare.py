@@ -26,7 +26,7 @@ def visor(binary):
     told = run(binary, "bench", "--shape", "phi-3.5-vision", "--json")
     measured = told["measured"]
     return {
-        "load_s": measured["warm_load_s"],
+        "warm_load_s": measured["warm_load_s"],
         "prefill_tokens_per_s": next(p["tokens_per_s"] for p in measured["prefill"] if p["tokens"] == 757),
         "decode_tokens_per_s": measured["decode"]["tokens_per_s"],
         "batch_tokens_per_s": measured["batches"][-1]["tokens_per_s"],
@@ -96,7 +96,7 @@ def table(figures):
         ("8 sequences decoding, tokens/s", "batch_tokens_per_s", True),
         ("vision tower, s a crop", "seconds_per_crop", False),
         (f"first token, {ours[0]['crops']} crops, {ours[0]['prompt_tokens']} tokens, s", "first_token_s", False),
-        ("load, page cache warm, s", "load_s", False),
+        ("load, page cache warm, s", "warm_load_s", False),
         ("peak memory, bytes", "peak_bytes", False),
     ]
     for title, figure, more_is_better in rows:

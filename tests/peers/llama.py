@@ -77,7 +77,7 @@ def main():
         model.run([(token(sequence), SHORT_PROMPT + step, sequence) for sequence in range(SEQUENCES)]) for step in range(STEPS)
     ]
     print(json.dumps({
-        "load_s": load_s,
+        "warm_load_s": load_s,
         "prefill_tokens_per_s": PROMPT / prefill_s,
         "decode_tokens_per_s": 1 / statistics.median(steps),
         "batch_tokens_per_s": SEQUENCES / statistics.median(together),

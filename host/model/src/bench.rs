@@ -58,7 +58,7 @@ pub struct BenchOptions<'a> {
     pub keep_going: &'a (dyn Fn() -> bool + Sync),
 }
 
-/// What was measured. A share is of what bounds the stage: the product rate of [`Ceilings`], or [`Decode::read_gb_per_s`].
+/// What was measured. A share is of what bounds the stage: the product rate of [`Ceilings`], or what memory gave beside it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BenchReport {
     /// `int4 group 64`, `bf16`, `f16` or `f32`.
@@ -67,7 +67,7 @@ pub struct BenchReport {
     pub weight_bytes: u64,
     /// Opening and loading; on the CPU weights are mapped, and read when they are first used.
     pub load_s: f64,
-    /// The same once more: all that loading reads is in the page cache.
+    /// The same once more in the same process: all that loading reads is in the page cache.
     pub warm_load_s: f64,
     /// Encoding an image, by crops.
     pub vision: Vec<Vision>,
@@ -128,12 +128,12 @@ pub struct Decode {
     pub tokens_per_s: f64,
     /// Weights that a step reads.
     pub weight_bytes: u64,
-    /// Keys and values that a step reads.
+    /// Keys and values that the step in the middle reads.
     pub kv_bytes: u64,
-    /// Reading the same weights from one to the next, 10^9 bytes a second: the median of readings between the steps. What a machine
-    /// that others use too can read changes within a minute.
+    /// Reading the same weights from one to the next, 10^9 bytes a second: the median of readings before, between and after the steps.
+    /// What a machine that others use too can read changes within a minute.
     pub read_gb_per_s: f64,
-    /// Of what the weights were read with right before and right after a step, by the mean of the two: the median of all steps.
+    /// Median over the steps: the bytes a second of a step, of the mean of the readings right before and after it.
     pub read_share: f64,
 }
 
@@ -298,17 +298,15 @@ impl Bench<'_> {
             steps.push(seconds_since(start));
             reads.push(reader.gb_per_s());
         }
-        // The median step is one in the middle.
-        let kv_bytes = self.work.kv_bytes(
-            after_tokens + DECODE_STEPS / 2,
-            self.model.kv_pool().value_bytes(),
-        );
+        let value_bytes = self.model.kv_pool().value_bytes();
+        let kv_bytes = |step: usize| self.work.kv_bytes(after_tokens + step + 1, value_bytes);
         let weights = self.step_weights.iter();
-        let weight_bytes = weights.map(|tensor| tensor.bytes().len() as u64).sum();
-        let read = (weight_bytes + kv_bytes) as f64;
+        let weight_bytes: u64 = weights.map(|tensor| tensor.bytes().len() as u64).sum();
         let beside = reads.windows(2).map(|two| (two[0] + two[1]) / 2.0);
-        let shares = steps.iter().zip(beside);
-        let shares = shares.map(|(step_s, gb_per_s)| read / step_s / 1e9 / gb_per_s);
+        let shares = steps.iter().zip(beside).enumerate();
+        let shares = shares.map(|(step, (step_s, gb_per_s))| {
+            (weight_bytes + kv_bytes(step)) as f64 / step_s / 1e9 / gb_per_s
+        });
         let read_share = median(shares.collect());
         let step_s = median(steps);
         Ok(Decode {
@@ -317,7 +315,7 @@ impl Bench<'_> {
             step_ms: 1e3 * step_s,
             tokens_per_s: 1.0 / step_s,
             weight_bytes,
-            kv_bytes,
+            kv_bytes: kv_bytes(DECODE_STEPS / 2),
             read_gb_per_s: median(reads),
             read_share,
         })
@@ -486,7 +484,8 @@ fn median_s(
 
 fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
+    let (low, high) = (figures[(figures.len() - 1) / 2], figures[figures.len() / 2]);
+    (low + high) / 2.0
 }
 
 fn seconds_since(start: Instant) -> f64 {

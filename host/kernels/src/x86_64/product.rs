@@ -333,27 +333,28 @@ impl Ahead {
         _mm_prefetch::<_MM_HINT_T1>(self.starts[0].wrapping_add(at).cast());
     }
 
-    /// Asks for the lines that begin in a block's share of scales and biases, into the first level: a row's are short, and read all
-    /// at once, from as many lines as there are rows.
+    /// Asks for the lines that begin in a block's share of scales and biases. Into the first level where they are used with the next
+    /// panels: a row's are short, and read all at once, from as many lines as there are rows.
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn prefetch_scales(&self, block: usize) {
+    fn prefetch_scales<const HINT: i32>(&self, block: usize) {
         let share = self.panels * self.scale_bytes;
         let mut at = (block * share).next_multiple_of(64);
         while at < (block + 1) * share {
-            _mm_prefetch::<_MM_HINT_T0>(self.starts[1].wrapping_add(at).cast());
-            _mm_prefetch::<_MM_HINT_T0>(self.starts[2].wrapping_add(at).cast());
+            _mm_prefetch::<HINT>(self.starts[1].wrapping_add(at).cast());
+            _mm_prefetch::<HINT>(self.starts[2].wrapping_add(at).cast());
             at += 64;
         }
     }
 
+    /// Asks for all lines of a block's share, into the second level: there are many rows of activations before they are used.
     #[target_feature(enable = "avx2")]
     #[inline]
     fn prefetch_all(&self, block: usize) {
         for line in 0..4 * self.panels {
             self.prefetch_codes(block, line);
         }
-        self.prefetch_scales(block);
+        self.prefetch_scales::<_MM_HINT_T1>(block);
     }
 }
 

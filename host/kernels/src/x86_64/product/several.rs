@@ -34,7 +34,7 @@ pub(super) fn several_rows<const N: usize>(
         let mut values = [_mm256_setzero_ps(); N];
         for (block, lines) in panel.lines.iter().enumerate() {
             let words = panel.words(block);
-            ahead.prefetch_scales(block);
+            ahead.prefetch_scales::<_MM_HINT_T0>(block);
             let tiles = [&tiles[0][block], &tiles[1][block]];
             let dots = dots::<N>(&words, tiles, (&ahead, block));
             for row in 0..N {

@@ -134,6 +134,10 @@ fn widen_two(two: __m512i, scale_type: ScaleType) -> [__m512; 2] {
 const STRETCH: usize = 8;
 const _: () = assert!(LONG_COLUMNS.is_multiple_of(STRETCH * BLOCK));
 
+/// Up to so many rows of activations, odd columns have sums of their own: a multiplication waits for the one before it in its sum. Of
+/// more rows there is always another sum, and two of each are more than there are registers beside their values.
+const TWO_SUMS_ROWS_MAX: usize = 6;
+
 /// A block of N rows of activations. Few rows are read from where they lie close together: of tiles, of five rows each, one of
 /// 3072 columns takes 17 KB, half of a first-level cache.
 #[derive(Clone, Copy)]
@@ -196,7 +200,7 @@ fn several_rows<const N: usize>(
             } else {
                 pair.words(block)
             };
-            ahead.prefetch_scales(block);
+            ahead.prefetch_scales::<_MM_HINT_T0>(block);
             let x = if N <= FEW_ROWS {
                 Block::Few(&few[block / 8], block % 8)
             } else {
@@ -293,8 +297,7 @@ fn dots<const N: usize>(
     x: Block<'_, N>,
     (ahead, block): (&Ahead, usize),
 ) -> [__m512i; N] {
-    // Of few rows, odd columns have sums of their own: a multiplication waits for the one before it in its sum.
-    let odds = const { if N > 4 { 0 } else { 1 } };
+    let odd_sum = const { if N > TWO_SUMS_ROWS_MAX { 0 } else { 1 } };
     let mut sums = [[_mm512_setzero_si512(); 2]; N];
     for (step, word) in words.iter().enumerate() {
         let [even, odd] = unpacked(*word);
@@ -302,7 +305,7 @@ fn dots<const N: usize>(
         for (row, sums) in sums.iter_mut().enumerate() {
             let activation = |step: usize| _mm512_set1_epi32(x.word(row, step));
             sums[0] = _mm512_dpbusd_epi32(sums[0], even, activation(step));
-            sums[odds] = _mm512_dpbusd_epi32(sums[odds], odd, activation(PANEL + step));
+            sums[odd_sum] = _mm512_dpbusd_epi32(sums[odd_sum], odd, activation(PANEL + step));
         }
     }
     sums.map(|[first, second]| _mm512_add_epi32(first, second))

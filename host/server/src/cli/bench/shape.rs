@@ -224,7 +224,7 @@ fn print_decode(out: &mut impl Write, report: &BenchReport) -> std::io::Result<(
     let decode = &report.decode;
     writeln!(
         out,
-        "decode       {:.1} ms a token after {}, {:.1} tokens/s, {:.0} % of plain reading beside each step, {:.1} GB/s in the middle ({:.2} GB of weights, {:.2} GB of keys and values)",
+        "decode       {:.1} ms a token after {}, {:.1} tokens/s, {:.0} % of plain reading beside each step, whose median is {:.1} GB/s ({:.2} GB of weights, {:.2} GB of keys and values)",
         decode.step_ms,
         decode.after_tokens,
         decode.tokens_per_s,

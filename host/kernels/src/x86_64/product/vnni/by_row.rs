@@ -198,7 +198,7 @@ impl MemoryAhead {
     }
 
     /// Asks for a line of scales and, the next time, for one of biases, into the first level: they are few, and those of sixteen
-    /// rows are read at once.
+    /// rows are read at once. Even behind 64 KiB of codes that is faster than the second level.
     #[inline]
     fn ask_lines(&mut self) {
         prefetch(self.lines[0], TWO_BLOCKS);
