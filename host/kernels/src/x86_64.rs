@@ -147,6 +147,23 @@ fn transpose_halves(rows: [__m256i; 4]) -> [__m256i; 4] {
     ]
 }
 
+/// In each half: lane c of eight in row r becomes lane r of row c.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn transpose_i16(rows: [__m256i; 8]) -> [__m256i; 8] {
+    let mut pairs = [rows; 2]; // words of rows 2k and 2k + 1: of columns 0..4, of columns 4..8
+    for k in 0..4 {
+        let (a, b) = (rows[2 * k], rows[2 * k + 1]);
+        (pairs[0][k], pairs[1][k]) = (_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b));
+    }
+    let mut out = rows;
+    for (half, pairs) in pairs.iter().enumerate() {
+        let [a, b, c, d, ..] = *pairs;
+        out[4 * half..][..4].copy_from_slice(&transpose_halves([a, b, c, d]));
+    }
+    out
+}
+
 /// Lane c of row r becomes lane r of row c.
 #[target_feature(enable = "avx2")]
 #[inline]
