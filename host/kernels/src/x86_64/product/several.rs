@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::{Ahead, Panel, accumulate, add_products};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile};
 use crate::int4::Int4Rows;
-use crate::product::{Out, PANEL};
+use crate::product::{Out, PANEL, TASK_PANELS};
 use crate::x86_64::store;
 
 /// A local of this type aligns what its function spills: where that straddled cache lines, six to ten rows took up to a tenth longer.
@@ -25,9 +25,9 @@ pub(super) fn several_rows<const N: usize>(
 ) {
     std::hint::black_box(&mut MaybeUninit::<Aligned>::uninit());
     let mut panel = Panel::new();
-    let first = panels.start;
     let tiles = x.first_and_last_tiles();
-    for index in panels {
+    let mut gathered = [[[0.0; PANEL]; TASK_PANELS]; N];
+    for (offset, index) in panels.clone().enumerate() {
         panel.find(weights, index);
         panel.read_lines(weights);
         let ahead = Ahead::new(&panel, 1);
@@ -44,7 +44,14 @@ pub(super) fn several_rows<const N: usize>(
             }
         }
         for (row, value) in values.iter().enumerate() {
-            out(index - first, row, &[store(*value)]);
+            gathered[row][offset % TASK_PANELS] = store(*value);
+        }
+        let count = offset % TASK_PANELS + 1;
+        if count == TASK_PANELS || offset + 1 == panels.len() {
+            // All panels of a row at once: each hand-over takes as long as three blocks of a row.
+            for (row, values) in gathered.iter().enumerate() {
+                out(offset + 1 - count, row, &values[..count]);
+            }
         }
     }
 }
