@@ -3,7 +3,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Ahead, Panel, TILE_PANELS, accumulate, add_products};
+use super::sums::pair_sums;
+use super::{Ahead, Panel, TILE_PANELS, accumulate};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL, TASK_PANELS};
@@ -176,8 +177,9 @@ fn rows_times_panels<const N: usize>(
         .expect("the caller counted them");
     let ones = _mm256_set1_epi16(1);
     for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
-        let low = pair_sums::<N, 0>(&codes.0, &tile.words);
-        let high = pair_sums::<N, { WORDS / 2 }>(&codes.0, &tile.words);
+        let (low, high) = codes.0.split_at(WORDS / 2);
+        let low = pair_sums::<N, TILE_PANELS, 0>(|step| low[step], [tile; 2]);
+        let high = pair_sums::<N, TILE_PANELS, 1>(|step| high[step], [tile; 2]);
         for row in 0..N {
             for offset in 0..TILE_PANELS {
                 let low = _mm256_madd_epi16(low[row][offset], ones);
@@ -185,42 +187,6 @@ fn rows_times_panels<const N: usize>(
                 let (dot, x) = (_mm256_cvtepi32_ps(dot), [tile.scales[row], tile.sums[row]]);
                 values[row][offset] = accumulate(values[row][offset], dot, lines[offset], x);
             }
-        }
-    }
-}
-
-/// Products of eight steps from one on, neighbours added, as 16-bit numbers: (rows of x, panels).
-#[target_feature(enable = "avx2")]
-#[inline]
-fn pair_sums<const N: usize, const FIRST: usize>(
-    codes: &[[__m256i; TILE_PANELS]; WORDS],
-    words: &[[i32; TILE_ROWS]; WORDS],
-) -> [[__m256i; TILE_PANELS]; N] {
-    let mut pairs = [[_mm256_setzero_si256(); TILE_PANELS]; N];
-    let step = |step: usize| (&codes[FIRST + step], &words[FIRST + step]);
-    // Written out: the compiler leaves a loop over them one.
-    add_step(&mut pairs, step(0));
-    add_step(&mut pairs, step(1));
-    add_step(&mut pairs, step(2));
-    add_step(&mut pairs, step(3));
-    add_step(&mut pairs, step(4));
-    add_step(&mut pairs, step(5));
-    add_step(&mut pairs, step(6));
-    add_step(&mut pairs, step(7));
-    pairs
-}
-
-/// Adds the products of a word of each of the panels' rows with N rows of activations.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn add_step<const N: usize>(
-    pairs: &mut [[__m256i; TILE_PANELS]; N],
-    (codes, words): (&[__m256i; TILE_PANELS], &[i32; TILE_ROWS]),
-) {
-    for row in 0..N {
-        let activation = _mm256_set1_epi32(words[row]);
-        for offset in 0..TILE_PANELS {
-            add_products(&mut pairs[row][offset], codes[offset], activation);
         }
     }
 }

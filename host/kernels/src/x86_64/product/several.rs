@@ -5,7 +5,8 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::{Ahead, Panel, accumulate, add_products};
+use super::sums::pair_sums;
+use super::{Ahead, Panel, accumulate};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile};
 use crate::int4::Int4Rows;
 use crate::product::{Out, PANEL, TASK_PANELS};
@@ -66,7 +67,7 @@ fn dots<const N: usize>(
     ahead: (&Ahead, usize),
 ) -> [__m256i; N] {
     let mut dots = nibble_dots::<N, 0>(words, tiles, ahead);
-    let odd = nibble_dots::<N, 4>(words, tiles, ahead);
+    let odd = nibble_dots::<N, 1>(words, tiles, ahead);
     for (dot, odd) in dots.iter_mut().zip(odd) {
         *dot = _mm256_add_epi32(*dot, odd);
     }
@@ -76,43 +77,25 @@ fn dots<const N: usize>(
 /// The same of the nibbles that lie `SHIFT` bits up in each byte, even columns or odd ones; asks for half of the share.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn nibble_dots<const N: usize, const SHIFT: i32>(
+fn nibble_dots<const N: usize, const HALF: usize>(
     words: &[__m256i; PANEL],
     tiles: [&Tile; 2],
     (ahead, block): (&Ahead, usize),
 ) -> [__m256i; N] {
-    let half = if SHIFT == 0 { 0 } else { 1 };
-    let mut sums = [_mm256_setzero_si256(); N];
-    let word = |step: usize| {
-        (
-            words[step],
-            tiles.map(|tile| &tile.words[half * PANEL + step]),
-        )
+    let codes = |step: usize| {
+        if step.is_multiple_of(4) {
+            ahead.prefetch_codes(block, 2 * HALF + step / 4);
+        }
+        let nibbles = if HALF == 0 {
+            words[step]
+        } else {
+            _mm256_srli_epi16::<4>(words[step])
+        };
+        [_mm256_and_si256(nibbles, _mm256_set1_epi8(0xF))]
     };
-    ahead.prefetch_codes(block, 2 * half);
-    // Written out: the compiler leaves a loop over them one.
-    add_step::<N, SHIFT>(&mut sums, word(0));
-    add_step::<N, SHIFT>(&mut sums, word(1));
-    add_step::<N, SHIFT>(&mut sums, word(2));
-    add_step::<N, SHIFT>(&mut sums, word(3));
-    ahead.prefetch_codes(block, 2 * half + 1);
-    add_step::<N, SHIFT>(&mut sums, word(4));
-    add_step::<N, SHIFT>(&mut sums, word(5));
-    add_step::<N, SHIFT>(&mut sums, word(6));
-    add_step::<N, SHIFT>(&mut sums, word(7));
-    sums.map(|sum| _mm256_madd_epi16(sum, _mm256_set1_epi16(1)))
-}
-
-/// Adds the products of a word of each of the panel's rows with N rows of activations.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn add_step<const N: usize, const SHIFT: i32>(
-    sums: &mut [__m256i; N],
-    (word, x): (__m256i, [&[i32; TILE_ROWS]; 2]),
-) {
-    let codes = _mm256_and_si256(_mm256_srli_epi16::<SHIFT>(word), _mm256_set1_epi8(0xF));
-    for row in 0..N {
-        let activation = _mm256_set1_epi32(x[row / TILE_ROWS][row % TILE_ROWS]);
-        add_products(&mut sums[row], codes, activation);
+    let mut dots = [_mm256_setzero_si256(); N];
+    for (dot, [sum]) in dots.iter_mut().zip(pair_sums::<N, 1, HALF>(codes, tiles)) {
+        *dot = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
     }
+    dots
 }
