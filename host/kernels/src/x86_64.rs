@@ -2,7 +2,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "loads, prefetches, and calls that a CPU feature must allow"
+    reason = "loads, prefetches, products in assembly, and calls that a CPU feature must allow"
 )]
 
 mod activation;
@@ -151,15 +151,15 @@ fn transpose_halves(rows: [__m256i; 4]) -> [__m256i; 4] {
 #[target_feature(enable = "avx2")]
 #[inline]
 fn transpose_i16(rows: [__m256i; 8]) -> [__m256i; 8] {
-    let mut pairs = [rows; 2]; // words of rows 2k and 2k + 1: of columns 0..4, of columns 4..8
+    // Words of rows 2k and 2k + 1: of columns 0..4, of columns 4..8.
+    let mut pairs = [[_mm256_setzero_si256(); 4]; 2];
     for k in 0..4 {
         let (a, b) = (rows[2 * k], rows[2 * k + 1]);
         (pairs[0][k], pairs[1][k]) = (_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b));
     }
     let mut out = rows;
-    for (half, pairs) in pairs.iter().enumerate() {
-        let [a, b, c, d, ..] = *pairs;
-        out[4 * half..][..4].copy_from_slice(&transpose_halves([a, b, c, d]));
+    for (half, pairs) in pairs.into_iter().enumerate() {
+        out[4 * half..][..4].copy_from_slice(&transpose_halves(pairs));
     }
     out
 }

@@ -109,6 +109,8 @@ fn every_kernel_gives_the_bits_of_the_specification() {
                 (40, 256, 11),
                 (200, 128, 1),
                 (7, 128, 13),
+                (40, 1536, 14),
+                (24, 512, 12),
                 (70, 640, 65),
                 (150, 128, 241),
                 (24, 64, 500),
@@ -226,7 +228,7 @@ fn what_is_not_finite_stays_so() {
 #[test]
 fn extreme_codes_do_not_overflow() {
     let extremes = [(0xFFu8, 1.0f32), (0xFF, -1.0), (0xF0, 1.0), (0x0F, -1.0)];
-    let shapes = [(128, 6), (8192, 3), (1024, 1), (1024, 2)];
+    let shapes = [(128, 6), (128, 11), (8192, 3), (1024, 1), (1024, 2)];
     for ((code, sign), (columns, m)) in extremes
         .into_iter()
         .flat_map(|extreme| shapes.map(|shape| (extreme, shape)))

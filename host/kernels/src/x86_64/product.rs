@@ -27,7 +27,7 @@ use crate::activations::{BLOCK, Eight, QuantizedRows, WORDS};
 use crate::int4::{Int4Rows, ScaleType};
 use crate::product::{Out, PANEL};
 
-/// Panels that are multiplied with a tile of activations: 2 * 5 sums, 2 weights, activations and products fill 16 registers.
+/// Panels that are multiplied with a tile of activations: 10 sums, 2 codes, a word and a product are 14 of 16 registers.
 const TILE_PANELS: usize = 2;
 /// How far ahead of a row's codes memory is asked for when decoding, into the second-level cache: so many rows, and not nearer than
 /// so many bytes. Into the first level it comes a fifth slower.
@@ -103,12 +103,9 @@ impl<'a> Panel<'a> {
         let per_group = weights.group() / BLOCK;
         self.lines
             .resize(weights.columns() / BLOCK, [_mm256_setzero_ps(); 2]);
-        if per_group == 1 && self.blocks.is_multiple_of(PANEL) {
-            match weights.scale_type() {
-                ScaleType::F16 => return self.read_halves(|halves| _mm256_cvtph_ps(halves)),
-                ScaleType::Bf16 => return self.read_halves(|halves| widen_bf16(halves)),
-                ScaleType::F32 => {}
-            }
+        let halves = weights.scale_type() != ScaleType::F32;
+        if halves && per_group == 1 && self.blocks.is_multiple_of(PANEL) {
+            return self.read_halves(weights.scale_type());
         }
         for (eight, lines) in self.lines.chunks_mut(8 * per_group).enumerate() {
             for part in 0..2 {
@@ -120,18 +117,19 @@ impl<'a> Panel<'a> {
         }
     }
 
-    /// Scales and biases of sixteen bits, a group a block, eight blocks at a time. `widen` makes f32 of eight.
+    /// Scales and biases of sixteen bits, a group a block, eight blocks at a time.
     #[target_feature(enable = "avx2,f16c")]
     #[inline]
-    fn read_halves(&mut self, widen: impl Fn(__m128i) -> __m256) {
+    fn read_halves(&mut self, scale_type: ScaleType) {
         for (eight, lines) in self.lines.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             let mut rows = [_mm256_setzero_si256(); PANEL];
             for (both, [_, scales, biases]) in rows.iter_mut().zip(self.rows) {
                 *both = load_halves(&scales.as_chunks().0[eight], &biases.as_chunks().0[eight]);
             }
             for (line, both) in lines.iter_mut().zip(transpose_i16(rows)) {
-                let scale = widen(_mm256_castsi256_si128(both));
-                *line = [scale, widen(_mm256_extracti128_si256::<1>(both))];
+                let scale = widen_halves(_mm256_castsi256_si128(both), scale_type);
+                let bias = widen_halves(_mm256_extracti128_si256::<1>(both), scale_type);
+                *line = [scale, bias];
             }
         }
     }
@@ -192,7 +190,8 @@ fn one_row(weights: &Int4Rows<'_>, panels: Range<usize>, x: &QuantizedRows, out:
         }
         let mut value = _mm256_setzero_ps();
         for (index, (eight, x_eight)) in eights.iter().zip(&x.few).enumerate() {
-            // Not by `map`, which has not the features: at times the compiler calls what it is given, and a row takes a tenth longer.
+            // Not by `map`, which lacks the features: the compiler at times calls the closure instead of inlining it, and a row takes
+            // a tenth longer.
             let [scales, biases] = eight.lines;
             let lines = [transpose_f32(scales), transpose_f32(biases)];
             let blocks = 8.min(x.blocks - 8 * index);
@@ -381,10 +380,14 @@ fn by_group(
     transpose_f32(values)
 }
 
-#[target_feature(enable = "avx2")]
+/// Eight values of sixteen bits.
+#[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn widen_bf16(halves: __m128i) -> __m256 {
-    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+fn widen_halves(halves: __m128i, scale_type: ScaleType) -> __m256 {
+    if scale_type == ScaleType::Bf16 {
+        return _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)));
+    }
+    _mm256_cvtph_ps(halves)
 }
 
 /// The first eight values, zeros behind the last.
@@ -392,8 +395,7 @@ fn widen_bf16(halves: __m128i) -> __m256 {
 #[inline]
 fn widen(stored: &[u8], scale_type: ScaleType) -> __m256 {
     match scale_type {
-        ScaleType::F16 => _mm256_cvtph_ps(load_half(stored)),
-        ScaleType::Bf16 => widen_bf16(load_half(stored)),
+        ScaleType::F16 | ScaleType::Bf16 => widen_halves(load_half(stored), scale_type),
         ScaleType::F32 => {
             let mut eight = [0f32; 8];
             let count = stored.len().min(32) / 4;

@@ -27,32 +27,32 @@ pub(super) fn several_rows<const N: usize>(
     std::hint::black_box(&mut MaybeUninit::<Aligned>::uninit());
     let mut panel = Panel::new();
     let tiles = x.first_and_last_tiles();
-    let mut gathered = [[[0.0; PANEL]; TASK_PANELS]; N];
-    for (offset, index) in panels.clone().enumerate() {
-        panel.find(weights, index);
-        panel.read_lines(weights);
-        let ahead = Ahead::new(&panel, 1);
-        let mut values = [_mm256_setzero_ps(); N];
-        for (block, lines) in panel.lines.iter().enumerate() {
-            let words = panel.words(block);
-            ahead.prefetch_scales::<_MM_HINT_T0>(block);
-            let tiles = [&tiles[0][block], &tiles[1][block]];
-            let dots = dots::<N>(&words, tiles, (&ahead, block));
-            for row in 0..N {
-                let tile = tiles[row / TILE_ROWS];
-                let x = [tile.scales[row % TILE_ROWS], tile.sums[row % TILE_ROWS]];
-                values[row] = accumulate(values[row], _mm256_cvtepi32_ps(dots[row]), *lines, x);
+    for first in panels.clone().step_by(TASK_PANELS) {
+        let end = panels.end.min(first + TASK_PANELS);
+        let mut gathered = [[[0.0; PANEL]; TASK_PANELS]; N];
+        for index in first..end {
+            panel.find(weights, index);
+            panel.read_lines(weights);
+            let ahead = Ahead::new(&panel, 1);
+            let mut values = [_mm256_setzero_ps(); N];
+            for (block, lines) in panel.lines.iter().enumerate() {
+                let words = panel.words(block);
+                ahead.prefetch_scales::<_MM_HINT_T0>(block);
+                let tiles = [&tiles[0][block], &tiles[1][block]];
+                let dots = dots::<N>(&words, tiles, (&ahead, block));
+                for row in 0..N {
+                    let tile = tiles[row / TILE_ROWS];
+                    let x = [tile.scales[row % TILE_ROWS], tile.sums[row % TILE_ROWS]];
+                    values[row] = accumulate(values[row], _mm256_cvtepi32_ps(dots[row]), *lines, x);
+                }
+            }
+            for (gathered, value) in gathered.iter_mut().zip(values) {
+                gathered[index - first] = store(value);
             }
         }
-        for (row, value) in values.iter().enumerate() {
-            gathered[row][offset % TASK_PANELS] = store(*value);
-        }
-        let count = offset % TASK_PANELS + 1;
-        if count == TASK_PANELS || offset + 1 == panels.len() {
-            // All panels of a row at once: each hand-over takes as long as three blocks of a row.
-            for (row, values) in gathered.iter().enumerate() {
-                out(offset + 1 - count, row, &values[..count]);
-            }
+        // All panels of a row at once: on Zen 3 each hand-over takes as long as three blocks of a row.
+        for (row, values) in gathered.iter().enumerate() {
+            out(first - panels.start, row, &values[..end - first]);
         }
     }
 }
@@ -74,7 +74,7 @@ fn dots<const N: usize>(
     dots
 }
 
-/// The same of the nibbles that lie `SHIFT` bits up in each byte, even columns or odd ones; asks for half of the share.
+/// The same of the low nibbles (`HALF` 0, even columns) or the high ones (1, odd columns); asks for half of the share.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn nibble_dots<const N: usize, const HALF: usize>(

@@ -1,25 +1,31 @@
-//! What both kernels for several rows of activations do all the time: products of codes with activations, added up in 16 bits.
+//! What `several` and `many` share: products of codes with activations, added up in 16 bits.
 //!
-//! In assembly, instruction by instruction: the compiler loads activations long before they are used and adds products up in another
-//! order, for which it holds more of them than there are registers: prompts took 2 to 4 % longer on Zen 3, six to ten rows 3 %.
+//! In assembly, because the compiler loads activations long before they are used and adds products up in another order, for which it
+//! holds more of them than there are registers. Left to it, prompts took 2 to 4 % longer on Zen 3, and six to ten rows 3 %.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use crate::activations::{TILE_ROWS, Tile};
-use crate::product::PANEL;
+use crate::activations::{TILE_ROWS, Tile, WORDS};
 
-/// Products of even columns (`HALF` 0) or odd ones (1), neighbours added, as 16-bit numbers: (rows of x, panels). Of N rows of two tiles
-/// and P panels, whose codes for a step `codes` gives.
+/// Words of a half of a block: its even columns, or its odd ones.
+const HALF_WORDS: usize = WORDS / 2;
+
+/// Products of a block's even columns (`HALF` 0) or odd ones (1), neighbours added, as 16-bit numbers: (rows of x, panels).
+///
+/// There are N rows of x in two tiles, and P panels. `codes` is asked for their codes once a step, in order, just before its products.
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(super) fn pair_sums<const N: usize, const P: usize, const HALF: usize>(
     codes: impl Fn(usize) -> [__m256i; P],
     tiles: [&Tile; 2],
 ) -> [[__m256i; P]; N] {
-    const { assert!(N <= 2 * TILE_ROWS, "two tiles") };
+    const {
+        assert!(N <= 2 * TILE_ROWS && TILE_ROWS == 5, "two tiles");
+        assert!(P == 1 || P == 2, "one panel or two");
+    }
     let mut sums = [[_mm256_setzero_si256(); P]; N];
-    // Written out: an address is a number in an instruction.
+    // Written out: a step's place in the tile is a constant in its instructions.
     step::<N, P, HALF, 0>(&mut sums, codes(0), tiles);
     step::<N, P, HALF, 1>(&mut sums, codes(1), tiles);
     step::<N, P, HALF, 2>(&mut sums, codes(2), tiles);
@@ -31,6 +37,7 @@ pub(super) fn pair_sums<const N: usize, const P: usize, const HALF: usize>(
     sums
 }
 
+/// Adds a step's products of all rows; those of the first step have no sum to be added to.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn step<const N: usize, const P: usize, const HALF: usize, const STEP: usize>(
@@ -42,7 +49,7 @@ fn step<const N: usize, const P: usize, const HALF: usize, const STEP: usize>(
         let (tile, place) = (tiles[row / TILE_ROWS], row % TILE_ROWS);
         match place {
             _ if STEP == 0 => {
-                let x = _mm256_set1_epi32(tile.words[HALF * PANEL][place]);
+                let x = _mm256_set1_epi32(tile.words[HALF * HALF_WORDS][place]);
                 for (sum, codes) in sums.iter_mut().zip(codes) {
                     *sum = _mm256_maddubs_epi16(codes, x);
                 }
@@ -64,10 +71,15 @@ fn add_products<const HALF: usize, const STEP: usize, const ROW: usize>(
     codes: &[__m256i],
     tile: &Tile,
 ) {
-    const { assert!(HALF < 2 && STEP < PANEL && ROW < TILE_ROWS, "inside a tile") };
+    const {
+        assert!(
+            HALF < 2 && STEP < HALF_WORDS && ROW < TILE_ROWS,
+            "inside a tile"
+        )
+    };
     let words = tile.words.as_ptr();
     match (sums, codes) {
-        // SAFETY: reads a word inside the tile.
+        // SAFETY: the function has AVX2, the assertion keeps what is read inside `tile.words`, and nothing is written.
         ([sum], [codes]) => unsafe {
             asm!(
                 "vpbroadcastd {x}, dword ptr [{words} + {at}]",
@@ -75,31 +87,31 @@ fn add_products<const HALF: usize, const STEP: usize, const ROW: usize>(
                 "vpaddw {sum}, {sum}, {x}",
                 x = out(ymm_reg) _,
                 words = in(reg) words,
-                at = const size_of::<i32>() * ((HALF * PANEL + STEP) * TILE_ROWS + ROW),
+                at = const size_of::<i32>() * ((HALF * HALF_WORDS + STEP) * TILE_ROWS + ROW),
                 codes = in(ymm_reg) *codes,
                 sum = inout(ymm_reg) *sum,
                 options(readonly, nostack, preserves_flags)
             );
         },
         // SAFETY: as above.
-        ([first, second], [low, high]) => unsafe {
+        ([sum_a, sum_b], [codes_a, codes_b]) => unsafe {
             asm!(
                 "vpbroadcastd {x}, dword ptr [{words} + {at}]",
-                "vpmaddubsw {products}, {low}, {x}",
-                "vpaddw {first}, {first}, {products}",
-                "vpmaddubsw {x}, {high}, {x}",
-                "vpaddw {second}, {second}, {x}",
+                "vpmaddubsw {products}, {codes_a}, {x}",
+                "vpaddw {sum_a}, {sum_a}, {products}",
+                "vpmaddubsw {x}, {codes_b}, {x}",
+                "vpaddw {sum_b}, {sum_b}, {x}",
                 x = out(ymm_reg) _,
                 products = out(ymm_reg) _,
                 words = in(reg) words,
-                at = const size_of::<i32>() * ((HALF * PANEL + STEP) * TILE_ROWS + ROW),
-                low = in(ymm_reg) *low,
-                high = in(ymm_reg) *high,
-                first = inout(ymm_reg) *first,
-                second = inout(ymm_reg) *second,
+                at = const size_of::<i32>() * ((HALF * HALF_WORDS + STEP) * TILE_ROWS + ROW),
+                codes_a = in(ymm_reg) *codes_a,
+                codes_b = in(ymm_reg) *codes_b,
+                sum_a = inout(ymm_reg) *sum_a,
+                sum_b = inout(ymm_reg) *sum_b,
                 options(readonly, nostack, preserves_flags)
             );
         },
-        _ => unreachable!("one panel or two"),
+        _ => unreachable!("`pair_sums` has one panel or two"),
     }
 }
