@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use visor_kernels::{
-    Activation, Int4Rows, Kernel, QuantizedRows, ScaleType, multiply, multiply_activated, on_pool,
+    Activation, AffineRows, Kernel, QuantizedRows, ScaleType, multiply, multiply_activated, on_pool,
 };
 
 /// Rows and columns of the products of a decoder layer, then of a layer of the vision tower, and what follows them.
@@ -86,7 +86,7 @@ impl Weights {
     }
 
     /// Prints the median time of a product with m rows, one copy after the other.
-    fn report(&self, m: usize, what: &str, mut work: impl FnMut(&Int4Rows<'_>)) {
+    fn report(&self, m: usize, what: &str, mut work: impl FnMut(&AffineRows<'_>)) {
         let (rows, columns) = (self.rows, self.columns);
         let mut times = Vec::new();
         for run in 0..(self.copies * 4).min(if m > 32 { 4 } else { 64 }) {
@@ -96,7 +96,7 @@ impl Weights {
             let [scales, biases] = [&self.scales, &self.biases]
                 .map(|all| &all[run % self.copies * groups..][..groups]);
             let parts = [codes, scales, biases];
-            let view = Int4Rows::new(parts, columns, 64, ScaleType::F16).expect("a matrix");
+            let view = AffineRows::int4(parts, columns, 64, ScaleType::F16).expect("a matrix");
             let start = Instant::now();
             work(&view);
             times.push(start.elapsed().as_secs_f64());

@@ -24,7 +24,7 @@ use std::arch::{asm, is_aarch64_feature_detected};
 use std::ops::Range;
 
 use crate::activations::{BLOCK, LARGEST_MIN, QuantizedRows, TILE_ROWS, Tile, WORDS};
-use crate::int4::{Int4Rows, ScaleType};
+use crate::affine::{AffineRows, ScaleType};
 use crate::product::{Out, PANEL};
 
 pub(crate) use i8mm::I8mm;
@@ -65,7 +65,7 @@ impl Neon {
     /// Values of a range of panels for all of `x`.
     pub(crate) fn multiply(
         self,
-        weights: &Int4Rows<'_>,
+        weights: &AffineRows<'_>,
         panels: Range<usize>,
         x: &QuantizedRows,
         out: Out<'_>,
@@ -127,7 +127,7 @@ fn narrow(low: int32x4_t, high: int32x4_t) -> int8x8_t {
 
 /// Decoding: every weight is used once, and memory is what limits. Rows are read one after the other; a lane is a block.
 #[target_feature(enable = "neon,dotprod")]
-fn one_row(weights: &Int4Rows<'_>, panels: Range<usize>, x: &QuantizedRows, out: Out<'_>) {
+fn one_row(weights: &AffineRows<'_>, panels: Range<usize>, x: &QuantizedRows, out: Out<'_>) {
     // (blocks / 4, parts, rows), lanes: blocks; parts are dot products, scales and biases
     let mut fours = vec![[[vdupq_n_f32(0.0); PANEL]; 3]; x.blocks.div_ceil(4)];
     for (index, panel) in panels.enumerate() {
@@ -157,7 +157,7 @@ fn one_row(weights: &Int4Rows<'_>, panels: Range<usize>, x: &QuantizedRows, out:
 #[inline]
 fn read_row(
     [codes, scales, biases]: [&[u8]; 3],
-    weights: &Int4Rows<'_>,
+    weights: &AffineRows<'_>,
     x: &QuantizedRows,
     fours: &mut [[[float32x4_t; PANEL]; 3]],
     row: usize,
@@ -198,7 +198,7 @@ fn four_dots(codes: &[u8; 4 * BLOCK / 2], words: &[[i32; WORDS]; 4]) -> int32x4_
 /// Scales or biases of four blocks from `first`; behind the last group they mean nothing.
 #[target_feature(enable = "neon")]
 #[inline]
-fn four_blocks(part: &[u8], first: usize, weights: &Int4Rows<'_>) -> float32x4_t {
+fn four_blocks(part: &[u8], first: usize, weights: &AffineRows<'_>) -> float32x4_t {
     let (per_group, scale_type) = (weights.group() / BLOCK, weights.scale_type());
     if per_group == 1 {
         return widen(&part[first * scale_type.bytes()..], scale_type);
@@ -224,7 +224,7 @@ impl<'a> Quad<'a> {
 
     /// Finds the rows from `first`, and reads their scales and biases.
     #[target_feature(enable = "neon")]
-    fn read(&mut self, weights: &Int4Rows<'a>, first: usize) {
+    fn read(&mut self, weights: &AffineRows<'a>, first: usize) {
         for (index, row) in self.rows.iter_mut().enumerate() {
             *row = row_or_last(weights, first + index);
         }
@@ -262,7 +262,7 @@ impl<'a> Quad<'a> {
 }
 
 /// A row's parts. Rows behind the last one are the last one again; nobody asks for their values.
-fn row_or_last<'a>(weights: &Int4Rows<'a>, row: usize) -> [&'a [u8]; 3] {
+fn row_or_last<'a>(weights: &AffineRows<'a>, row: usize) -> [&'a [u8]; 3] {
     weights.row(row.min(weights.rows() - 1))
 }
 
@@ -309,7 +309,7 @@ fn as_unpacked(_: &mut Unpacked) {}
 /// The processor has what the way takes.
 #[target_feature(enable = "neon")]
 unsafe fn many_rows(
-    weights: &Int4Rows<'_>,
+    weights: &AffineRows<'_>,
     panels: Range<usize>,
     x: &QuantizedRows,
     way: Way,

@@ -1,7 +1,7 @@
 //! Rows of activations in eight bits, what the integer kernels multiply.
 //!
 //! Columns come in blocks of 64, a weight's group. A block has one scale, and its codes lie in the order in which four-bit
-//! weights leave their words (see [`crate::int4`]): first the even columns, then the odd ones.
+//! weights leave their words (see [`crate::affine`]): first the even columns, then the odd ones.
 //!
 //! ```text
 //! scale = max |x| / 127        code = x / scale, rounded to the nearest, ties to even: -127..=127

@@ -1,4 +1,4 @@
-//! f32 weights to MLX's affine INT4 ([`crate::int4`] draws the format): which scale and bias a group gets.
+//! f32 weights to MLX's affine INT4 ([`crate::affine`] draws the format): which scale and bias a group gets.
 //!
 //! MLX takes the two ends of a group (`ends`). The squared error is smaller when each end is pulled in a little and
 //! when, for given codes, scale and bias are the least-squares line through the weights; both are tried from several
@@ -13,7 +13,7 @@
 
 use rayon::prelude::*;
 
-use crate::int4::ScaleType;
+use crate::affine::ScaleType;
 use crate::matrix::ShapeError;
 
 /// Largest code.
@@ -309,7 +309,7 @@ fn best_line(weights: &[f32], first: (Line, f32), scale_type: ScaleType) -> (Lin
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::int4::Int4Rows;
+    use crate::affine::AffineRows;
 
     const TYPES: [ScaleType; 3] = [ScaleType::F16, ScaleType::Bf16, ScaleType::F32];
 
@@ -333,7 +333,7 @@ mod tests {
         group: usize,
         scale_type: ScaleType,
     ) -> Vec<f32> {
-        let view = Int4Rows::new(
+        let view = AffineRows::int4(
             [&rows.weight, &rows.scales, &rows.biases],
             columns,
             group,

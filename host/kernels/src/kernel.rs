@@ -7,10 +7,10 @@ use crate::aarch64::{I8mm, Neon};
 use crate::activations::{BLOCK, QuantizedRows, Tile, WORDS};
 #[cfg(target_arch = "x86_64")]
 use crate::activations::{FEW_ROWS, TILE_ROWS};
-use crate::attention::{self, Head};
-use crate::int4::Int4Rows;
+use crate::affine::AffineRows;
 #[cfg(target_arch = "x86_64")]
-use crate::int4::ScaleType;
+use crate::affine::ScaleType;
+use crate::attention::{self, Head};
 use crate::product::{Out, PANEL};
 use crate::scalar;
 #[cfg(target_arch = "x86_64")]
@@ -106,7 +106,7 @@ impl Kernel {
     /// Values of a range of panels of eight weight rows, each once.
     pub(crate) fn multiply(
         self,
-        weights: &Int4Rows<'_>,
+        weights: &AffineRows<'_>,
         panels: Range<usize>,
         x: &QuantizedRows,
         out: Out<'_>,
@@ -228,7 +228,7 @@ impl Sample {
         x: &[f32],
     ) -> Option<Vec<(usize, usize, [u32; PANEL])>> {
         let parts: [&[u8]; 3] = [&self.codes, &self.scales, &self.scales];
-        let weights = Int4Rows::new(parts, self.columns, BLOCK, self.scale_type).ok()?;
+        let weights = AffineRows::int4(parts, self.columns, BLOCK, self.scale_type).ok()?;
         let x = QuantizedRows::new(kernel, x, self.columns);
         let mut values = Vec::new();
         let start = panels.start;

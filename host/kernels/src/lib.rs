@@ -1,6 +1,6 @@
 //! Arithmetic on stored weights: the home of unsafe.
 //!
-//! A weight matrix stays as its file has it, f32, f16, bf16 or INT4. [`int4`] draws the INT4 format byte by byte, [`mod@encode`]
+//! A weight matrix stays as its file has it, f32, f16, bf16 or INT4. [`affine`] draws the INT4 format byte by byte, [`mod@encode`]
 //! makes it of f32, [`widen`] converts the float types.
 //!
 //! There are two ways to multiply. [`StoredMatrix`] widens a few rows at a time to f32: safe, for any type, written so that
@@ -12,11 +12,11 @@
 mod aarch64;
 mod activation;
 pub mod activations;
+pub mod affine;
 pub mod allocator;
 pub mod attention;
 mod disjoint;
 pub mod encode;
-pub mod int4;
 mod kernel;
 mod matrix;
 mod pool;
@@ -28,9 +28,9 @@ mod x86_64;
 
 pub use activation::Activation;
 pub use activations::QuantizedRows;
+pub use affine::{AffineRows, ScaleType};
 pub use attention::{AttentionInput, AttentionShape, HalfRows, HeadRows, Way, attend};
 pub use encode::{EncodeError, EncodedRows, SquaredError, encode_rows};
-pub use int4::{Int4Rows, ScaleType};
 pub use kernel::Kernel;
 pub use matrix::{ShapeError, StoredMatrix, StoredRows, dot};
 pub use pool::on_pool;

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::int4::Int4Rows;
+use crate::affine::AffineRows;
 use crate::widen;
 
 /// Arrays that do not have the size their shape asks for; says which and what.
@@ -29,7 +29,7 @@ pub enum StoredRows<'a> {
     /// bfloat16.
     Bf16(&'a [u8]),
     /// 4-bit codes with scales and biases.
-    Int4(Int4Rows<'a>),
+    Affine(AffineRows<'a>),
 }
 
 /// Stored weights with a checked shape: (rows, columns), a linear layer's (out, in).
@@ -54,7 +54,7 @@ impl<'a> StoredMatrix<'a> {
             StoredRows::F16(bytes) | StoredRows::Bf16(bytes) => {
                 is_size(bytes.len(), rows, columns, 2)
             }
-            StoredRows::Int4(int4) => int4.rows() == rows && int4.columns() == columns,
+            StoredRows::Affine(int4) => int4.rows() == rows && int4.columns() == columns,
         };
         if !fits || rows == 0 || columns == 0 {
             return Err(ShapeError(format!(
@@ -88,7 +88,7 @@ impl<'a> StoredMatrix<'a> {
             StoredRows::F32(bytes) => widen::widen_f32(&bytes[span(4)], out),
             StoredRows::F16(bytes) => widen::widen_f16(&bytes[span(2)], out),
             StoredRows::Bf16(bytes) => widen::widen_bf16(&bytes[span(2)], out),
-            StoredRows::Int4(int4) => int4.dequantize_row(row, out),
+            StoredRows::Affine(int4) => int4.dequantize_row(row, out),
         }
     }
 
@@ -196,7 +196,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::int4::ScaleType;
+    use crate::affine::ScaleType;
 
     /// Small integers, so that every sum is exact in f32 and must be equal.
     fn integers(count: usize, seed: usize) -> Vec<f32> {
@@ -271,8 +271,9 @@ mod tests {
             .collect();
         let scales = bytes_of(&integers(rows, 5));
         let biases = bytes_of(&integers(rows, 6));
-        let int4 = Int4Rows::new([&weight, &scales, &biases], columns, 64, ScaleType::F32).unwrap();
-        let matrix = StoredMatrix::new(StoredRows::Int4(int4), rows, columns).unwrap();
+        let int4 =
+            AffineRows::int4([&weight, &scales, &biases], columns, 64, ScaleType::F32).unwrap();
+        let matrix = StoredMatrix::new(StoredRows::Affine(int4), rows, columns).unwrap();
         let mut widened = vec![f32::NAN; rows * columns];
         matrix.widen_rows(0..rows, &mut widened);
         let x = integers(columns, 7);

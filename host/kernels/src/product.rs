@@ -8,8 +8,8 @@ use rayon::prelude::*;
 
 pub use self::activated::multiply_activated;
 use crate::activations::QuantizedRows;
+use crate::affine::AffineRows;
 use crate::disjoint::Disjoint;
-use crate::int4::Int4Rows;
 use crate::kernel::Kernel;
 
 /// Weight rows that a kernel works on together.
@@ -31,7 +31,7 @@ pub(crate) const TASK_PANELS: usize = 8;
 /// When columns differ, groups are not whole blocks of 64 columns, or `bias` or `out` has another size.
 pub fn multiply(
     kernel: Kernel,
-    weights: &Int4Rows<'_>,
+    weights: &AffineRows<'_>,
     x: &QuantizedRows,
     bias: Option<&[f32]>,
     out: &mut [f32],
@@ -66,7 +66,7 @@ pub fn multiply(
 }
 
 /// Panics where sizes do not fit.
-fn check(weights: &Int4Rows<'_>, bias: Option<&[f32]>, x: &QuantizedRows) {
+fn check(weights: &AffineRows<'_>, bias: Option<&[f32]>, x: &QuantizedRows) {
     assert_eq!(weights.columns(), x.columns(), "one activation per column");
     assert!(weights.is_blocked(), "groups of whole blocks");
     assert!(

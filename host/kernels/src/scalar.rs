@@ -1,7 +1,7 @@
 //! The specification of the integer kernels: one block, one row at a time, as the formulas say it. Never tuned.
 
 use crate::activations::{BLOCK, LARGEST_MIN, QuantizedRows, TILE_ROWS, WORDS};
-use crate::int4::Int4Rows;
+use crate::affine::AffineRows;
 
 /// Quantizes one block; [`crate::activations`] has the formulas.
 pub(crate) fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
@@ -36,7 +36,7 @@ pub(crate) fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
 /// ```
 ///
 /// Every kernel rounds in this order, so that all give the same bits.
-pub(crate) fn value(weights: &Int4Rows<'_>, row: usize, x: &QuantizedRows, m: usize) -> f32 {
+pub(crate) fn value(weights: &AffineRows<'_>, row: usize, x: &QuantizedRows, m: usize) -> f32 {
     let mut value = 0f32;
     for block in 0..x.blocks {
         let (codes, scale, bias) = weights.block(row, block);

@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests panic like tests")]
 
 use visor_kernels::{
-    Activation, Int4Rows, Kernel, QuantizedRows, ScaleType, multiply, multiply_activated,
+    Activation, AffineRows, Kernel, QuantizedRows, ScaleType, multiply, multiply_activated,
 };
 
 /// Uniform numbers of a fixed seed.
@@ -56,9 +56,9 @@ impl Matrix {
         }
     }
 
-    fn view(&self) -> Int4Rows<'_> {
+    fn view(&self) -> AffineRows<'_> {
         let [weight, scales, biases] = &self.parts;
-        Int4Rows::new(
+        AffineRows::int4(
             [weight, scales, biases],
             self.columns,
             self.group,
@@ -68,7 +68,7 @@ impl Matrix {
     }
 }
 
-fn product(kernel: Kernel, weights: &Int4Rows<'_>, x: &[f32]) -> Vec<f32> {
+fn product(kernel: Kernel, weights: &AffineRows<'_>, x: &[f32]) -> Vec<f32> {
     let x = QuantizedRows::new(kernel, x, weights.columns());
     let mut out = vec![f32::NAN; x.rows() * weights.rows()];
     multiply(kernel, weights, &x, None, &mut out);
@@ -238,7 +238,7 @@ fn extreme_codes_do_not_overflow() {
         let biases = vec![0; scales.len()];
         let weight = vec![code; 16 * columns / 2];
         let weights =
-            Int4Rows::new([&weight, &scales, &biases], columns, 64, ScaleType::F16).unwrap();
+            AffineRows::int4([&weight, &scales, &biases], columns, 64, ScaleType::F16).unwrap();
         let x = vec![sign * 127.0; m * columns];
         let per_byte = f32::from(code >> 4) + f32::from(code & 0xF);
         for kernel in Kernel::available() {
@@ -349,7 +349,7 @@ fn eight_bits_are_near_the_floats() {
         .map(|_| (0..6).map(|_| random.unit()).sum::<f32>())
         .collect();
     let encoded = visor_kernels::encode_rows(&weights, columns, 64, ScaleType::F16).unwrap();
-    let view = Int4Rows::new(
+    let view = AffineRows::int4(
         [&encoded.weight, &encoded.scales, &encoded.biases],
         columns,
         64,

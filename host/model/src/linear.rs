@@ -10,7 +10,7 @@ use std::cell::Cell;
 
 use candle_core::{DType, Device, Tensor};
 use visor_kernels::{
-    Activation, Int4Rows, Kernel, QuantizedRows, ScaleType, StoredMatrix, StoredRows,
+    Activation, AffineRows, Kernel, QuantizedRows, ScaleType, StoredMatrix, StoredRows,
 };
 
 use self::device::DeviceWeight;
@@ -35,7 +35,7 @@ pub(crate) struct WeightMatrix {
 
 enum Source {
     Floats(StoredTensor),
-    Int4 {
+    Affine {
         parts: Box<[StoredTensor; 3]>,
         group: usize,
         scale_type: ScaleType,
@@ -51,9 +51,9 @@ impl WeightMatrix {
         columns: usize,
     ) -> Result<Self, ModelError> {
         let weight = weights.get(name).ok_or_else(|| unlisted(name))?.clone();
-        let source = match table::int4_parts(name, weights)? {
+        let source = match table::affine_parts(name, weights)? {
             None => Source::Floats(weight),
-            Some([scales, biases]) => Source::Int4 {
+            Some([scales, biases]) => Source::Affine {
                 group: columns / scales.shape.get(1).copied().unwrap_or(1).max(1),
                 scale_type: match scales.dtype {
                     StoredType::F16 => ScaleType::F16,
@@ -77,7 +77,7 @@ impl WeightMatrix {
 
     fn try_view(&self) -> Result<StoredMatrix<'_>, visor_kernels::ShapeError> {
         let data = match &self.source {
-            Source::Int4 { .. } => StoredRows::Int4(self.try_int4()?),
+            Source::Affine { .. } => StoredRows::Affine(self.try_affine()?),
             Source::Floats(tensor) => match tensor.dtype {
                 StoredType::F16 => StoredRows::F16(tensor.bytes()),
                 StoredType::Bf16 => StoredRows::Bf16(tensor.bytes()),
@@ -88,8 +88,8 @@ impl WeightMatrix {
     }
 
     /// The matrix as codes with scales; a matrix of floats has none.
-    fn try_int4(&self) -> Result<Int4Rows<'_>, visor_kernels::ShapeError> {
-        let Source::Int4 {
+    fn try_affine(&self) -> Result<AffineRows<'_>, visor_kernels::ShapeError> {
+        let Source::Affine {
             parts,
             group,
             scale_type,
@@ -97,7 +97,7 @@ impl WeightMatrix {
         else {
             return Err(visor_kernels::ShapeError("not an INT4 matrix".into()));
         };
-        Int4Rows::new(
+        AffineRows::int4(
             parts.each_ref().map(StoredTensor::bytes),
             self.columns,
             *group,
@@ -106,8 +106,8 @@ impl WeightMatrix {
     }
 
     /// The matrix as the integer kernels take it: INT4 in groups of whole blocks.
-    fn blocked(&self) -> Option<Int4Rows<'_>> {
-        self.try_int4().ok().filter(Int4Rows::is_blocked)
+    fn blocked(&self) -> Option<AffineRows<'_>> {
+        self.try_affine().ok().filter(AffineRows::is_blocked)
     }
 
     fn view(&self) -> StoredMatrix<'_> {
@@ -123,7 +123,7 @@ impl WeightMatrix {
     /// Bytes in the file.
     fn bytes(&self) -> u64 {
         let parts = match &self.source {
-            Source::Int4 { parts, .. } => parts.as_slice(),
+            Source::Affine { parts, .. } => parts.as_slice(),
             Source::Floats(tensor) => std::slice::from_ref(tensor),
         };
         parts.iter().map(|part| part.bytes().len() as u64).sum()
@@ -235,7 +235,7 @@ impl Quantized {
 
 impl Linear {
     /// The matrix as the integer kernels take it, with what multiplies it.
-    fn integer(&self) -> Option<(Int4Rows<'_>, Kernel)> {
+    fn integer(&self) -> Option<(AffineRows<'_>, Kernel)> {
         match &self.weight {
             LinearWeight::Stored(matrix, Some(kernel)) => Some((matrix.blocked()?, *kernel)),
             _ => None,
@@ -267,7 +267,7 @@ impl Linear {
 
     fn forward_quantized(
         &self,
-        (weights, kernel): (Int4Rows<'_>, Kernel),
+        (weights, kernel): (AffineRows<'_>, Kernel),
         x: &QuantizedRows,
         out: &mut Rows,
     ) -> candle_core::Result<()> {
@@ -405,7 +405,7 @@ impl Loader<'_> {
     }
 
     fn device_weight(&self, matrix: &WeightMatrix) -> Result<DeviceWeight, ModelError> {
-        if let Ok(rows) = matrix.try_int4()
+        if let Ok(rows) = matrix.try_affine()
             && let Some(weight) = DeviceWeight::int4(&rows, self.device)?
         {
             return Ok(weight);

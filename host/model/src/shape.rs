@@ -101,7 +101,7 @@ fn write_weights(
     };
     for tensor in &planned {
         match tensor.action {
-            Action::Int4 { rows, columns } => drawing.int4(rows, columns)?,
+            Action::Affine { rows, columns } => drawing.int4(rows, columns)?,
             Action::Float | Action::ChannelsLast => drawing.floats(tensor)?,
         }
     }
@@ -112,7 +112,7 @@ fn write_weights(
 fn stored(entry: &Entry) -> (Vec<usize>, Action) {
     match &entry.form {
         &Form::Matrix { rows, columns } => {
-            let int4 = Action::Int4 { rows, columns };
+            let int4 = Action::Affine { rows, columns };
             let fits = columns.is_multiple_of(GROUP);
             (vec![rows, columns], if fits { int4 } else { Action::Float })
         }

@@ -143,8 +143,8 @@ fn check_entry(entry: &Entry, weights: &Weights) -> Result<(), ModelError> {
         .get(&entry.name)
         .ok_or_else(|| missing(&entry.name, weights))?;
     match &entry.form {
-        Form::Matrix { rows, columns } => match int4_parts(&entry.name, weights)? {
-            Some([scales, biases]) => check_int4([tensor, scales, biases], *rows, *columns),
+        Form::Matrix { rows, columns } => match affine_parts(&entry.name, weights)? {
+            Some([scales, biases]) => check_affine([tensor, scales, biases], *rows, *columns),
             None => check_floats(tensor, &[vec![*rows, *columns]]),
         },
         Form::Floats(shape) => check_floats(tensor, std::slice::from_ref(shape)),
@@ -159,7 +159,7 @@ fn check_entry(entry: &Entry, weights: &Weights) -> Result<(), ModelError> {
 }
 
 /// Scales and biases of the module whose weight is `name`, when it is quantized: that is when it has scales.
-pub(crate) fn int4_parts<'a>(
+pub(crate) fn affine_parts<'a>(
     name: &str,
     weights: &'a Weights,
 ) -> Result<Option<[&'a StoredTensor; 2]>, ModelError> {
@@ -203,7 +203,7 @@ fn check_floats(tensor: &StoredTensor, shapes: &[Vec<usize>]) -> Result<(), Mode
     Err(wrong_shape(tensor, want.join(" or ")))
 }
 
-fn check_int4(
+fn check_affine(
     [weight, scales, biases]: [&StoredTensor; 3],
     rows: usize,
     columns: usize,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use visor_kernels::{Int4Rows, ScaleType};
+use visor_kernels::{AffineRows, ScaleType};
 use visor_model::image::{ImageLimits, decode, hd_plan, render_view};
 use visor_model::{Checkpoint, DeviceKind, ModelError, Phi3V, Prompt};
 
@@ -259,7 +259,8 @@ fn quantization_is_decided_tensor_by_tensor() {
         let ((_, shape, weight), (_, _, scales), (_, _, biases)) =
             (take("weight"), take("scales"), take("biases"));
         let columns = shape[1] * 8;
-        let rows = Int4Rows::new([&weight, &scales, &biases], columns, 64, ScaleType::F16).unwrap();
+        let rows =
+            AffineRows::int4([&weight, &scales, &biases], columns, 64, ScaleType::F16).unwrap();
         let mut values = vec![0.0; shape[0] * columns];
         for (row, out) in values.chunks_exact_mut(columns).enumerate() {
             rows.dequantize_row(row, out);

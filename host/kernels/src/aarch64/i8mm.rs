@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use super::{Neon, QUADS, Unpacked, Way, add_block, load_codes, many_rows};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
-use crate::int4::Int4Rows;
+use crate::affine::AffineRows;
 use crate::product::Out;
 
 /// Pairs of a tile's rows, the last of a row and of nothing: 3 * 8 sums, 2 weights and 3 of activations are 29 of 32 registers.
@@ -39,7 +39,7 @@ impl I8mm {
     /// As that of NEON, which does what memory limits: one row.
     pub(crate) fn multiply(
         self,
-        weights: &Int4Rows<'_>,
+        weights: &AffineRows<'_>,
         panels: Range<usize>,
         x: &QuantizedRows,
         out: Out<'_>,

@@ -7,8 +7,8 @@ use rayon::prelude::*;
 use super::PANEL;
 use crate::activation::Activation;
 use crate::activations::{BLOCK, QuantizedRows, TILE_ROWS};
+use crate::affine::AffineRows;
 use crate::disjoint::Disjoint;
-use crate::int4::Int4Rows;
 use crate::kernel::Kernel;
 
 /// Panels whose values are a block of columns: what a task makes of every row.
@@ -30,7 +30,7 @@ thread_local! {
 /// size than there are rows of weights.
 pub fn multiply_activated(
     kernel: Kernel,
-    (weights, bias): (&Int4Rows<'_>, Option<&[f32]>),
+    (weights, bias): (&AffineRows<'_>, Option<&[f32]>),
     x: &QuantizedRows,
     activation: Activation,
     out: &mut QuantizedRows,
@@ -88,7 +88,7 @@ pub fn multiply_activated(
 /// Values of a block of columns, from a panel on, for every row.
 fn multiply_block(
     kernel: Kernel,
-    (weights, first): (&Int4Rows<'_>, usize),
+    (weights, first): (&AffineRows<'_>, usize),
     x: &QuantizedRows,
     out: &mut [[f32; BLOCK]],
 ) {

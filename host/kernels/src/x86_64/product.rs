@@ -24,7 +24,7 @@ use super::{
     transpose_f32, transpose_halves, transpose_i16,
 };
 use crate::activations::{BLOCK, Eight, QuantizedRows, WORDS};
-use crate::int4::{Int4Rows, ScaleType};
+use crate::affine::{AffineRows, ScaleType};
 use crate::product::{Out, PANEL};
 
 /// Panels that are multiplied with a tile of activations: 10 sums, 2 codes, a word and a product are 14 of 16 registers.
@@ -45,7 +45,7 @@ impl Avx2 {
     /// Values of a range of panels for all of `x`.
     pub(crate) fn multiply(
         self,
-        weights: &Int4Rows<'_>,
+        weights: &AffineRows<'_>,
         panels: Range<usize>,
         x: &QuantizedRows,
         out: Out<'_>,
@@ -86,7 +86,7 @@ impl<'a> Panel<'a> {
     }
 
     /// Rows behind the last one are the last one again; nobody asks for their values.
-    fn find(&mut self, weights: &Int4Rows<'a>, panel: usize) {
+    fn find(&mut self, weights: &AffineRows<'a>, panel: usize) {
         let last = weights.rows() - 1;
         for (index, row) in self.rows.iter_mut().enumerate() {
             *row = weights.row((panel * PANEL + index).min(last));
@@ -99,7 +99,7 @@ impl<'a> Panel<'a> {
 
     /// Reads scales and biases.
     #[target_feature(enable = "avx2,f16c")]
-    fn read_lines(&mut self, weights: &Int4Rows<'a>) {
+    fn read_lines(&mut self, weights: &AffineRows<'a>) {
         let per_group = weights.group() / BLOCK;
         self.lines
             .resize(weights.columns() / BLOCK, [_mm256_setzero_ps(); 2]);
@@ -179,7 +179,7 @@ impl<'a> Panel<'a> {
 
 /// Decoding: every weight is used once, and memory is what limits. Rows of weights are read one after the other; a lane is a block.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn one_row(weights: &Int4Rows<'_>, panels: Range<usize>, x: &QuantizedRows, out: Out<'_>) {
+fn one_row(weights: &AffineRows<'_>, panels: Range<usize>, x: &QuantizedRows, out: Out<'_>) {
     let mut panel = Panel::new();
     let first = panels.start;
     let mut eights = vec![EightBlocks::new(); x.few.len()];
@@ -230,7 +230,7 @@ impl EightBlocks {
 #[inline]
 fn read_row(
     [codes, scales, biases]: [&[u8]; 3],
-    weights: &Int4Rows<'_>,
+    weights: &AffineRows<'_>,
     x: &[Eight],
     eights: &mut [EightBlocks],
     row: usize,

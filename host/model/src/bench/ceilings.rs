@@ -5,7 +5,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde::Serialize;
-use visor_kernels::{Int4Rows, Kernel, QuantizedRows, ScaleType, multiply};
+use visor_kernels::{AffineRows, Kernel, QuantizedRows, ScaleType, multiply};
 
 use crate::device::Activations;
 use crate::error::ModelError;
@@ -106,7 +106,7 @@ fn int4_product(kernel: Kernel) -> f64 {
         .collect();
     let mut scales = Vec::new();
     (0..rows * columns / GROUP).for_each(|_| ScaleType::F16.put(0.01, &mut scales));
-    let weights = Int4Rows::new([&codes, &scales, &scales], columns, GROUP, ScaleType::F16)
+    let weights = AffineRows::int4([&codes, &scales, &scales], columns, GROUP, ScaleType::F16)
         .expect("whole groups");
     let x: Vec<f32> = (0..m * columns).map(|index| (index % 251) as f32).collect();
     let mut quantized = QuantizedRows::default();

@@ -13,7 +13,7 @@ use std::borrow::Cow;
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use half::f16;
-use visor_kernels::Int4Rows;
+use visor_kernels::AffineRows;
 
 /// Columns of a block, and its bytes.
 const BLOCK: usize = 32;
@@ -31,7 +31,10 @@ pub(super) enum DeviceWeight {
 
 impl DeviceWeight {
     /// An INT4 matrix in four bits; `None` where f16 does not hold its scales and biases or a block would straddle groups.
-    pub(super) fn int4(rows: &Int4Rows<'_>, device: &Device) -> candle_core::Result<Option<Self>> {
+    pub(super) fn int4(
+        rows: &AffineRows<'_>,
+        device: &Device,
+    ) -> candle_core::Result<Option<Self>> {
         let Some(blocks) = blocks(rows) else {
             return Ok(None);
         };
@@ -52,7 +55,7 @@ impl DeviceWeight {
 }
 
 /// The blocks of all rows, one row after the other.
-fn blocks(rows: &Int4Rows<'_>) -> Option<Vec<u8>> {
+fn blocks(rows: &AffineRows<'_>) -> Option<Vec<u8>> {
     if !rows.group().is_multiple_of(BLOCK) {
         return None;
     }
@@ -108,7 +111,7 @@ mod tests {
             for scale_type in [ScaleType::F16, ScaleType::Bf16] {
                 let parts = [bytes_of(&scales, scale_type), bytes_of(&biases, scale_type)];
                 let int4 =
-                    Int4Rows::new([&codes, &parts[0], &parts[1]], columns, group, scale_type)
+                    AffineRows::int4([&codes, &parts[0], &parts[1]], columns, group, scale_type)
                         .unwrap();
                 let Some(DeviceWeight::Int4(QMatMul::QTensor(held))) =
                     DeviceWeight::int4(&int4, &Device::Cpu).unwrap()
@@ -136,8 +139,8 @@ mod tests {
         let int4 = |scale: f32, bias: f32, group: usize| {
             let count = 64 / group;
             let parts = [scale, bias].map(|value| bytes_of(&vec![value; count], ScaleType::F32));
-            let rows =
-                Int4Rows::new([&codes, &parts[0], &parts[1]], 64, group, ScaleType::F32).unwrap();
+            let rows = AffineRows::int4([&codes, &parts[0], &parts[1]], 64, group, ScaleType::F32)
+                .unwrap();
             DeviceWeight::int4(&rows, &Device::Cpu).unwrap().is_some()
         };
         assert!(int4(0.5, -4.0, 64));

@@ -37,7 +37,7 @@ pub(crate) struct Planned<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Action {
     /// Codes, scales and biases of a matrix.
-    Int4 { rows: usize, columns: usize },
+    Affine { rows: usize, columns: usize },
     /// The values in the float type.
     Float,
     /// The values of a convolution (out, channel, row, column) as (out, row, column, channel), in the float type.
@@ -94,7 +94,7 @@ fn action(tensor: &StoredTensor, form: Option<&Form>, options: &QuantizeOptions)
                 && tensor.name.ends_with(".weight")
                 && !tensor.name.contains("position_embedding") =>
         {
-            Action::Int4 { rows, columns }
+            Action::Affine { rows, columns }
         }
         (Some(Form::Patches { .. }), &[_, 3, _, _]) => Action::ChannelsLast,
         _ => Action::Float,

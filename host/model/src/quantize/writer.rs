@@ -112,7 +112,7 @@ impl Header {
             Action::ChannelsLast => {
                 self.add(name, float, &[shape[0], shape[2], shape[3], shape[1]]);
             }
-            Action::Int4 { rows, columns } => {
+            Action::Affine { rows, columns } => {
                 let module = module(name);
                 self.add(name, ("U32", 4), &[rows, columns / 8]);
                 for part in ["scales", "biases"] {
@@ -154,7 +154,7 @@ pub(super) fn write_tensor(
     let mut error = SquaredError::default();
     let (mut scales, mut biases) = (Vec::new(), Vec::new());
     let row_values = match step.action {
-        Action::Int4 { columns, .. } => columns,
+        Action::Affine { columns, .. } => columns,
         Action::ChannelsLast => tensor.shape[1..].iter().product(),
         Action::Float => 1,
     };
@@ -170,7 +170,7 @@ pub(super) fn write_tensor(
                 let moved = channels_last(&floats, &tensor.shape);
                 writer.put(&as_floats(tensor, &moved, float_type)?)?;
             }
-            Action::Int4 { columns, .. } => {
+            Action::Affine { columns, .. } => {
                 let rows = encode_rows(&floats, columns, GROUP, float_type)
                     .map_err(|error| refused(tensor, start / columns, error))?;
                 writer.put(&rows.weight)?;
@@ -186,7 +186,7 @@ pub(super) fn write_tensor(
     writer.put(&scales)?;
     writer.put(&biases)?;
     Ok(match step.action {
-        Action::Int4 { rows, columns } => Some(ModuleError {
+        Action::Affine { rows, columns } => Some(ModuleError {
             module: module(&tensor.name).to_owned(),
             rows,
             columns,

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::sums::pair_sums;
 use super::{Ahead, Panel, TILE_PANELS, accumulate};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
-use crate::int4::Int4Rows;
+use crate::affine::AffineRows;
 use crate::product::{Out, PANEL, TASK_PANELS};
 use crate::x86_64::store;
 
@@ -25,7 +25,7 @@ const BLOCKS_AT_ONCE: usize = 16;
 /// taken one by one, so that weights are read in their order.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn many_rows(
-    weights: &Int4Rows<'_>,
+    weights: &AffineRows<'_>,
     panels: Range<usize>,
     x: &QuantizedRows,
     out: Out<'_>,
@@ -93,7 +93,7 @@ impl Unpacked {
 #[target_feature(enable = "avx2,f16c")]
 fn find_pair<'a>(
     pair: &mut [Panel<'a>; TILE_PANELS],
-    weights: &Int4Rows<'a>,
+    weights: &AffineRows<'a>,
     panels: Range<usize>,
 ) {
     for (offset, panel) in pair.iter_mut().enumerate() {
@@ -123,7 +123,7 @@ impl<'a> Chunk<'a> {
     /// Takes up the pairs of a range of panels and says how many there are; the last panel twice where the last pair has no
     /// second.
     #[target_feature(enable = "avx2,f16c")]
-    fn find_pairs(&mut self, weights: &Int4Rows<'a>, panels: Range<usize>) -> usize {
+    fn find_pairs(&mut self, weights: &AffineRows<'a>, panels: Range<usize>) -> usize {
         let firsts = panels.clone().step_by(TILE_PANELS);
         let pairs = firsts.len();
         for (pair, first) in self.pairs.iter_mut().zip(firsts) {

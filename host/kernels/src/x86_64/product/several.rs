@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::sums::pair_sums;
 use super::{Ahead, Panel, accumulate};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile};
-use crate::int4::Int4Rows;
+use crate::affine::AffineRows;
 use crate::product::{Out, PANEL, TASK_PANELS};
 use crate::x86_64::store;
 
@@ -19,7 +19,7 @@ struct Aligned(#[expect(dead_code, reason = "only its place matters")] [u8; 64])
 /// Values of all panels' rows for the N rows of `x`, at most two tiles.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn several_rows<const N: usize>(
-    weights: &Int4Rows<'_>,
+    weights: &AffineRows<'_>,
     panels: Range<usize>,
     x: &QuantizedRows,
     out: Out<'_>,

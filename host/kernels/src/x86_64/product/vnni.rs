@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use super::{Ahead, Panel, TILE_PANELS};
 use crate::activations::{BLOCK, Eight, FEW_ROWS, QuantizedRows, TILE_ROWS, Tile};
-use crate::int4::{Int4Rows, ScaleType};
+use crate::affine::{AffineRows, ScaleType};
 use crate::product::{Out, PANEL};
 use crate::x86_64::{Avx512, LONG_COLUMNS, load_bytes, store};
 
@@ -18,7 +18,7 @@ impl Avx512 {
     /// Values of a range of panels for all of `x`.
     pub(crate) fn multiply(
         self,
-        weights: &Int4Rows<'_>,
+        weights: &AffineRows<'_>,
         panels: Range<usize>,
         x: &QuantizedRows,
         out: Out<'_>,
@@ -59,7 +59,7 @@ impl<'a> Pair<'a> {
 
     /// Takes up the first panels of a range, the last one again where there are fewer, and reads scales and biases.
     #[target_feature(enable = "avx512f,avx512bw,avx2,f16c")]
-    fn find(&mut self, weights: &Int4Rows<'a>, panels: Range<usize>) {
+    fn find(&mut self, weights: &AffineRows<'a>, panels: Range<usize>) {
         for (offset, panel) in self.panels.iter_mut().enumerate() {
             panel.find(weights, (panels.start + offset).min(panels.end - 1));
         }
@@ -174,7 +174,7 @@ impl<const N: usize> Block<'_, N> {
 /// take up to twice as long.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,f16c")]
 fn several_rows<const N: usize>(
-    weights: &Int4Rows<'_>,
+    weights: &AffineRows<'_>,
     panels: Range<usize>,
     x: &QuantizedRows,
     out: Out<'_>,

@@ -15,7 +15,7 @@ use super::{
     widen_two,
 };
 use crate::activations::{BLOCK, Eight, QuantizedRows};
-use crate::int4::{Int4Rows, ScaleType};
+use crate::affine::{AffineRows, ScaleType};
 use crate::product::{Out, PANEL};
 use crate::x86_64::product::{TILE_PANELS, ahead_bytes};
 use crate::x86_64::wide::LANES;
@@ -52,7 +52,7 @@ thread_local! {
 }
 
 /// Whether rows are whole registers of dot products, and of scales, of which each block has one.
-pub(super) fn takes(weights: &Int4Rows<'_>) -> bool {
+pub(super) fn takes(weights: &AffineRows<'_>) -> bool {
     let sixteens = weights.columns().is_multiple_of(LANES * BLOCK);
     sixteens && weights.group() == BLOCK && weights.scale_type() != ScaleType::F32
 }
@@ -60,7 +60,7 @@ pub(super) fn takes(weights: &Int4Rows<'_>) -> bool {
 /// Values of all panels' rows for the N rows of `x`, sixteen rows of weights at a time; fewer at the end as [`several_rows`] has them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,f16c")]
 pub(super) fn multiply<const N: usize>(
-    weights: &Int4Rows<'_>,
+    weights: &AffineRows<'_>,
     panels: Range<usize>,
     x: &QuantizedRows,
     out: Out<'_>,

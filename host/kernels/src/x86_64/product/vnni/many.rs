@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::{Pair, accumulate, unpacked};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
-use crate::int4::Int4Rows;
+use crate::affine::AffineRows;
 use crate::product::{Out, PANEL};
 use crate::x86_64::prefetch;
 use crate::x86_64::product::{Ahead, TILE_PANELS};
@@ -37,7 +37,7 @@ thread_local! {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,f16c")]
 pub(super) fn many_rows(
-    weights: &Int4Rows<'_>,
+    weights: &AffineRows<'_>,
     panels: Range<usize>,
     x: &QuantizedRows,
     out: Out<'_>,

@@ -96,7 +96,7 @@ impl ScaleType {
 
 /// The rows of one INT4 matrix, borrowed from its file.
 #[derive(Debug, Clone, Copy)]
-pub struct Int4Rows<'a> {
+pub struct AffineRows<'a> {
     weight: &'a [u8],
     scales: &'a [u8],
     biases: &'a [u8],
@@ -107,13 +107,13 @@ pub struct Int4Rows<'a> {
     scale_type: ScaleType,
 }
 
-impl<'a> Int4Rows<'a> {
+impl<'a> AffineRows<'a> {
     /// Views `[weight, scales, biases]` as rows of `columns` values in groups of `group`.
     ///
     /// # Errors
     /// [`ShapeError`] when `group` is not a positive multiple of 8, does not divide `columns`, or the three arrays do
     /// not hold the same whole number of rows.
-    pub fn new(
+    pub fn int4(
         [weight, scales, biases]: [&'a [u8]; 3],
         columns: usize,
         group: usize,
@@ -279,7 +279,7 @@ mod tests {
                 let (scale_bytes, bias_bytes) =
                     (encode(&scales, scale_type), encode(&biases, scale_type));
                 let rows =
-                    Int4Rows::new([&bytes, &scale_bytes, &bias_bytes], 512, group, scale_type)
+                    AffineRows::int4([&bytes, &scale_bytes, &bias_bytes], 512, group, scale_type)
                         .unwrap();
                 let mut out = vec![f32::NAN; 512];
                 rows.dequantize_row(0, &mut out);
@@ -296,7 +296,7 @@ mod tests {
     fn the_low_nibble_of_the_first_byte_is_the_first_column() {
         let scales = encode(&[1.0], ScaleType::F32);
         let biases = encode(&[-8.0], ScaleType::F32);
-        let rows = Int4Rows::new(
+        let rows = AffineRows::int4(
             [&[0x21, 0x43, 0x65, 0xF7], &scales, &biases],
             8,
             8,
@@ -313,7 +313,7 @@ mod tests {
         let weight = [0x11; 2 * 16 / 2];
         let scales = encode(&[1.0, 10.0, 100.0, 1000.0], ScaleType::Bf16);
         let biases = encode(&[0.0, 0.5, 0.0, -1.0], ScaleType::Bf16);
-        let rows = Int4Rows::new([&weight, &scales, &biases], 16, 8, ScaleType::Bf16).unwrap();
+        let rows = AffineRows::int4([&weight, &scales, &biases], 16, 8, ScaleType::Bf16).unwrap();
         let mut out = [f32::NAN; 16];
         rows.dequantize_row(1, &mut out);
         assert_eq!(rows.rows(), 2);
@@ -325,7 +325,7 @@ mod tests {
     fn shapes_that_do_not_fit_are_refused() {
         let check = |weight: usize, scales: usize, biases: usize, columns: usize, group: usize| {
             let (weight, scales, biases) = (vec![0; weight], vec![0; scales], vec![0; biases]);
-            Int4Rows::new([&weight, &scales, &biases], columns, group, ScaleType::F16).is_ok()
+            AffineRows::int4([&weight, &scales, &biases], columns, group, ScaleType::F16).is_ok()
         };
         assert!(check(64, 4, 4, 64, 64));
         assert!(check(0, 0, 0, 64, 64), "no rows is a shape");
