@@ -52,10 +52,12 @@ impl Neon {
     }
 
     /// Adds a stretch of blocks with products of bytes in 32 bits, four at a time.
-    const DOTS: Way = Way {
-        arrange: as_unpacked,
-        add_tile,
-    };
+    const fn dots<const ODD_WEIGHT: i32>() -> Way {
+        Way {
+            arrange: |_| {}, // as it is unpacked
+            add_tile: add_tile::<ODD_WEIGHT>,
+        }
+    }
 
     pub(crate) fn quantize(self, block: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
         // SAFETY: `self` exists, so `detect` saw the features.
@@ -70,12 +72,13 @@ impl Neon {
         x: &QuantizedRows,
         out: Out<'_>,
     ) {
-        if x.rows() == 1 {
+        match weights.bits() {
             // SAFETY: `self` exists, so `detect` saw the features.
-            unsafe { one_row(weights, panels, x, out) };
-        } else {
-            // SAFETY: `self` exists, so `detect` saw the features.
-            unsafe { many_rows(weights, panels, x, Self::DOTS, out) };
+            4 if x.rows() == 1 => unsafe { one_row(weights, panels, x, out) },
+            // SAFETY: as above.
+            4 => unsafe { many_rows(weights, panels, x, Self::dots::<1>(), out) },
+            // SAFETY: as above.
+            _ => unsafe { many_rows(weights, panels, x, Self::dots::<16>(), out) },
         }
     }
 }
@@ -199,7 +202,7 @@ fn four_dots(codes: &[u8; 4 * BLOCK / 2], words: &[[i32; WORDS]; 4]) -> int32x4_
 #[target_feature(enable = "neon")]
 #[inline]
 fn four_blocks(part: &[u8], first: usize, weights: &AffineRows<'_>) -> float32x4_t {
-    let (per_group, scale_type) = (weights.group() / BLOCK, weights.scale_type());
+    let (per_group, scale_type) = (weights.blocks_per_group(), weights.scale_type());
     if per_group == 1 {
         return widen(&part[first * scale_type.bytes()..], scale_type);
     }
@@ -228,8 +231,7 @@ impl<'a> Quad<'a> {
         for (index, row) in self.rows.iter_mut().enumerate() {
             *row = row_or_last(weights, first + index);
         }
-        self.lines
-            .resize(weights.columns() / BLOCK, [vdupq_n_f32(0.0); 2]);
+        self.lines.resize(weights.blocks(), [vdupq_n_f32(0.0); 2]);
         for (four, lines) in self.lines.chunks_mut(4).enumerate() {
             for part in 0..2 {
                 let mut by_row = [vdupq_n_f32(0.0); QUAD];
@@ -301,8 +303,6 @@ struct Way {
     add_tile: unsafe fn(&Unpacked, &[Tile], &mut [[float32x4_t; QUADS]]),
 }
 
-fn as_unpacked(_: &mut Unpacked) {}
-
 /// Prefill: weights are unpacked once for all rows of activations.
 ///
 /// # Safety
@@ -348,19 +348,23 @@ unsafe fn many_rows(
 
 /// Adds a stretch of blocks to the values of a tile's rows.
 #[target_feature(enable = "neon,dotprod")]
-fn add_tile(weights: &Unpacked, tiles: &[Tile], values: &mut [[float32x4_t; QUADS]]) {
+fn add_tile<const ODD_WEIGHT: i32>(
+    weights: &Unpacked,
+    tiles: &[Tile],
+    values: &mut [[float32x4_t; QUADS]],
+) {
     match values.len() {
-        1 => rows_times_quads::<1>(weights, tiles, values),
-        2 => rows_times_quads::<2>(weights, tiles, values),
-        3 => rows_times_quads::<3>(weights, tiles, values),
-        4 => rows_times_quads::<4>(weights, tiles, values),
-        _ => rows_times_quads::<TILE_ROWS>(weights, tiles, values),
+        1 => rows_times_quads::<1, ODD_WEIGHT>(weights, tiles, values),
+        2 => rows_times_quads::<2, ODD_WEIGHT>(weights, tiles, values),
+        3 => rows_times_quads::<3, ODD_WEIGHT>(weights, tiles, values),
+        4 => rows_times_quads::<4, ODD_WEIGHT>(weights, tiles, values),
+        _ => rows_times_quads::<TILE_ROWS, ODD_WEIGHT>(weights, tiles, values),
     }
 }
 
 /// Adds a stretch of blocks to the values of the first N rows of a tile.
 #[target_feature(enable = "neon,dotprod")]
-fn rows_times_quads<const N: usize>(
+fn rows_times_quads<const N: usize, const ODD_WEIGHT: i32>(
     weights: &Unpacked,
     tiles: &[Tile],
     values: &mut [[float32x4_t; QUADS]],
@@ -369,7 +373,7 @@ fn rows_times_quads<const N: usize>(
         .first_chunk_mut::<N>()
         .expect("the caller counted them");
     for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
-        let dots = block_dots::<N>(codes, &tile.words);
+        let dots = block_dots::<N, ODD_WEIGHT>(codes, &tile.words);
         for row in 0..N {
             let x = [tile.scales[row], tile.sums[row]];
             add_block(&mut values[row], &dots[row], lines, x);
@@ -409,11 +413,30 @@ fn accumulate(
 /// Dot products of one block: (rows of x, quads).
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
-fn block_dots<const N: usize>(
+fn block_dots<const N: usize, const ODD_WEIGHT: i32>(
     codes: &[[int8x16_t; QUADS]; WORDS],
     words: &[[i32; TILE_ROWS]; WORDS],
 ) -> [[int32x4_t; QUADS]; N] {
     let mut sums = [[vdupq_n_s32(0); QUADS]; N];
+    if ODD_WEIGHT == 1 {
+        add_steps(&mut sums, codes, words);
+        return sums;
+    }
+    add_steps(&mut sums, &codes[WORDS / 2..], &words[WORDS / 2..]);
+    for sum in sums.as_flattened_mut() {
+        *sum = vmulq_n_s32(*sum, ODD_WEIGHT);
+    }
+    add_steps(&mut sums, &codes[..WORDS / 2], &words[..WORDS / 2]);
+    sums
+}
+
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+fn add_steps<const N: usize>(
+    sums: &mut [[int32x4_t; QUADS]; N],
+    codes: &[[int8x16_t; QUADS]],
+    words: &[[i32; TILE_ROWS]],
+) {
     for (codes, words) in codes.iter().zip(words) {
         let four = load_codes(words.first_chunk().expect("a tile has five rows"));
         let fifth = vreinterpretq_s8_s32(vdupq_n_s32(words[4]));
@@ -424,7 +447,6 @@ fn block_dots<const N: usize>(
         add_row::<3>(sums.get_mut(3), codes, four);
         add_row::<0>(sums.get_mut(4), codes, fifth);
     }
-    sums
 }
 
 /// Adds the products with word WORD of `words`, where there is a row of sums for it.

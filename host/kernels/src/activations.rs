@@ -11,8 +11,11 @@
 //! A block of zeros, or of values too small to divide by, has scale 0. A block with an infinity or a NaN has scale NaN, and so
 //! has every product with it: nothing that broke upstream comes out looking sound.
 
+use std::borrow::Cow;
+
 use rayon::prelude::*;
 
+use crate::affine::AffineRows;
 use crate::kernel::Kernel;
 
 /// Columns of a block.
@@ -33,6 +36,35 @@ pub(crate) struct Tile {
     pub(crate) words: [[i32; TILE_ROWS]; WORDS],
     pub(crate) scales: [f32; TILE_ROWS],
     pub(crate) sums: [f32; TILE_ROWS],
+}
+
+impl Tile {
+    /// The first 32 columns and the last, each twice.
+    fn by_nibble(&self) -> [Self; 2] {
+        let mut halves = [Self::default(); 2];
+        for row in 0..TILE_ROWS {
+            for (half, out) in halves.iter_mut().enumerate() {
+                let mut sum = 0;
+                for word in 0..WORDS / 4 {
+                    let at = half * (WORDS / 4) + word;
+                    let (even, odd) = (self.words[at][row], self.words[WORDS / 2 + at][row]);
+                    let (even, odd) = (even.to_le_bytes(), odd.to_le_bytes());
+                    for two in 0..2 {
+                        let [a, b] = [even[2 * two], even[2 * two + 1]];
+                        let [c, d] = [odd[2 * two], odd[2 * two + 1]];
+                        let four = [a, c, b, d];
+                        sum += four.iter().map(|&code| i32::from(code as i8)).sum::<i32>();
+                        let four = i32::from_le_bytes(four);
+                        out.words[2 * word + two][row] = four;
+                        out.words[WORDS / 2 + 2 * word + two][row] = four;
+                    }
+                }
+                out.scales[row] = self.scales[row];
+                out.sums[row] = self.scales[row] * sum as f32;
+            }
+        }
+        halves
+    }
 }
 
 /// Eight blocks of one row; zeros where there are fewer.
@@ -119,6 +151,27 @@ impl QuantizedRows {
             (eight.scales[index], eight.sums[index]) = (tile.scales[place], tile.sums[place]);
         }
         eight
+    }
+
+    /// The rows as a matrix is multiplied with them: as they are, or by nibble.
+    pub(crate) fn facing(&self, weights: &AffineRows<'_>) -> Cow<'_, Self> {
+        if weights.bits() == 8 {
+            Cow::Owned(self.by_nibble())
+        } else {
+            Cow::Borrowed(self)
+        }
+    }
+
+    /// The rows for weights of eight bits, twice as many blocks, which only kernels for many rows read: each has 32 columns, in their
+    /// order, and has them once for the lower nibbles and once for the upper ones.
+    fn by_nibble(&self) -> Self {
+        let mut out = Self::default();
+        out.reshape(self.rows, 2 * self.columns());
+        let pairs = out.tiles.as_chunks_mut().0.par_iter_mut();
+        pairs
+            .zip(&self.tiles)
+            .for_each(|(pair, tile)| *pair = tile.by_nibble());
+        out
     }
 
     /// Tiles of the first rows and of the last: all there are of at most two tiles of rows, twice the same of one.

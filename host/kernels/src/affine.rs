@@ -1,9 +1,9 @@
-//! MLX's affine INT4: the format, and its conversion to f32.
+//! MLX's affine INT4 and INT8: the format, and its conversion to f32.
 //!
 //! A matrix `P` of `rows` x `columns` is three arrays, row-major, little-endian:
 //!
 //! ```text
-//! P.weight  u32  (rows, columns / 8)     eight 4-bit codes per word
+//! P.weight  u32  (rows, columns / 8)     eight 4-bit codes per word; INT8: (rows, columns / 4), four of eight bits
 //! P.scales  f16 | bf16 | f32  (rows, columns / group)
 //! P.biases  the type of scales           (rows, columns / group)
 //! ```
@@ -17,11 +17,16 @@
 //! column        1   0    3   2    5   4    7   6      (+ 8w)
 //! ```
 //!
-//! Codes are unsigned, 0 to 15, with no zero point and no offset. All columns of one group share a scale and a bias:
+//! A byte of INT8 is a column.
+//!
+//! Codes are unsigned, 0 to 15 or 255, with no zero point and no offset. All columns of one group share a scale and a bias:
 //!
 //! ```text
 //! value(row, column) = scales[row, column / group] * code + biases[row, column / group]
 //! ```
+//!
+//! To the integer kernels every row is nibbles, in blocks of 64. A row of INT8 has twice as many, of which the odd ones, the upper
+//! halves of bytes, weigh sixteen times; both nibbles of a byte meet the same activation (`QuantizedRows::by_nibble`).
 //!
 //! The group is 64 by default (32 and 128 exist) and is always a multiple of 8, so a word never straddles two groups.
 //! Scales may be negative. `P.biases` (plural) is part of the format; `P.bias` (singular) is the layer's own.
@@ -94,12 +99,13 @@ impl ScaleType {
     }
 }
 
-/// The rows of one INT4 matrix, borrowed from its file.
+/// The rows of one INT4 or INT8 matrix, borrowed from its file.
 #[derive(Debug, Clone, Copy)]
 pub struct AffineRows<'a> {
     weight: &'a [u8],
     scales: &'a [u8],
     biases: &'a [u8],
+    bits: usize, // of a code: 4 or 8
     group: usize,
     columns: usize,
     rows: usize,
@@ -108,31 +114,50 @@ pub struct AffineRows<'a> {
 }
 
 impl<'a> AffineRows<'a> {
-    /// Views `[weight, scales, biases]` as rows of `columns` values in groups of `group`.
+    /// Views `[weight, scales, biases]` as rows of `columns` four-bit values in groups of `group`.
     ///
     /// # Errors
-    /// [`ShapeError`] when `group` is not a positive multiple of 8, does not divide `columns`, or the three arrays do
-    /// not hold the same whole number of rows.
+    /// As [`Self::new`].
     pub fn int4(
-        [weight, scales, biases]: [&'a [u8]; 3],
+        parts: [&'a [u8]; 3],
         columns: usize,
         group: usize,
         scale_type: ScaleType,
     ) -> Result<Self, ShapeError> {
+        Self::new(parts, columns, (4, group), scale_type)
+    }
+
+    /// Views `[weight, scales, biases]` as rows of `columns` values of so many bits in groups of `group`.
+    ///
+    /// # Errors
+    /// [`ShapeError`] when there are other than four or eight bits, `group` is not a positive multiple of 8, does not divide
+    /// `columns`, or the three arrays do not hold the same whole number of rows.
+    pub fn new(
+        [weight, scales, biases]: [&'a [u8]; 3],
+        columns: usize,
+        (bits, group): (usize, usize),
+        scale_type: ScaleType,
+    ) -> Result<Self, ShapeError> {
+        if bits != 4 && bits != 8 {
+            return Err(ShapeError(format!(
+                "codes have {bits} bits; 4 and 8 are read"
+            )));
+        }
         if group == 0 || !group.is_multiple_of(8) || columns == 0 || !columns.is_multiple_of(group)
         {
             return Err(ShapeError(format!(
-                "INT4 groups of {group} do not divide rows of {columns} columns into whole words"
+                "INT{bits} groups of {group} do not divide rows of {columns} columns into whole words"
             )));
         }
-        let rows = weight.len() / (columns / 2);
+        let row_bytes = columns / 8 * bits;
+        let rows = weight.len() / row_bytes;
         let scale_bytes = (columns / group)
             .checked_mul(scale_type.bytes())
             .filter(|row| row.checked_mul(rows) == Some(scales.len()))
-            .filter(|_| weight.len() % (columns / 2) == 0 && scales.len() == biases.len());
+            .filter(|_| weight.len() % row_bytes == 0 && scales.len() == biases.len());
         let Some(scale_bytes) = scale_bytes else {
             return Err(ShapeError(format!(
-                "INT4 arrays of {}, {} and {} bytes are not rows of {columns} columns in groups of {group}",
+                "INT{bits} arrays of {}, {} and {} bytes are not rows of {columns} columns in groups of {group}",
                 weight.len(),
                 scales.len(),
                 biases.len()
@@ -142,6 +167,7 @@ impl<'a> AffineRows<'a> {
             weight,
             scales,
             biases,
+            bits,
             group,
             columns,
             rows,
@@ -160,14 +186,44 @@ impl<'a> AffineRows<'a> {
         self.columns
     }
 
+    /// Bits of a code.
+    pub fn bits(&self) -> usize {
+        self.bits
+    }
+
     /// Whether a group is whole blocks of 64 columns, as the integer kernels take them.
     pub fn is_blocked(&self) -> bool {
         self.group.is_multiple_of(BLOCK)
     }
 
-    /// Codes of 64 columns of a row, and the scale and bias of their group.
+    /// Blocks of 64 nibbles that a row has.
+    pub(crate) fn blocks(&self) -> usize {
+        self.columns / BLOCK * self.nibbles()
+    }
+
+    /// Blocks of 64 nibbles that share a scale and a bias.
+    pub(crate) fn blocks_per_group(&self) -> usize {
+        self.group / BLOCK * self.nibbles()
+    }
+
+    /// What an odd nibble of a block weighs: it is a column, or the upper half of one.
+    pub(crate) fn odd_weight(&self) -> i16 {
+        if self.bits == 4 { 1 } else { 16 }
+    }
+
+    /// Nibbles of a code.
+    fn nibbles(&self) -> usize {
+        self.bits / 4
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.columns / 2 * self.nibbles()
+    }
+
+    /// A row's block of 64 nibbles, and the scale and bias of its group.
     pub(crate) fn block(&self, row: usize, block: usize) -> (&'a [u8], f32, f32) {
-        self.codes(row, block * BLOCK..(block + 1) * BLOCK)
+        let columns = BLOCK / self.nibbles();
+        self.codes(row, block * columns..(block + 1) * columns)
     }
 
     /// The parts of one row: its codes, its scales and its biases.
@@ -179,13 +235,13 @@ impl<'a> AffineRows<'a> {
     pub(crate) fn parts(&self, rows: Range<usize>) -> [&'a [u8]; 3] {
         let part = |bytes: &'a [u8], width: usize| &bytes[rows.start * width..rows.end * width];
         [
-            part(self.weight, self.columns / 2),
+            part(self.weight, self.row_bytes()),
             part(self.scales, self.scale_bytes),
             part(self.biases, self.scale_bytes),
         ]
     }
 
-    /// The codes of some columns of one group, two a byte, and its scale and bias.
+    /// The codes of some columns of one group, two a byte or one, and its scale and bias.
     ///
     /// # Panics
     /// When the columns are not whole bytes of one row.
@@ -194,10 +250,10 @@ impl<'a> AffineRows<'a> {
             columns.end <= self.columns && columns.start.is_multiple_of(2),
             "whole bytes of a row"
         );
-        let start = row * self.columns / 2;
+        let byte = |column: usize| row * self.row_bytes() + column / 2 * self.nibbles();
         let group = row * (self.columns / self.group) + columns.start / self.group;
         (
-            &self.weight[start + columns.start / 2..start + columns.end / 2],
+            &self.weight[byte(columns.start)..byte(columns.end)],
             self.scale_type.get(self.scales, group),
             self.scale_type.get(self.biases, group),
         )
@@ -220,14 +276,20 @@ impl<'a> AffineRows<'a> {
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.columns, "one value per column");
         let groups = self.columns / self.group;
-        let words = &self.weight[row * self.columns / 2..(row + 1) * self.columns / 2];
+        let [codes, ..] = self.row(row);
         for (index, (values, codes)) in out
             .chunks_exact_mut(self.group)
-            .zip(words.chunks_exact(self.group / 2))
+            .zip(codes.chunks_exact(self.group / 2 * self.nibbles()))
             .enumerate()
         {
             let scale = self.scale_type.get(self.scales, row * groups + index);
             let bias = self.scale_type.get(self.biases, row * groups + index);
+            if self.bits == 8 {
+                for (value, &code) in values.iter_mut().zip(codes) {
+                    *value = scale * f32::from(code) + bias;
+                }
+                continue;
+            }
             for (pair, &byte) in values.chunks_exact_mut(2).zip(codes) {
                 pair[0] = scale * f32::from(byte & 0xF) + bias;
                 pair[1] = scale * f32::from(byte >> 4) + bias;
@@ -293,6 +355,26 @@ mod tests {
     }
 
     #[test]
+    fn a_byte_of_eight_bits_is_a_column() {
+        let bytes: Vec<u8> = (0..=255).rev().collect();
+        let scales = encode(&[0.5, -2.0, 0.25, 1.0], ScaleType::F16);
+        let biases = encode(&[1.0, 0.0, -3.0, 8.0], ScaleType::F16);
+        let parts: [&[u8]; 3] = [&bytes, &scales, &biases];
+        let rows = AffineRows::new(parts, 128, (8, 64), ScaleType::F16).unwrap();
+        assert_eq!(
+            (rows.rows(), rows.blocks(), rows.blocks_per_group()),
+            (2, 4, 2)
+        );
+        let mut out = [f32::NAN; 128];
+        rows.dequantize_row(1, &mut out);
+        assert_eq!(out[..2], [0.25 * 127.0 - 3.0, 0.25 * 126.0 - 3.0]);
+        assert_eq!(out[64..66], [63.0 + 8.0, 62.0 + 8.0]);
+        assert_eq!(out[127], 8.0);
+        let (codes, scale, bias) = rows.codes(0, 64..66);
+        assert_eq!((codes, scale, bias), (&[191, 190][..], -2.0, 0.0));
+    }
+
+    #[test]
     fn the_low_nibble_of_the_first_byte_is_the_first_column() {
         let scales = encode(&[1.0], ScaleType::F32);
         let biases = encode(&[-8.0], ScaleType::F32);
@@ -328,6 +410,9 @@ mod tests {
             AffineRows::int4([&weight, &scales, &biases], columns, group, ScaleType::F16).is_ok()
         };
         assert!(check(64, 4, 4, 64, 64));
+        let eight =
+            |bits| AffineRows::new([&[0; 64], &[0; 2], &[0; 2]], 64, (bits, 64), ScaleType::F16);
+        assert!(eight(8).is_ok() && eight(4).is_err() && eight(6).is_err() && eight(0).is_err());
         assert!(check(0, 0, 0, 64, 64), "no rows is a shape");
         assert!(!check(64, 4, 4, 64, 0), "group 0");
         assert!(!check(64, 4, 4, 64, 12), "group not a multiple of 8");

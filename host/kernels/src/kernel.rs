@@ -64,23 +64,24 @@ impl Kernel {
     /// Whether small products are the specification's, to the bit: asked where not every machine that tests it can tell.
     #[cfg(target_arch = "x86_64")]
     fn is_right(&self) -> bool {
-        // Few rows, and tiles of every height; then rows that are read in another order: so long, or in whole registers.
-        self.multiplies(2 * BLOCK, ScaleType::F32, 1..=2 * TILE_ROWS)
-            && self.multiplies(LONG_COLUMNS, ScaleType::F32, FEW_ROWS..=FEW_ROWS + 1)
-            && self.multiplies(32 * BLOCK, ScaleType::F16, 1..=FEW_ROWS)
-            && self.multiplies(16 * BLOCK, ScaleType::Bf16, 1..=FEW_ROWS)
+        // Few rows, and tiles of every height; then rows that are read in another order: so long, or in whole registers; then INT8.
+        self.multiplies(2 * BLOCK, (4, ScaleType::F32), 1..=2 * TILE_ROWS)
+            && self.multiplies(LONG_COLUMNS, (4, ScaleType::F32), FEW_ROWS..=FEW_ROWS + 1)
+            && self.multiplies(32 * BLOCK, (4, ScaleType::F16), 1..=FEW_ROWS)
+            && self.multiplies(16 * BLOCK, (4, ScaleType::Bf16), 1..=FEW_ROWS)
+            && self.multiplies(2 * BLOCK, (8, ScaleType::F16), 1..=TILE_ROWS + 1)
     }
 
-    /// Whether products of so many rows of so many columns are the specification's.
+    /// Whether products of so many rows of so many columns are the specification's, with codes of so many bits.
     #[cfg(target_arch = "x86_64")]
     fn multiplies(
         &self,
         columns: usize,
-        scale_type: ScaleType,
+        stored: (usize, ScaleType),
         mut rows: std::ops::RangeInclusive<usize>,
     ) -> bool {
         const PANELS: usize = 3;
-        let matrix = Sample::new(PANELS * PANEL, columns, scale_type);
+        let matrix = Sample::new(PANELS * PANEL, columns, stored);
         rows.all(|rows| {
             let x = sample_rows(rows, columns);
             let product = |kernel| matrix.product(kernel, 0..PANELS, &x);
@@ -202,13 +203,15 @@ struct Sample {
     codes: Vec<u8>,
     scales: Vec<u8>, // and biases
     columns: usize,
+    bits: usize,
     scale_type: ScaleType,
 }
 
 #[cfg(target_arch = "x86_64")]
 impl Sample {
-    fn new(rows: usize, columns: usize, scale_type: ScaleType) -> Self {
-        let codes = (0..rows * columns / 2).map(|index| ((index * 2_654_435_761) >> 8) as u8);
+    fn new(rows: usize, columns: usize, (bits, scale_type): (usize, ScaleType)) -> Self {
+        let codes =
+            (0..rows * columns / 8 * bits).map(|index| ((index * 2_654_435_761) >> 8) as u8);
         let mut scales = Vec::new();
         (0..rows * columns / BLOCK)
             .for_each(|index| scale_type.put((index as f32 - 20.0) / 7.0, &mut scales));
@@ -216,6 +219,7 @@ impl Sample {
             codes: codes.collect(),
             scales,
             columns,
+            bits,
             scale_type,
         }
     }
@@ -228,8 +232,10 @@ impl Sample {
         x: &[f32],
     ) -> Option<Vec<(usize, usize, [u32; PANEL])>> {
         let parts: [&[u8]; 3] = [&self.codes, &self.scales, &self.scales];
-        let weights = AffineRows::int4(parts, self.columns, BLOCK, self.scale_type).ok()?;
+        let bits_and_group = (self.bits, BLOCK);
+        let weights = AffineRows::new(parts, self.columns, bits_and_group, self.scale_type).ok()?;
         let x = QuantizedRows::new(kernel, x, self.columns);
+        let x = x.facing(&weights);
         let mut values = Vec::new();
         let start = panels.start;
         kernel.multiply(&weights, panels, &x, &mut |first, row, panels| {
@@ -275,12 +281,16 @@ mod tests {
     fn any_range_of_panels_is_the_specification_s() {
         const ROWS: usize = 4 * PANEL + 7;
         let panels = ROWS.div_ceil(PANEL);
-        let shapes = [(1024, ScaleType::F16), (3072, ScaleType::Bf16)];
-        for ((columns, scale_type), rows) in shapes
+        let shapes = [
+            (1024, (4, ScaleType::F16)),
+            (3072, (4, ScaleType::Bf16)),
+            (512, (8, ScaleType::F16)),
+        ];
+        for ((columns, stored), rows) in shapes
             .into_iter()
             .flat_map(|shape| [1, 2, 3, 7].map(|rows| (shape, rows)))
         {
-            let matrix = Sample::new(ROWS, columns, scale_type);
+            let matrix = Sample::new(ROWS, columns, stored);
             let x = sample_rows(rows, columns);
             for start in 0..panels {
                 for end in start..=panels {

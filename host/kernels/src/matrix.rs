@@ -28,7 +28,7 @@ pub enum StoredRows<'a> {
     F16(&'a [u8]),
     /// bfloat16.
     Bf16(&'a [u8]),
-    /// 4-bit codes with scales and biases.
+    /// Codes of four or eight bits with scales and biases.
     Affine(AffineRows<'a>),
 }
 
@@ -54,7 +54,7 @@ impl<'a> StoredMatrix<'a> {
             StoredRows::F16(bytes) | StoredRows::Bf16(bytes) => {
                 is_size(bytes.len(), rows, columns, 2)
             }
-            StoredRows::Affine(int4) => int4.rows() == rows && int4.columns() == columns,
+            StoredRows::Affine(affine) => affine.rows() == rows && affine.columns() == columns,
         };
         if !fits || rows == 0 || columns == 0 {
             return Err(ShapeError(format!(
@@ -88,7 +88,7 @@ impl<'a> StoredMatrix<'a> {
             StoredRows::F32(bytes) => widen::widen_f32(&bytes[span(4)], out),
             StoredRows::F16(bytes) => widen::widen_f16(&bytes[span(2)], out),
             StoredRows::Bf16(bytes) => widen::widen_bf16(&bytes[span(2)], out),
-            StoredRows::Affine(int4) => int4.dequantize_row(row, out),
+            StoredRows::Affine(affine) => affine.dequantize_row(row, out),
         }
     }
 

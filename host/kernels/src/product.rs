@@ -1,4 +1,4 @@
-//! INT4 weights times eight-bit activations, on all cores.
+//! INT4 or INT8 weights times eight-bit activations, on all cores.
 
 #![expect(unsafe_code, reason = "threads write disjoint columns of one matrix")]
 
@@ -37,6 +37,7 @@ pub fn multiply(
     out: &mut [f32],
 ) {
     check(weights, bias, x);
+    let x = &*x.facing(weights);
     assert_eq!(
         out.len(),
         x.rows() * weights.rows(),

@@ -28,11 +28,11 @@ pub(crate) fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
     (words, scale, scale * sum as f32)
 }
 
-/// One value of the product, for a matrix in groups of a multiple of 64 columns: from zero, over the blocks in order,
+/// One value of the product, for a matrix in groups of a multiple of 64 columns: from zero, over the blocks of nibbles in order,
 ///
 /// ```text
 /// value = fma(weight bias, sum of the activations, value)
-/// value = fma(dot, weight scale * activation scale, value)          dot: of the codes, an exact integer
+/// value = fma(dot, weight scale * activation scale, value)          dot: of the nibbles, an exact integer
 /// ```
 ///
 /// Every kernel rounds in this order, so that all give the same bits.
@@ -41,14 +41,15 @@ pub(crate) fn value(weights: &AffineRows<'_>, row: usize, x: &QuantizedRows, m: 
     for block in 0..x.blocks {
         let (codes, scale, bias) = weights.block(row, block);
         let (tile, m) = (&x.tiles[m / TILE_ROWS * x.blocks + block], m % TILE_ROWS);
-        let mut dot = 0;
+        let mut dots = [0; 2]; // of even nibbles, of odd ones
         for (word, four) in tile.words.iter().enumerate() {
             for (byte, &code) in four[m].to_le_bytes().iter().enumerate() {
                 let position = 4 * word + byte;
                 let packed = codes[position % 32] >> (4 * (position / 32)) & 0xF;
-                dot += i32::from(packed) * i32::from(code as i8);
+                dots[position / 32] += i32::from(packed) * i32::from(code as i8);
             }
         }
+        let dot = dots[0] + i32::from(weights.odd_weight()) * dots[1];
         value = bias.mul_add(tile.sums[m], value);
         value = (dot as f32).mul_add(scale * tile.scales[m], value);
     }

@@ -25,7 +25,7 @@ impl Random {
 struct Matrix {
     parts: [Vec<u8>; 3],
     columns: usize,
-    group: usize,
+    form: (usize, usize), // bits and group
     scale_type: ScaleType,
 }
 
@@ -33,10 +33,10 @@ impl Matrix {
     fn random(
         random: &mut Random,
         (rows, columns): (usize, usize),
-        group: usize,
+        (bits, group): (usize, usize),
         scale_type: ScaleType,
     ) -> Self {
-        let weight = (0..rows * columns / 2)
+        let weight = (0..rows * columns / 8 * bits)
             .map(|_| random.next() as u8)
             .collect();
         let mut line = |size: f32| {
@@ -51,20 +51,15 @@ impl Matrix {
         Self {
             parts: [weight, line(1.0), line(0.5)],
             columns,
-            group,
+            form: (bits, group),
             scale_type,
         }
     }
 
     fn view(&self) -> AffineRows<'_> {
         let [weight, scales, biases] = &self.parts;
-        AffineRows::int4(
-            [weight, scales, biases],
-            self.columns,
-            self.group,
-            self.scale_type,
-        )
-        .unwrap()
+        let parts: [&[u8]; 3] = [weight, scales, biases];
+        AffineRows::new(parts, self.columns, self.form, self.scale_type).unwrap()
     }
 }
 
@@ -90,7 +85,7 @@ fn every_kernel_gives_the_bits_of_the_specification() {
             .collect::<Vec<_>>()
     );
     for scale_type in [ScaleType::F16, ScaleType::Bf16, ScaleType::F32] {
-        for group in [64, 128] {
+        for form in [(4, 64), (4, 128), (8, 64), (8, 128)] {
             for (rows, columns, m) in [
                 (1, 128, 1),
                 (9, 64, 1),
@@ -131,10 +126,10 @@ fn every_kernel_gives_the_bits_of_the_specification() {
                 (64, 16384, 1),
                 (64, 16384, 5),
             ] {
-                if columns % group != 0 {
+                if columns % form.1 != 0 {
                     continue;
                 }
-                let matrix = Matrix::random(&mut random, (rows, columns), group, scale_type);
+                let matrix = Matrix::random(&mut random, (rows, columns), form, scale_type);
                 let x: Vec<f32> = (0..m * columns).map(|_| random.unit() * 4.0).collect();
                 let want = product(Kernel::Scalar, &matrix.view(), &x);
                 assert!(want.iter().all(|value| value.is_finite()));
@@ -143,7 +138,7 @@ fn every_kernel_gives_the_bits_of_the_specification() {
                     assert_eq!(
                         bits(&got),
                         bits(&want),
-                        "{} {scale_type:?} {group} {rows}x{columns} {m}",
+                        "{} {scale_type:?} {form:?} {rows}x{columns} {m}",
                         kernel.name()
                     );
                 }
@@ -202,7 +197,7 @@ fn what_is_not_finite_stays_so() {
         .into_iter()
         .flat_map(|shape| bad.map(|bad| (shape, bad)))
     {
-        let matrix = Matrix::random(&mut random, (16, columns), 64, scale_type);
+        let matrix = Matrix::random(&mut random, (16, columns), (4, 64), scale_type);
         let mut x = vec![1.0; m * columns];
         x[columns + 70] = bad;
         for kernel in Kernel::available() {
@@ -236,19 +231,21 @@ fn extreme_codes_do_not_overflow() {
         let mut scales = Vec::new();
         (0..16 * columns / 64).for_each(|_| ScaleType::F16.put(1.0, &mut scales));
         let biases = vec![0; scales.len()];
-        let weight = vec![code; 16 * columns / 2];
-        let weights =
-            AffineRows::int4([&weight, &scales, &biases], columns, 64, ScaleType::F16).unwrap();
         let x = vec![sign * 127.0; m * columns];
-        let per_byte = f32::from(code >> 4) + f32::from(code & 0xF);
-        for kernel in Kernel::available() {
-            let out = product(kernel, &weights, &x);
-            assert!(
-                out.iter()
-                    .all(|&value| value == sign * 127.0 * (columns / 2) as f32 * per_byte),
-                "{}: {out:?}",
-                kernel.name()
-            );
+        let nibbles = f32::from(code >> 4) + f32::from(code & 0xF);
+        for (bits, per_column) in [(4, nibbles / 2.0), (8, f32::from(code))] {
+            let weight = vec![code; 16 * columns / 8 * bits];
+            let parts: [&[u8]; 3] = [&weight, &scales, &biases];
+            let weights = AffineRows::new(parts, columns, (bits, 64), ScaleType::F16).unwrap();
+            for kernel in Kernel::available() {
+                let out = product(kernel, &weights, &x);
+                assert!(
+                    out.iter()
+                        .all(|&value| value == sign * 127.0 * columns as f32 * per_column),
+                    "{} {bits}: {out:?}",
+                    kernel.name()
+                );
+            }
         }
     }
 }
@@ -257,8 +254,8 @@ fn extreme_codes_do_not_overflow() {
 #[test]
 fn rows_multiply_alike_alone_and_together() {
     let mut random = Random(4);
-    for (columns, m) in [(1024, 19), (8192, 5)] {
-        let matrix = Matrix::random(&mut random, (48, columns), 64, ScaleType::F16);
+    for (form, columns, m) in [((4, 64), 1024, 19), ((4, 64), 8192, 5), ((8, 64), 1024, 12)] {
+        let matrix = Matrix::random(&mut random, (48, columns), form, ScaleType::F16);
         let x: Vec<f32> = (0..m * columns).map(|_| random.unit()).collect();
         for kernel in Kernel::available() {
             let together = product(kernel, &matrix.view(), &x);
@@ -279,18 +276,21 @@ fn rows_multiply_alike_alone_and_together() {
 #[test]
 fn an_activation_between_products_changes_no_bit() {
     let mut random = Random(8);
-    for (rows, columns, m) in [
-        (128, 192, 0),
-        (128, 192, 1),
-        (128, 192, 3),
-        (128, 192, 5),
-        (256, 192, 10),
-        (384, 192, 21),
-        (128, 192, 77),
-        (256, 1024, 1),
-        (256, 1024, 2),
-    ] {
-        let matrix = Matrix::random(&mut random, (rows, columns), 64, ScaleType::F16);
+    for (bits, (rows, columns, m)) in [4, 8].into_iter().flat_map(|bits| {
+        [
+            (128, 192, 0),
+            (128, 192, 1),
+            (128, 192, 3),
+            (128, 192, 5),
+            (256, 192, 10),
+            (384, 192, 21),
+            (128, 192, 77),
+            (256, 1024, 1),
+            (256, 1024, 2),
+        ]
+        .map(|shape| (bits, shape))
+    }) {
+        let matrix = Matrix::random(&mut random, (rows, columns), (bits, 64), ScaleType::F16);
         let values: Vec<f32> = (0..m * columns).map(|_| random.unit()).collect();
         let bias: Vec<f32> = (0..rows).map(|_| random.unit() * 100.0).collect();
         for (kernel, bias) in Kernel::available()
@@ -324,7 +324,7 @@ fn an_activation_between_products_changes_no_bit() {
 fn a_bias_is_added_behind_the_product() {
     let mut random = Random(7);
     for (rows, m) in [(1, 1), (7, 3), (8, 5), (21, 12), (40, 8)] {
-        let matrix = Matrix::random(&mut random, (rows, 128), 64, ScaleType::F16);
+        let matrix = Matrix::random(&mut random, (rows, 128), (4, 64), ScaleType::F16);
         let values: Vec<f32> = (0..m * 128).map(|_| random.unit()).collect();
         let bias: Vec<f32> = (0..rows).map(|_| random.unit() * 100.0).collect();
         for kernel in Kernel::available() {
@@ -348,7 +348,7 @@ fn eight_bits_are_near_the_floats() {
     let weights: Vec<f32> = (0..rows * columns)
         .map(|_| (0..6).map(|_| random.unit()).sum::<f32>())
         .collect();
-    let encoded = visor_kernels::encode_rows(&weights, columns, 64, ScaleType::F16).unwrap();
+    let encoded = visor_kernels::encode_rows(&weights, columns, (4, 64), ScaleType::F16).unwrap();
     let view = AffineRows::int4(
         [&encoded.weight, &encoded.scales, &encoded.biases],
         columns,

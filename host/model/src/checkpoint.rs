@@ -262,13 +262,15 @@ impl Checkpoint {
         }
     }
 
-    /// `int4 group 64`, `bf16`, `f16` or `f32`, by a typical matrix.
+    /// `int4 group 64`, `int8 group 64`, `bf16`, `f16` or `f32`, by a typical matrix.
     fn quantization(&self) -> String {
         let part = |suffix: &str| self.weights.get(&format!("{TYPICAL_MODULE}.{suffix}"));
         match (part("scales"), part("weight")) {
-            (Some(scales), _) => {
+            (Some(scales), weight) => {
+                let columns = self.config.hidden_size;
+                let bits = weight.and_then(|weight| table::code_bits(weight, columns));
                 let groups = scales.shape.get(1).copied().unwrap_or(1).max(1);
-                format!("int4 group {}", self.config.hidden_size / groups)
+                format!("int{} group {}", bits.unwrap_or(4), columns / groups)
             }
             (None, Some(weight)) => weight.dtype.to_string(),
             (None, None) => "unknown".to_owned(),

@@ -1,8 +1,8 @@
 //! Weight matrices and the layers made of them: the one seam to the kernels.
 //!
-//! On the CPU a matrix stays as its file has it, mapped. INT4 is multiplied as it is with activations of eight bits; where
+//! On the CPU a matrix stays as its file has it, mapped. INT4 and INT8 are multiplied as they are with activations of eight bits; where
 //! floats are asked for, and any other type, a block of output rows at a time is widened to f32 and multiplied. On an
-//! accelerator INT4 stays INT4 too, and anything else is a tensor of the compute type. Callers cannot tell.
+//! accelerator INT4 stays INT4 too, and anything else, INT8 among it, is a tensor of the compute type. Callers cannot tell.
 
 mod device;
 
@@ -37,6 +37,7 @@ enum Source {
     Floats(StoredTensor),
     Affine {
         parts: Box<[StoredTensor; 3]>,
+        bits: usize,
         group: usize,
         scale_type: ScaleType,
     },
@@ -54,6 +55,7 @@ impl WeightMatrix {
         let source = match table::affine_parts(name, weights)? {
             None => Source::Floats(weight),
             Some([scales, biases]) => Source::Affine {
+                bits: table::code_bits(&weight, columns).unwrap_or_default(),
                 group: columns / scales.shape.get(1).copied().unwrap_or(1).max(1),
                 scale_type: match scales.dtype {
                     StoredType::F16 => ScaleType::F16,
@@ -91,21 +93,22 @@ impl WeightMatrix {
     fn try_affine(&self) -> Result<AffineRows<'_>, visor_kernels::ShapeError> {
         let Source::Affine {
             parts,
+            bits,
             group,
             scale_type,
         } = &self.source
         else {
-            return Err(visor_kernels::ShapeError("not an INT4 matrix".into()));
+            return Err(visor_kernels::ShapeError("not a quantized matrix".into()));
         };
-        AffineRows::int4(
+        AffineRows::new(
             parts.each_ref().map(StoredTensor::bytes),
             self.columns,
-            *group,
+            (*bits, *group),
             *scale_type,
         )
     }
 
-    /// The matrix as the integer kernels take it: INT4 in groups of whole blocks.
+    /// The matrix as the integer kernels take it: INT4 or INT8 in groups of whole blocks.
     fn blocked(&self) -> Option<AffineRows<'_>> {
         self.try_affine().ok().filter(AffineRows::is_blocked)
     }

@@ -57,7 +57,7 @@ pub fn write_random(
     let entries = table::tensors(&ModelConfig::parse(config, name)?);
     let partial = Partial::create(target)?;
     write_weights(&entries, &partial.path.join("model.safetensors"), progress)?;
-    write_quantized_config(parse_json(config, name)?, &partial.path)?;
+    write_quantized_config(parse_json(config, name)?, &partial.path, &[])?;
     for (name, bytes) in [
         ("preprocessor_config.json", PREPROCESSOR_CONFIG),
         ("tokenizer.json", PHI3_TOKENIZER),
@@ -101,7 +101,7 @@ fn write_weights(
     };
     for tensor in &planned {
         match tensor.action {
-            Action::Affine { rows, columns } => drawing.int4(rows, columns)?,
+            Action::Affine { rows, columns, .. } => drawing.int4(rows, columns)?,
             Action::Float | Action::ChannelsLast => drawing.floats(tensor)?,
         }
     }
@@ -112,7 +112,11 @@ fn write_weights(
 fn stored(entry: &Entry) -> (Vec<usize>, Action) {
     match &entry.form {
         &Form::Matrix { rows, columns } => {
-            let int4 = Action::Affine { rows, columns };
+            let int4 = Action::Affine {
+                rows,
+                columns,
+                bits: 4,
+            };
             let fits = columns.is_multiple_of(GROUP);
             (vec![rows, columns], if fits { int4 } else { Action::Float })
         }

@@ -19,7 +19,7 @@ pub(crate) const EMBEDDING: &str = "model.embed_tokens";
 /// What a tensor may look like.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Form {
-    /// A matrix (rows, columns), stored as floats or as INT4 with scales and biases.
+    /// A matrix (rows, columns), stored as floats, or as INT4 or INT8 with scales and biases.
     Matrix { rows: usize, columns: usize },
     /// Floats of exactly this shape.
     Floats(Vec<usize>),
@@ -174,6 +174,15 @@ pub(crate) fn affine_parts<'a>(
     Ok(Some([scales, biases]))
 }
 
+/// Bits of a code, of a weight stored as u32 words; nothing where they do not fill the words.
+pub(crate) fn code_bits(weight: &StoredTensor, columns: usize) -> Option<usize> {
+    let &[_, words] = weight.shape.as_slice() else {
+        return None;
+    };
+    let bits = words.checked_mul(32)?.checked_div(columns)?;
+    (bits * columns == words * 32).then_some(bits)
+}
+
 fn missing(name: &str, weights: &Weights) -> ModelError {
     ModelError::MissingTensor {
         name: name.to_owned(),
@@ -184,7 +193,7 @@ fn missing(name: &str, weights: &Weights) -> ModelError {
 
 fn check_floats(tensor: &StoredTensor, shapes: &[Vec<usize>]) -> Result<(), ModelError> {
     if tensor.dtype == StoredType::U32 && tensor.shape.len() == 2 {
-        let want = "an INT4 weight also needs its .scales and .biases";
+        let want = "a quantized weight also needs its .scales and .biases";
         return Err(wrong_type(tensor, want));
     }
     if !matches!(
@@ -193,7 +202,7 @@ fn check_floats(tensor: &StoredTensor, shapes: &[Vec<usize>]) -> Result<(), Mode
     ) {
         return Err(wrong_type(
             tensor,
-            "convert the checkpoint to f32, f16, bf16 or MLX INT4",
+            "convert the checkpoint to f32, f16, bf16 or MLX INT4 or INT8",
         ));
     }
     if shapes.contains(&tensor.shape) {
@@ -211,7 +220,7 @@ fn check_affine(
     if weight.dtype != StoredType::U32 {
         return Err(wrong_type(
             weight,
-            "a weight with .scales has to hold u32 words of 4-bit codes",
+            "a weight with .scales has to hold u32 words of codes",
         ));
     }
     if scales.dtype != biases.dtype
@@ -222,13 +231,15 @@ fn check_affine(
     {
         return Err(wrong_type(
             scales,
-            "INT4 scales and biases have to be both f16, bf16 or f32",
+            "scales and biases have to be both f16, bf16 or f32",
         ));
     }
-    if weight.shape != [rows, columns / 8] || !columns.is_multiple_of(8) {
+    let is_read = matches!(code_bits(weight, columns), Some(4 | 8));
+    if weight.shape.first() != Some(&rows) || !is_read || !columns.is_multiple_of(8) {
         let want = format!(
-            "[{rows}, {}] words of eight 4-bit codes (other widths than 4 bits are not read)",
-            columns / 8
+            "[{rows}, {}] words of eight 4-bit codes, or {} of four 8-bit ones (other widths are not read)",
+            columns / 8,
+            columns / 4
         );
         return Err(wrong_shape(weight, want));
     }

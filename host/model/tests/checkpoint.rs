@@ -383,19 +383,36 @@ fn broken_tensors_are_named_with_file_and_shape() {
     );
 }
 
+/// The same codes, a byte each: a mixed conversion, of which a module is eight bits wide because its words are twice as many.
 #[test]
-fn eight_bit_modules_are_refused_by_their_width() {
+fn modules_of_eight_bits_are_what_their_codes_say() {
+    let mut folder = Folder::of("ckpt_mha_int4");
+    for module in ["model.layers.1.mlp.down_proj", "lm_head"] {
+        let name = format!("{module}.weight");
+        let (dtype, shape, bytes) = folder.tensors.remove(&name).unwrap();
+        let codes = bytes.iter().flat_map(|byte| [byte & 0xF, byte >> 4]);
+        let wide = (dtype, vec![shape[0], 2 * shape[1]], codes.collect());
+        folder.tensors.insert(name, wide);
+        let form = json!({ "group_size": 64, "bits": 8, "mode": "affine" });
+        folder.config["quantization"][module] = form;
+    }
+    folder.write();
+    let checkpoint = folder.open().unwrap();
+    assert_eq!(answers(&checkpoint), answers_of_golden("ckpt_mha_int4"));
+}
+
+#[test]
+fn modules_of_other_widths_are_refused() {
     let mut folder = Folder::of("ckpt_mha_int4");
     let name = "model.layers.0.mlp.down_proj.weight";
     let (dtype, shape, bytes) = folder.tensors.remove(name).unwrap();
-    let doubled = [bytes.clone(), bytes].concat();
-    folder
-        .tensors
-        .insert(name.into(), (dtype, vec![shape[0], 2 * shape[1]], doubled));
+    let six = [&bytes[..], &bytes[..bytes.len() / 2]].concat();
+    let shape = vec![shape[0], shape[1] / 2 * 3];
+    folder.tensors.insert(name.into(), (dtype, shape, six));
     folder.write();
     let message = folder.refused();
     assert!(
-        message.contains(name) && message.contains("4 bits"),
+        message.contains(name) && message.contains("four 8-bit ones (other widths"),
         "{message}"
     );
 }

@@ -248,3 +248,39 @@ fn both_checkpoints_are_run_and_compared_layer_by_layer() {
     let stopped = compare(&source, &target, &mut |_| false);
     assert!(matches!(stopped, Err(ModelError::Cancelled)));
 }
+
+/// The tower in eight bits, as it is by default: the config says so module by module, as MLX's mixed conversions do.
+#[test]
+fn the_vision_tower_has_eight_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, target) = (golden("ckpt_mha"), folder.path().join("mixed"));
+    let report = quantized(&source, &target, &QuantizeOptions::default());
+    let config = std::fs::read(target.join("config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    let bytes = weights(&target);
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let mut eight = 0;
+    for module in &report.modules {
+        let name = &module.module;
+        let form = &config["quantization"][name];
+        if !name.starts_with("model.vision_embed_tokens.") {
+            assert!(module.bits == 4 && form.is_null(), "{name}");
+            continue;
+        }
+        eight += 1;
+        let want = serde_json::json!({ "group_size": 64, "bits": 8, "mode": "affine" });
+        assert_eq!((module.bits, form), (8, &want), "{name}");
+        let tensor = tensors.tensor(&format!("{name}.weight")).unwrap();
+        assert_eq!(tensor.shape(), [module.rows, module.columns / 4], "{name}");
+        let (ours, by_ends) = (module.relative, module.relative_by_ends);
+        assert!(ours < by_ends && ours < 0.006, "{name} {ours} {by_ends}");
+    }
+    assert!(eight > 10, "{eight}");
+    let opened = Checkpoint::open(&target).unwrap();
+    assert_eq!(opened.facts().quantization, "int4 group 64");
+    let compared = compare(&source, &target, &mut |_| true).unwrap();
+    let mut stages = compared.stages.iter();
+    let features = stages.find(|stage| stage.stage == "image features");
+    let features = features.unwrap().relative;
+    assert!((1e-4..0.02).contains(&features), "{features}");
+}

@@ -252,10 +252,10 @@ struct QuantizeArgs {
     source: PathBuf,
     /// Folder to write; it must not exist
     target: PathBuf,
-    /// Linears of the vision tower and the projector: int4 or float
-    #[arg(long, value_name = "FORM", default_value = "float")]
+    /// Linears of the vision tower and the projector: int8, int4 or float
+    #[arg(long, value_name = "FORM", default_value = "int8")]
     vision: quantize::Form,
-    /// Token embeddings and lm_head: int4 or float
+    /// Token embeddings and lm_head: int8, int4 or float
     #[arg(long, value_name = "FORM", default_value = "int4")]
     embeddings: quantize::Form,
     /// f16 or bf16: scales, biases, and whatever stays float

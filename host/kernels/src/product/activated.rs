@@ -36,6 +36,7 @@ pub fn multiply_activated(
     out: &mut QuantizedRows,
 ) {
     super::check(weights, bias, x);
+    let x = &*x.facing(weights);
     let parts = activation.parts();
     let columns = weights.rows() / parts;
     assert!(

@@ -1,4 +1,4 @@
-//! INT4 weights times eight-bit activations with AVX2. `scalar.rs` specifies a value to the bit.
+//! INT4 weights times eight-bit activations with AVX2, and those of INT8 by nibble. `scalar.rs` specifies a value to the bit.
 //!
 //! Eight rows of weights make a panel. Of a panel's block of 64 columns, eight words a row are transposed, so that a register
 //! holds one word of each row; its low nibbles are four even columns of each row, its high ones the four odd columns beside
@@ -51,6 +51,7 @@ impl Avx2 {
         out: Out<'_>,
     ) {
         let kernel = match x.rows() {
+            _ if weights.bits() == 8 => many::many_rows,
             1 => one_row,
             2 => several::several_rows::<2>,
             3 => several::several_rows::<3>,
@@ -91,7 +92,7 @@ impl<'a> Panel<'a> {
         for (index, row) in self.rows.iter_mut().enumerate() {
             *row = weights.row((panel * PANEL + index).min(last));
         }
-        self.blocks = weights.columns() / BLOCK;
+        self.blocks = weights.blocks();
         let bytes = self.blocks * BLOCK / 2;
         let whole = self.rows.iter().all(|[codes, ..]| codes.len() >= bytes);
         assert!(whole, "a row is whole blocks");
@@ -100,9 +101,9 @@ impl<'a> Panel<'a> {
     /// Reads scales and biases.
     #[target_feature(enable = "avx2,f16c")]
     fn read_lines(&mut self, weights: &AffineRows<'a>) {
-        let per_group = weights.group() / BLOCK;
+        let per_group = weights.blocks_per_group();
         self.lines
-            .resize(weights.columns() / BLOCK, [_mm256_setzero_ps(); 2]);
+            .resize(weights.blocks(), [_mm256_setzero_ps(); 2]);
         let halves = weights.scale_type() != ScaleType::F32;
         if halves && per_group == 1 && self.blocks.is_multiple_of(PANEL) {
             return self.read_halves(weights.scale_type());
@@ -236,7 +237,7 @@ fn read_row(
     row: usize,
 ) {
     let scale_type = weights.scale_type();
-    let (width, per_group) = (scale_type.bytes(), weights.group() / BLOCK);
+    let (width, per_group) = (scale_type.bytes(), weights.blocks_per_group());
     let ahead = ahead_bytes(codes.len());
     for part in [scales, biases] {
         prefetch_far(

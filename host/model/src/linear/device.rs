@@ -30,7 +30,7 @@ pub(super) enum DeviceWeight {
 }
 
 impl DeviceWeight {
-    /// An INT4 matrix in four bits; `None` where f16 does not hold its scales and biases or a block would straddle groups.
+    /// An INT4 matrix in four bits; `None` where it is INT8, f16 does not hold its scales and biases or a block would straddle groups.
     pub(super) fn int4(
         rows: &AffineRows<'_>,
         device: &Device,
@@ -56,7 +56,7 @@ impl DeviceWeight {
 
 /// The blocks of all rows, one row after the other.
 fn blocks(rows: &AffineRows<'_>) -> Option<Vec<u8>> {
-    if !rows.group().is_multiple_of(BLOCK) {
+    if rows.bits() != 4 || !rows.group().is_multiple_of(BLOCK) {
         return None;
     }
     let per_row = rows.columns() / BLOCK;

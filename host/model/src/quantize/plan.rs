@@ -15,6 +15,12 @@ pub(super) struct Step<'a> {
 }
 
 impl Step<'_> {
+    /// The module of a matrix that becomes eight bits.
+    pub(super) fn eight_bit_module(&self) -> Option<&str> {
+        let is_one = matches!(self.action, Action::Affine { bits: 8, .. });
+        is_one.then(|| module(&self.tensor.name))
+    }
+
     /// What the file's header has to know.
     pub(super) fn planned(&self) -> Planned<'_> {
         Planned {
@@ -23,6 +29,11 @@ impl Step<'_> {
             action: self.action,
         }
     }
+}
+
+/// What a weight's name names.
+pub(super) fn module(name: &str) -> &str {
+    name.strip_suffix(".weight").unwrap_or(name)
 }
 
 /// A tensor of a file that is about to be written.
@@ -36,8 +47,12 @@ pub(crate) struct Planned<'a> {
 /// What is written of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Codes, scales and biases of a matrix.
-    Affine { rows: usize, columns: usize },
+    /// Codes of so many bits, scales and biases of a matrix.
+    Affine {
+        rows: usize,
+        columns: usize,
+        bits: usize,
+    },
     /// The values in the float type.
     Float,
     /// The values of a convolution (out, channel, row, column) as (out, row, column, channel), in the float type.
@@ -84,17 +99,26 @@ fn action(tensor: &StoredTensor, form: Option<&Form>, options: &QuantizeOptions)
     } else {
         Precision::Int4
     };
+    let bits = match precision {
+        Precision::Int4 => 4,
+        Precision::Int8 => 8,
+        Precision::Float => 0,
+    };
     match (form, tensor.shape.as_slice()) {
         // The last tower layer is not in the table, and is stored as the others are.
         (Some(Form::Matrix { .. }) | None, &[rows, columns])
-            if precision == Precision::Int4
+            if bits > 0
                 && rows > 0
                 && columns > 0
                 && columns.is_multiple_of(GROUP)
                 && tensor.name.ends_with(".weight")
                 && !tensor.name.contains("position_embedding") =>
         {
-            Action::Affine { rows, columns }
+            Action::Affine {
+                rows,
+                columns,
+                bits,
+            }
         }
         (Some(Form::Patches { .. }), &[_, 3, _, _]) => Action::ChannelsLast,
         _ => Action::Float,

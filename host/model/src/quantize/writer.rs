@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use visor_kernels::{EncodeError, ScaleType, SquaredError, encode_rows};
 
-use super::plan::{Action, Planned, Step};
+use super::plan::{Action, Planned, Step, module};
 use super::{GROUP, ModuleError, cannot_write};
 use crate::error::ModelError;
 use crate::weights::StoredTensor;
@@ -112,9 +112,13 @@ impl Header {
             Action::ChannelsLast => {
                 self.add(name, float, &[shape[0], shape[2], shape[3], shape[1]]);
             }
-            Action::Affine { rows, columns } => {
+            Action::Affine {
+                rows,
+                columns,
+                bits,
+            } => {
                 let module = module(name);
-                self.add(name, ("U32", 4), &[rows, columns / 8]);
+                self.add(name, ("U32", 4), &[rows, columns / 32 * bits]);
                 for part in ["scales", "biases"] {
                     self.add(&format!("{module}.{part}"), float, &[rows, columns / GROUP]);
                 }
@@ -136,10 +140,6 @@ fn float_name(float_type: ScaleType) -> &'static str {
         ScaleType::Bf16 => "BF16",
         ScaleType::F32 => "F32",
     }
-}
-
-fn module(name: &str) -> &str {
-    name.strip_suffix(".weight").unwrap_or(name)
 }
 
 /// Writes one tensor, block by block; for a quantized one, what that changed. `on_bytes` hears of the source's bytes that
@@ -170,8 +170,8 @@ pub(super) fn write_tensor(
                 let moved = channels_last(&floats, &tensor.shape);
                 writer.put(&as_floats(tensor, &moved, float_type)?)?;
             }
-            Action::Affine { columns, .. } => {
-                let rows = encode_rows(&floats, columns, GROUP, float_type)
+            Action::Affine { columns, bits, .. } => {
+                let rows = encode_rows(&floats, columns, (bits, GROUP), float_type)
                     .map_err(|error| refused(tensor, start / columns, error))?;
                 writer.put(&rows.weight)?;
                 scales.extend(rows.scales);
@@ -186,8 +186,13 @@ pub(super) fn write_tensor(
     writer.put(&scales)?;
     writer.put(&biases)?;
     Ok(match step.action {
-        Action::Affine { rows, columns } => Some(ModuleError {
+        Action::Affine {
+            rows,
+            columns,
+            bits,
+        } => Some(ModuleError {
             module: module(&tensor.name).to_owned(),
+            bits,
             rows,
             columns,
             relative: relative(error.encoded, error.weights),

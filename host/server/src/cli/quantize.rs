@@ -14,7 +14,7 @@ use super::{EXIT_DONE, EXIT_STOPPED, Failure, QuantizeArgs};
 /// Shown by `visor quantize --help`.
 pub(super) const HELP: &str = "\
 TARGET is what mlx-vlm writes with -q: groups of 64 weights with a scale and a bias, any reader of MLX's affine
-INT4 loads it. The scale and bias of a group are searched for the least squared error; the table tells the
+INT4 and INT8 loads it. The scale and bias of a group are searched for the least squared error; the table tells the
 relative error of every module, and what it had been with MLX's own choice. Then a picture and a text run through both
 checkpoints, and the relative error behind every layer is told; its memory does not grow with the model.
 
@@ -27,6 +27,8 @@ bf16 reaches further than f16 and is coarser: take it when a weight does not fit
 pub(super) enum Form {
     /// Four bits a weight.
     Int4,
+    /// Eight bits a weight.
+    Int8,
     /// As --float-type says.
     Float,
 }
@@ -35,6 +37,7 @@ impl From<Form> for Precision {
     fn from(form: Form) -> Self {
         match form {
             Form::Int4 => Self::Int4,
+            Form::Int8 => Self::Int8,
             Form::Float => Self::Float,
         }
     }
@@ -103,6 +106,7 @@ fn tell_json(report: &QuantizeReport, compared: Option<&Comparison>) -> Result<(
     let module = |module: &ModuleError| {
         json!({
             "module": module.module,
+            "bits": module.bits,
             "shape": [module.rows, module.columns],
             "relative_error": module.relative,
             "relative_error_by_ends": module.relative_by_ends,
@@ -157,16 +161,16 @@ fn tell(report: &QuantizeReport, args: &QuantizeArgs) -> Result<(), Failure> {
     let width = width.max().unwrap_or(0);
     writeln!(
         out,
-        "{:<width$} {:>14} {:>9} {:>9}",
-        "module", "shape", "error", "by ends"
+        "{:<width$} {:>4} {:>14} {:>9} {:>9}",
+        "module", "bits", "shape", "error", "by ends"
     )?;
     for module in &report.modules {
         let shape = format!("{} x {}", module.rows, module.columns);
         let (error, by_ends) = (100.0 * module.relative, 100.0 * module.relative_by_ends);
         writeln!(
             out,
-            "{:<width$} {shape:>14} {error:>7.2} % {by_ends:>7.2} %",
-            module.module
+            "{:<width$} {:>4} {shape:>14} {error:>7.2} % {by_ends:>7.2} %",
+            module.module, module.bits
         )?;
     }
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);

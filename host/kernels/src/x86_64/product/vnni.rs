@@ -24,6 +24,7 @@ impl Avx512 {
         out: Out<'_>,
     ) {
         let kernel = match x.rows() {
+            _ if weights.bits() == 8 => many::many_rows,
             1 if by_row::takes(weights) => by_row::multiply::<1>,
             2 if by_row::takes(weights) => by_row::multiply::<2>,
             1 => several_rows::<1>,
@@ -63,10 +64,10 @@ impl<'a> Pair<'a> {
         for (offset, panel) in self.panels.iter_mut().enumerate() {
             panel.find(weights, (panels.start + offset).min(panels.end - 1));
         }
-        let blocks = weights.columns() / BLOCK;
+        let blocks = weights.blocks();
         self.lines.resize(blocks, [_mm512_setzero_ps(); 2]);
         let halves = weights.scale_type() != ScaleType::F32;
-        if halves && weights.group() == BLOCK && blocks.is_multiple_of(2 * PANEL) {
+        if halves && weights.blocks_per_group() == 1 && blocks.is_multiple_of(2 * PANEL) {
             return self.read_halves(weights.scale_type());
         }
         for panel in &mut self.panels {
