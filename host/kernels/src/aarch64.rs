@@ -8,7 +8,7 @@
 //! register t (of 16)   byte 4r..4r+4 = row r, columns 8(t % 8) + {0,2,4,6} + t / 8        one word of activations: t
 //! ```
 //!
-//! Codes up to 15 are the same signed. A block's sum is at most 64 * 15 * 127 = 121920: exact in 32 bits, and as a float.
+//! Codes up to 15 are the same signed. A block's sum is at most 32 * 255 * 127 = 1036320, of INT8: exact in 32 bits, and as a float.
 
 #![expect(
     unsafe_code,
@@ -52,10 +52,10 @@ impl Neon {
     }
 
     /// Adds a stretch of blocks with products of bytes in 32 bits, four at a time.
-    const fn dots<const ODD_WEIGHT: i32>() -> Way {
+    const fn dots<const ODD_FACTOR: i32>() -> Way {
         Way {
             arrange: |_| {}, // as it is unpacked
-            add_tile: add_tile::<ODD_WEIGHT>,
+            add_tile: add_tile::<ODD_FACTOR>,
         }
     }
 
@@ -348,23 +348,23 @@ unsafe fn many_rows(
 
 /// Adds a stretch of blocks to the values of a tile's rows.
 #[target_feature(enable = "neon,dotprod")]
-fn add_tile<const ODD_WEIGHT: i32>(
+fn add_tile<const ODD_FACTOR: i32>(
     weights: &Unpacked,
     tiles: &[Tile],
     values: &mut [[float32x4_t; QUADS]],
 ) {
     match values.len() {
-        1 => rows_times_quads::<1, ODD_WEIGHT>(weights, tiles, values),
-        2 => rows_times_quads::<2, ODD_WEIGHT>(weights, tiles, values),
-        3 => rows_times_quads::<3, ODD_WEIGHT>(weights, tiles, values),
-        4 => rows_times_quads::<4, ODD_WEIGHT>(weights, tiles, values),
-        _ => rows_times_quads::<TILE_ROWS, ODD_WEIGHT>(weights, tiles, values),
+        1 => rows_times_quads::<1, ODD_FACTOR>(weights, tiles, values),
+        2 => rows_times_quads::<2, ODD_FACTOR>(weights, tiles, values),
+        3 => rows_times_quads::<3, ODD_FACTOR>(weights, tiles, values),
+        4 => rows_times_quads::<4, ODD_FACTOR>(weights, tiles, values),
+        _ => rows_times_quads::<TILE_ROWS, ODD_FACTOR>(weights, tiles, values),
     }
 }
 
 /// Adds a stretch of blocks to the values of the first N rows of a tile.
 #[target_feature(enable = "neon,dotprod")]
-fn rows_times_quads<const N: usize, const ODD_WEIGHT: i32>(
+fn rows_times_quads<const N: usize, const ODD_FACTOR: i32>(
     weights: &Unpacked,
     tiles: &[Tile],
     values: &mut [[float32x4_t; QUADS]],
@@ -373,7 +373,7 @@ fn rows_times_quads<const N: usize, const ODD_WEIGHT: i32>(
         .first_chunk_mut::<N>()
         .expect("the caller counted them");
     for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
-        let dots = block_dots::<N, ODD_WEIGHT>(codes, &tile.words);
+        let dots = block_dots::<N, ODD_FACTOR>(codes, &tile.words);
         for row in 0..N {
             let x = [tile.scales[row], tile.sums[row]];
             add_block(&mut values[row], &dots[row], lines, x);
@@ -413,18 +413,18 @@ fn accumulate(
 /// Dot products of one block: (rows of x, quads).
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
-fn block_dots<const N: usize, const ODD_WEIGHT: i32>(
+fn block_dots<const N: usize, const ODD_FACTOR: i32>(
     codes: &[[int8x16_t; QUADS]; WORDS],
     words: &[[i32; TILE_ROWS]; WORDS],
 ) -> [[int32x4_t; QUADS]; N] {
     let mut sums = [[vdupq_n_s32(0); QUADS]; N];
-    if ODD_WEIGHT == 1 {
+    if ODD_FACTOR == 1 {
         add_steps(&mut sums, codes, words);
         return sums;
     }
     add_steps(&mut sums, &codes[WORDS / 2..], &words[WORDS / 2..]);
     for sum in sums.as_flattened_mut() {
-        *sum = vmulq_n_s32(*sum, ODD_WEIGHT);
+        *sum = vmulq_n_s32(*sum, ODD_FACTOR);
     }
     add_steps(&mut sums, &codes[..WORDS / 2], &words[..WORDS / 2]);
     sums

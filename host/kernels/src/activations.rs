@@ -167,10 +167,13 @@ impl QuantizedRows {
     fn by_nibble(&self) -> Self {
         let mut out = Self::default();
         out.reshape(self.rows, 2 * self.columns());
-        let pairs = out.tiles.as_chunks_mut().0.par_iter_mut();
-        pairs
-            .zip(&self.tiles)
-            .for_each(|(pair, tile)| *pair = tile.by_nibble());
+        let pairs = out.tiles.as_chunks_mut().0;
+        let each = |(pair, tile): (&mut [Tile; 2], &Tile)| *pair = tile.by_nibble();
+        if self.rows <= TILE_ROWS {
+            pairs.iter_mut().zip(&self.tiles).for_each(each);
+        } else {
+            pairs.par_iter_mut().zip(&self.tiles).for_each(each);
+        }
         out
     }
 
@@ -189,5 +192,40 @@ impl QuantizedRows {
     /// Values per row.
     pub fn columns(&self) -> usize {
         self.blocks * BLOCK
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Column by column: both nibbles of a byte meet the column's activation, and a half's sum is of its own columns.
+    #[test]
+    fn by_nibble_every_column_is_where_its_byte_is() {
+        let (rows, columns) = (7, 2 * BLOCK);
+        let value = |row: usize, column: usize| ((row * 31 + column * 17) % 253) as f32 - 126.0;
+        let mut x = Vec::new();
+        for row in 0..rows {
+            x.extend((0..columns).map(|column| match column % BLOCK {
+                0 => 127.0, // the scale is 1, and a code its value
+                _ => value(row, column),
+            }));
+        }
+        let plain = QuantizedRows::new(Kernel::Scalar, &x, columns);
+        let faced = plain.by_nibble();
+        assert_eq!((faced.rows, faced.blocks), (rows, 2 * plain.blocks));
+        for (row, x) in x.chunks_exact(columns).enumerate() {
+            for (block, x) in x.chunks_exact(BLOCK / 2).enumerate() {
+                let tile = &faced.tiles[row / TILE_ROWS * faced.blocks + block];
+                let place = row % TILE_ROWS;
+                let codes: Vec<i8> = (tile.words.iter())
+                    .flat_map(|word| word[place].to_le_bytes().map(u8::cast_signed))
+                    .collect();
+                let want: Vec<i8> = x.iter().map(|value| *value as i8).collect();
+                assert_eq!(codes, [&want[..], &want].concat(), "{row} {block}");
+                assert_eq!(tile.scales[place], 1.0);
+                assert_eq!(tile.sums[place], x.iter().sum::<f32>(), "{row} {block}");
+            }
+        }
     }
 }

@@ -26,7 +26,7 @@
 //! ```
 //!
 //! To the integer kernels every row is nibbles, in blocks of 64. A row of INT8 has twice as many, of which the odd ones, the upper
-//! halves of bytes, weigh sixteen times; both nibbles of a byte meet the same activation (`QuantizedRows::by_nibble`).
+//! halves of bytes, count sixteen times; both nibbles of a byte meet the same activation (`QuantizedRows::by_nibble`).
 //!
 //! The group is 64 by default (32 and 128 exist) and is always a multiple of 8, so a word never straddles two groups.
 //! Scales may be negative. `P.biases` (plural) is part of the format; `P.bias` (singular) is the layer's own.
@@ -109,6 +109,7 @@ pub struct AffineRows<'a> {
     group: usize,
     columns: usize,
     rows: usize,
+    code_bytes: usize,  // of a row
     scale_bytes: usize, // of a row
     scale_type: ScaleType,
 }
@@ -149,12 +150,12 @@ impl<'a> AffineRows<'a> {
                 "INT{bits} groups of {group} do not divide rows of {columns} columns into whole words"
             )));
         }
-        let row_bytes = columns / 8 * bits;
-        let rows = weight.len() / row_bytes;
+        let code_bytes = columns / 8 * bits;
+        let rows = weight.len() / code_bytes;
         let scale_bytes = (columns / group)
             .checked_mul(scale_type.bytes())
             .filter(|row| row.checked_mul(rows) == Some(scales.len()))
-            .filter(|_| weight.len() % row_bytes == 0 && scales.len() == biases.len());
+            .filter(|_| weight.len() % code_bytes == 0 && scales.len() == biases.len());
         let Some(scale_bytes) = scale_bytes else {
             return Err(ShapeError(format!(
                 "INT{bits} arrays of {}, {} and {} bytes are not rows of {columns} columns in groups of {group}",
@@ -171,6 +172,7 @@ impl<'a> AffineRows<'a> {
             group,
             columns,
             rows,
+            code_bytes,
             scale_bytes,
             scale_type,
         })
@@ -206,18 +208,14 @@ impl<'a> AffineRows<'a> {
         self.group / BLOCK * self.nibbles()
     }
 
-    /// What an odd nibble of a block weighs: it is a column, or the upper half of one.
-    pub(crate) fn odd_weight(&self) -> i16 {
+    /// How often an odd nibble of a block counts: it is a column, or the upper half of one.
+    pub(crate) fn odd_factor(&self) -> i16 {
         if self.bits == 4 { 1 } else { 16 }
     }
 
     /// Nibbles of a code.
     fn nibbles(&self) -> usize {
         self.bits / 4
-    }
-
-    fn row_bytes(&self) -> usize {
-        self.columns / 2 * self.nibbles()
     }
 
     /// A row's block of 64 nibbles, and the scale and bias of its group.
@@ -235,7 +233,7 @@ impl<'a> AffineRows<'a> {
     pub(crate) fn parts(&self, rows: Range<usize>) -> [&'a [u8]; 3] {
         let part = |bytes: &'a [u8], width: usize| &bytes[rows.start * width..rows.end * width];
         [
-            part(self.weight, self.row_bytes()),
+            part(self.weight, self.code_bytes),
             part(self.scales, self.scale_bytes),
             part(self.biases, self.scale_bytes),
         ]
@@ -247,10 +245,13 @@ impl<'a> AffineRows<'a> {
     /// When the columns are not whole bytes of one row.
     pub fn codes(&self, row: usize, columns: Range<usize>) -> (&'a [u8], f32, f32) {
         assert!(
-            columns.end <= self.columns && columns.start.is_multiple_of(2),
+            columns.end <= self.columns
+                && [columns.start, columns.end]
+                    .into_iter()
+                    .all(|column| (column * self.bits).is_multiple_of(8)),
             "whole bytes of a row"
         );
-        let byte = |column: usize| row * self.row_bytes() + column / 2 * self.nibbles();
+        let byte = |column: usize| row * self.code_bytes + column * self.bits / 8;
         let group = row * (self.columns / self.group) + columns.start / self.group;
         (
             &self.weight[byte(columns.start)..byte(columns.end)],

@@ -65,11 +65,11 @@ impl Kernel {
     #[cfg(target_arch = "x86_64")]
     fn is_right(&self) -> bool {
         // Few rows, and tiles of every height; then rows that are read in another order: so long, or in whole registers; then INT8.
-        self.multiplies(2 * BLOCK, (4, ScaleType::F32), 1..=2 * TILE_ROWS)
+        self.multiplies(2 * BLOCK, (4, ScaleType::F32), 1..=2 * TILE_ROWS + 1)
             && self.multiplies(LONG_COLUMNS, (4, ScaleType::F32), FEW_ROWS..=FEW_ROWS + 1)
             && self.multiplies(32 * BLOCK, (4, ScaleType::F16), 1..=FEW_ROWS)
             && self.multiplies(16 * BLOCK, (4, ScaleType::Bf16), 1..=FEW_ROWS)
-            && self.multiplies(2 * BLOCK, (8, ScaleType::F16), 1..=TILE_ROWS + 1)
+            && self.multiplies(3 * BLOCK, (8, ScaleType::F16), 1..=TILE_ROWS + 1)
     }
 
     /// Whether products of so many rows of so many columns are the specification's, with codes of so many bits.
@@ -104,7 +104,7 @@ impl Kernel {
         }
     }
 
-    /// Values of a range of panels of eight weight rows, each once.
+    /// Values of a range of panels of eight weight rows, each once. `x` faces the weights ([`QuantizedRows::facing`]).
     pub(crate) fn multiply(
         self,
         weights: &AffineRows<'_>,
@@ -112,6 +112,7 @@ impl Kernel {
         x: &QuantizedRows,
         out: Out<'_>,
     ) {
+        assert_eq!(x.blocks, weights.blocks(), "rows that face these weights");
         match self {
             Self::Scalar => {
                 for (index, panel) in panels.enumerate() {

@@ -1,10 +1,10 @@
 //! Arithmetic on stored weights: the home of unsafe.
 //!
-//! A weight matrix stays as its file has it, f32, f16, bf16 or INT4. [`affine`] draws the INT4 format byte by byte, [`mod@encode`]
+//! A weight matrix stays as its file has it, f32, f16, bf16, INT8 or INT4. [`affine`] draws the last two byte by byte, [`mod@encode`]
 //! makes it of f32, [`widen`] converts the float types.
 //!
 //! There are two ways to multiply. [`StoredMatrix`] widens a few rows at a time to f32: safe, for any type, written so that
-//! the compiler can vectorize it. [`multiply()`] takes INT4 as it is, with [`activations`] of eight bits: `scalar` specifies
+//! the compiler can vectorize it. [`multiply()`] takes INT4 and INT8 as they are, with [`activations`] of eight bits: `scalar` specifies
 //! it, and one file for each instruction set does the same, to the bit, as fast as that can. Nothing here knows of tensors,
 //! files or models.
 

@@ -32,7 +32,7 @@ pub(crate) fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
 ///
 /// ```text
 /// value = fma(weight bias, sum of the activations, value)
-/// value = fma(dot, weight scale * activation scale, value)          dot: of the nibbles, an exact integer
+/// value = fma(dot, weight scale * activation scale, value)          dot: of the nibbles, an exact integer; odd ones count `odd_factor` times
 /// ```
 ///
 /// Every kernel rounds in this order, so that all give the same bits.
@@ -49,7 +49,7 @@ pub(crate) fn value(weights: &AffineRows<'_>, row: usize, x: &QuantizedRows, m: 
                 dots[position / 32] += i32::from(packed) * i32::from(code as i8);
             }
         }
-        let dot = dots[0] + i32::from(weights.odd_weight()) * dots[1];
+        let dot = dots[0] + i32::from(weights.odd_factor()) * dots[1];
         value = bias.mul_add(tile.sums[m], value);
         value = (dot as f32).mul_add(scale * tile.scales[m], value);
     }

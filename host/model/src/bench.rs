@@ -46,7 +46,7 @@ const QUESTION_TOKENS: [usize; 2] = [4, 14];
 
 /// How to measure.
 pub struct BenchOptions<'a> {
-    /// What INT4 weights are multiplied with.
+    /// What INT4 and INT8 weights are multiplied with.
     pub activations: Activations,
     /// Prompt positions computed at a time.
     pub prefill_chunk_tokens: usize,
@@ -61,7 +61,7 @@ pub struct BenchOptions<'a> {
 /// What was measured. A share is of what bounds the stage: the product rate of [`Ceilings`], or what memory gave beside it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BenchReport {
-    /// `int4 group 64`, `bf16`, `f16` or `f32`.
+    /// `int4 group 64`, `int8 group 64`, `bf16`, `f16` or `f32`.
     pub quantization: String,
     /// Bytes of the weight files.
     pub weight_bytes: u64,

@@ -50,7 +50,7 @@ pub struct CheckpointFacts {
     pub embedded: bool,
     /// Bytes of all weight files.
     pub bytes: u64,
-    /// How the weights are stored: `int4 group 64`, `bf16`, `f16` or `f32`.
+    /// How the weights are stored: `int4 group 64`, `int8 group 64`, `bf16`, `f16` or `f32`.
     pub quantization: String,
     /// sha256, hex, of the config, every tensor header and every file size: another checkpoint, another digest.
     pub digest: String,
@@ -227,7 +227,7 @@ impl Checkpoint {
         self.dir.as_deref()
     }
 
-    /// Whether some matrix is INT4.
+    /// Whether some matrix is INT4 or INT8.
     pub(crate) fn is_quantized(&self) -> bool {
         let tensors = self.weights.in_order();
         tensors
@@ -266,14 +266,14 @@ impl Checkpoint {
     fn quantization(&self) -> String {
         let part = |suffix: &str| self.weights.get(&format!("{TYPICAL_MODULE}.{suffix}"));
         match (part("scales"), part("weight")) {
-            (Some(scales), weight) => {
+            (Some(scales), Some(weight)) => {
                 let columns = self.config.hidden_size;
-                let bits = weight.and_then(|weight| table::code_bits(weight, columns));
+                let bits = table::code_bits(weight, columns).unwrap_or_default();
                 let groups = scales.shape.get(1).copied().unwrap_or(1).max(1);
-                format!("int{} group {}", bits.unwrap_or(4), columns / groups)
+                format!("int{bits} group {}", columns / groups)
             }
             (None, Some(weight)) => weight.dtype.to_string(),
-            (None, None) => "unknown".to_owned(),
+            (_, None) => "unknown".to_owned(),
         }
     }
 }

@@ -32,7 +32,7 @@ pub(crate) struct Tower {
     width: usize,
     dtype: DType,
     device: candle_core::Device,
-    /// With one, rows are plain memory and products of INT4 weights are the kernel's.
+    /// With one, rows are plain memory and products of INT4 and INT8 weights are the kernel's.
     kernel: Option<Kernel>,
 }
 

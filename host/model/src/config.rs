@@ -201,7 +201,7 @@ fn check_unsupported(keys: &Keys<'_>) -> Result<(), ModelError> {
             return Err(quantization.wrong(
                 "quant_method",
                 method,
-                "an MLX INT4 or an unquantized checkpoint",
+                "an MLX INT4 or INT8, or an unquantized checkpoint",
             ));
         }
     }

@@ -31,7 +31,7 @@ pub(crate) struct Decoder {
     eps: f32,
     dtype: DType,
     pub(crate) device: candle_core::Device,
-    /// With one, rows are plain memory and products of INT4 weights are the kernel's.
+    /// With one, rows are plain memory and products of INT4 and INT8 weights are the kernel's.
     kernel: Option<Kernel>,
 }
 
@@ -132,12 +132,12 @@ impl Decoder {
 
     /// Whether rows of several sequences run together and give what each gives alone.
     pub(crate) fn is_joint(&self) -> bool {
-        let int4 = |layer: &Layer| {
+        let is_integer = |layer: &Layer| {
             [&layer.qkv, &layer.output, &layer.gate_up, &layer.down]
                 .into_iter()
                 .all(Linear::is_integer)
         };
-        self.kernel.is_some() && self.lm_head.is_integer() && self.layers.iter().all(int4)
+        self.kernel.is_some() && self.lm_head.is_integer() && self.layers.iter().all(is_integer)
     }
 
     /// Runs `x` (n, hidden), the rows of each run at the positions behind its cache, and adds them to it; hidden states before

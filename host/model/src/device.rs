@@ -82,7 +82,7 @@ impl FromStr for DeviceChoice {
     }
 }
 
-/// What INT4 weights are multiplied with on the CPU. Weights stored as floats, and accelerators, take floats always.
+/// What INT4 and INT8 weights are multiplied with on the CPU. Weights stored as floats, and accelerators, take floats always.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Activations {
     /// f32, the weights widened to f32: the reference that golden tensors are compared with.

@@ -2,7 +2,7 @@
 //!
 //! Pixels become crops ([`image`]), crops patch features (`clip`), patch features embeddings (`projector`), and
 //! embeddings with token ids hidden states, KV cache and logits (`decoder`). [`Checkpoint`] reads files, [`Phi3V`]
-//! computes, [`quantize()`] makes an INT4 checkpoint of a float one, [`shape`] one of random weights, [`mod@bench`] measures,
+//! computes, [`quantize()`] makes an MLX checkpoint of INT4 and INT8 of a float one, [`shape`] one of random weights, [`mod@bench`] measures,
 //! [`verify`] compares with the reference. Nothing here knows of requests, HTTP or plugins.
 
 pub mod bench;

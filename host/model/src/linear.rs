@@ -55,7 +55,7 @@ impl WeightMatrix {
         let source = match table::affine_parts(name, weights)? {
             None => Source::Floats(weight),
             Some([scales, biases]) => Source::Affine {
-                bits: table::code_bits(&weight, columns).unwrap_or_default(),
+                bits: table::code_bits(&weight, columns).ok_or_else(|| unlisted(name))?,
                 group: columns / scales.shape.get(1).copied().unwrap_or(1).max(1),
                 scale_type: match scales.dtype {
                     StoredType::F16 => ScaleType::F16,
@@ -245,7 +245,7 @@ impl Linear {
         }
     }
 
-    /// The same on plain rows: INT4 by the integer kernel with the rows' eight-bit form, anything else with the rows.
+    /// The same on plain rows: INT4 and INT8 by the integer kernel with the rows' eight-bit form, anything else with the rows.
     pub(crate) fn forward_rows(
         &self,
         x: &Rows,
@@ -325,7 +325,7 @@ pub(crate) struct Loader<'a> {
     pub(crate) dtype: DType,
     /// Matrices stay as their files have them instead of becoming tensors of `dtype`: the CPU, in f32.
     pub(crate) stored: bool,
-    /// What multiplies INT4 matrices with activations of eight bits; none where activations are floats.
+    /// What multiplies INT4 and INT8 matrices with activations of eight bits; none where activations are floats.
     pub(crate) kernel: Option<Kernel>,
     pub(crate) progress: &'a dyn Fn(LoadProgress),
     pub(crate) bytes_done: Cell<u64>,

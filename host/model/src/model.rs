@@ -86,7 +86,7 @@ impl Phi3V {
         Self::load_with(checkpoint, device, Activations::Float, progress)
     }
 
-    /// As [`Self::load`], with the activations that INT4 weights are multiplied with.
+    /// As [`Self::load`], with the activations that INT4 and INT8 weights are multiplied with.
     ///
     /// # Errors
     /// As [`Self::load`].

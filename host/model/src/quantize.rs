@@ -1,4 +1,4 @@
-//! A checkpoint of floats -> MLX INT4, and INT8 for the eyes, tensor by tensor, so that the memory in use does not grow with the model.
+//! A checkpoint of floats -> MLX INT4, and INT8 for the vision tower, tensor by tensor, so that the memory in use does not grow with the model.
 //!
 //! The folder appears under its name when it is whole: until then it is written beside it as `NAME.partial`, and an
 //! interrupted run leaves at most that, which the next run takes away. What is written is what mlx-vlm writes: the names
@@ -44,6 +44,17 @@ pub enum Precision {
     Int8,
     /// The float type of what is not quantized.
     Float,
+}
+
+impl Precision {
+    /// Of a code; a float is none.
+    fn bits(self) -> Option<usize> {
+        match self {
+            Self::Int4 => Some(4),
+            Self::Int8 => Some(8),
+            Self::Float => None,
+        }
+    }
 }
 
 /// What to make of a checkpoint.

@@ -448,10 +448,20 @@ fn verify_runs_a_given_checkpoint_in_the_cases_it_fits() {
 /// A product is within a hundredth (`visor-kernels`, `eight_bits_are_near_the_floats`); errors of layers add up as they come.
 #[test]
 fn eight_bit_activations_stay_near_the_floats() {
+    let demo = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("demo");
+    check_eight_bit_activations(&demo);
+    // The same with the tower in INT8.
+    let folder = tempfile::tempdir().unwrap();
+    let mixed = folder.path().join("mixed");
+    let options = visor_model::QuantizeOptions::default();
+    visor_model::quantize(&demo.join("float"), &mixed, &options, &mut |_| true).unwrap();
+    check_eight_bit_activations(&mixed);
+}
+
+fn check_eight_bit_activations(checkpoint: &Path) {
     // Measured 0.024 behind tower and projector, 0.020 behind the decoder; wrong scales or columns are above 0.5.
     const ERROR_MAX: f32 = 0.04;
-    let demo = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("demo");
-    let checkpoint = Checkpoint::open(&demo).unwrap();
+    let checkpoint = Checkpoint::open(checkpoint).unwrap();
     let picture = std::fs::read(golden().join("../photos/cat.png")).unwrap();
     let image = decode(&picture, &ImageLimits::default(), false).unwrap();
     let plan = hd_plan(image.width_px(), image.height_px(), 4).unwrap();

@@ -284,3 +284,29 @@ fn the_vision_tower_has_eight_bits() {
     let features = features.unwrap().relative;
     assert!((1e-4..0.02).contains(&features), "{features}");
 }
+
+/// Embeddings and `lm_head` in eight bits are nearer than in four.
+#[test]
+fn embeddings_may_have_eight_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = golden("ckpt_mha");
+    let logits = |name: &str, embeddings| {
+        let target = folder.path().join(name);
+        let options = QuantizeOptions {
+            embeddings,
+            ..QuantizeOptions::default()
+        };
+        let report = quantized(&source, &target, &options);
+        let head = report.modules.iter().find(|one| one.module == "lm_head");
+        let compared = compare(&source, &target, &mut |_| true).unwrap();
+        let last = compared.stages.last().unwrap();
+        assert_eq!(last.stage, "logits");
+        (head.unwrap().bits, last.relative)
+    };
+    let (four, eight) = (
+        logits("four", Precision::Int4),
+        logits("eight", Precision::Int8),
+    );
+    assert_eq!((four.0, eight.0), (4, 8));
+    assert!(eight.1 < four.1, "{eight:?} {four:?}");
+}

@@ -48,7 +48,7 @@ Examples:
   visor plugin check my-template.wasm       the checks the server runs before using it
   visor verify --golden tests/golden        compare this machine with the reference
   visor bench --shape phi-3.5-vision        what a model of that size does here, with random weights
-  visor quantize ~/Phi-3.5-vision ~/phi-int4  four bits a weight, in MLX's format
+  visor quantize ~/Phi-3.5-vision ~/phi-int4  four bits a weight (the tower eight), in MLX's format
   visor eval --suite tests/suite            how many questions about pictures are answered right
 
 Exit codes:
@@ -91,7 +91,7 @@ enum Command {
     Models(ModelsArgs),
     /// Measure on this machine: load time, first token, tokens a second, memory.
     Bench(BenchArgs),
-    /// Make an MLX INT4 checkpoint of a float one, tensor by tensor.
+    /// Make an MLX checkpoint of INT4 and INT8 of a float one, tensor by tensor.
     #[command(after_help = quantize::HELP)]
     Quantize(QuantizeArgs),
     /// Ask a suite of questions about pictures, and tell how many answers are right.

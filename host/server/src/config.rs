@@ -250,7 +250,7 @@ pub struct ModelSection {
     /// `auto`, `cpu`, `metal` or `cuda`. Needs a restart.
     #[serde(with = "choice_text")]
     pub device: DeviceChoice,
-    /// `int8` or `float`: what INT4 weights are multiplied with on the CPU. Needs a restart.
+    /// `int8` or `float`: what INT4 and INT8 weights are multiplied with on the CPU. Needs a restart.
     #[serde(with = "choice_text")]
     pub activations: Activations,
     /// `none` or `int4`: what becomes of weights stored as floats. Needs a restart.

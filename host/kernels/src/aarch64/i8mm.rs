@@ -25,10 +25,10 @@ pub struct I8mm {
 }
 
 impl I8mm {
-    const fn products<const ODD_WEIGHT: i32>() -> Way {
+    const fn products<const ODD_FACTOR: i32>() -> Way {
         Way {
             arrange: pair_up,
-            add_tile: add_tile::<ODD_WEIGHT>,
+            add_tile: add_tile::<ODD_FACTOR>,
         }
     }
 
@@ -80,27 +80,27 @@ fn zipped(a: int8x16_t, b: int8x16_t) -> [int8x16_t; 2] {
 
 /// Adds a stretch of blocks to the values of a tile's rows.
 #[target_feature(enable = "neon,i8mm")]
-fn add_tile<const ODD_WEIGHT: i32>(
+fn add_tile<const ODD_FACTOR: i32>(
     weights: &Unpacked,
     tiles: &[Tile],
     values: &mut [[float32x4_t; QUADS]],
 ) {
     match values.len() {
-        1 | 2 => rows_times_quads::<1, ODD_WEIGHT>(weights, tiles, values),
-        3 | 4 => rows_times_quads::<2, ODD_WEIGHT>(weights, tiles, values),
-        _ => rows_times_quads::<PAIRS, ODD_WEIGHT>(weights, tiles, values),
+        1 | 2 => rows_times_quads::<1, ODD_FACTOR>(weights, tiles, values),
+        3 | 4 => rows_times_quads::<2, ODD_FACTOR>(weights, tiles, values),
+        _ => rows_times_quads::<PAIRS, ODD_FACTOR>(weights, tiles, values),
     }
 }
 
 /// Adds a stretch of blocks to the values of the first P pairs of a tile's rows.
 #[target_feature(enable = "neon,i8mm")]
-fn rows_times_quads<const P: usize, const ODD_WEIGHT: i32>(
+fn rows_times_quads<const P: usize, const ODD_FACTOR: i32>(
     weights: &Unpacked,
     tiles: &[Tile],
     values: &mut [[float32x4_t; QUADS]],
 ) {
     for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
-        let sums = block_sums::<P, ODD_WEIGHT>(codes, &tile.words);
+        let sums = block_sums::<P, ODD_FACTOR>(codes, &tile.words);
         for (row, values) in values.iter_mut().enumerate() {
             let mut dots = [vdupq_n_s32(0); QUADS];
             for (dots, [low, high]) in dots.iter_mut().zip(&sums[row / 2]) {
@@ -117,18 +117,18 @@ fn rows_times_quads<const P: usize, const ODD_WEIGHT: i32>(
 /// Sums of one block: (pairs of rows of x, quads, pairs of a quad's rows).
 #[target_feature(enable = "neon,i8mm")]
 #[inline]
-fn block_sums<const P: usize, const ODD_WEIGHT: i32>(
+fn block_sums<const P: usize, const ODD_FACTOR: i32>(
     codes: &[[int8x16_t; QUADS]; WORDS],
     words: &[[i32; TILE_ROWS]; WORDS],
 ) -> [[[int32x4_t; 2]; QUADS]; P] {
     let mut sums = [[[vdupq_n_s32(0); 2]; QUADS]; P];
-    if ODD_WEIGHT == 1 {
+    if ODD_FACTOR == 1 {
         add_steps(&mut sums, codes, words);
         return sums;
     }
     add_steps(&mut sums, &codes[WORDS / 2..], &words[WORDS / 2..]);
     for sum in sums.as_flattened_mut().as_flattened_mut() {
-        *sum = vmulq_n_s32(*sum, ODD_WEIGHT);
+        *sum = vmulq_n_s32(*sum, ODD_FACTOR);
     }
     add_steps(&mut sums, &codes[..WORDS / 2], &words[..WORDS / 2]);
     sums

@@ -93,6 +93,14 @@ mod tests {
         out
     }
 
+    #[test]
+    fn eight_bits_become_floats() {
+        let line = bytes_of(&[1.0], ScaleType::F16);
+        let parts: [&[u8]; 3] = [&[7; 64], &line, &line];
+        let int8 = AffineRows::new(parts, 64, (8, 64), ScaleType::F16).unwrap();
+        assert!(DeviceWeight::int4(&int8, &Device::Cpu).unwrap().is_none());
+    }
+
     /// Every pair of codes in every place, scales of either sign, none and the largest; tiny biases.
     #[test]
     fn blocks_hold_what_the_groups_hold() {

@@ -99,16 +99,10 @@ fn action(tensor: &StoredTensor, form: Option<&Form>, options: &QuantizeOptions)
     } else {
         Precision::Int4
     };
-    let bits = match precision {
-        Precision::Int4 => 4,
-        Precision::Int8 => 8,
-        Precision::Float => 0,
-    };
-    match (form, tensor.shape.as_slice()) {
+    match (precision.bits(), form, tensor.shape.as_slice()) {
         // The last tower layer is not in the table, and is stored as the others are.
-        (Some(Form::Matrix { .. }) | None, &[rows, columns])
-            if bits > 0
-                && rows > 0
+        (Some(bits), Some(Form::Matrix { .. }) | None, &[rows, columns])
+            if rows > 0
                 && columns > 0
                 && columns.is_multiple_of(GROUP)
                 && tensor.name.ends_with(".weight")
@@ -120,7 +114,7 @@ fn action(tensor: &StoredTensor, form: Option<&Form>, options: &QuantizeOptions)
                 bits,
             }
         }
-        (Some(Form::Patches { .. }), &[_, 3, _, _]) => Action::ChannelsLast,
+        (_, Some(Form::Patches { .. }), &[_, 3, _, _]) => Action::ChannelsLast,
         _ => Action::Float,
     }
 }

@@ -1,4 +1,4 @@
-//! `visor quantize`: a float checkpoint into MLX INT4, told module by module.
+//! `visor quantize`: a float checkpoint into MLX INT4 and INT8, told module by module.
 
 use std::io::Write;
 
@@ -13,8 +13,8 @@ use super::{EXIT_DONE, EXIT_STOPPED, Failure, QuantizeArgs};
 
 /// Shown by `visor quantize --help`.
 pub(super) const HELP: &str = "\
-TARGET is what mlx-vlm writes with -q: groups of 64 weights with a scale and a bias, any reader of MLX's affine
-INT4 and INT8 loads it. The scale and bias of a group are searched for the least squared error; the table tells the
+TARGET is MLX's affine format, groups of 64 weights with a scale and a bias: the language model in four bits, the vision
+tower and the projector in eight, which config.json says module by module, as mlx-vlm reads it. The scale and bias of a group are searched for the least squared error; the table tells the
 relative error of every module, and what it had been with MLX's own choice. Then a picture and a text run through both
 checkpoints, and the relative error behind every layer is told; its memory does not grow with the model.
 

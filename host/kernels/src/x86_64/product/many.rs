@@ -35,7 +35,7 @@ pub(super) fn many_rows(
     } else {
         1
     };
-    let mut chunk = Chunk::new(pairs_at_once, weights.odd_weight());
+    let mut chunk = Chunk::new(pairs_at_once, weights.odd_factor());
     for first in panels.clone().step_by(TILE_PANELS * pairs_at_once) {
         let end = panels.end.min(first + TILE_PANELS * pairs_at_once);
         let pairs = chunk.find_pairs(weights, first..end);
@@ -65,14 +65,14 @@ struct Codes([[__m256i; TILE_PANELS]; WORDS]);
 struct Unpacked {
     codes: Vec<Codes>,                      // (blocks)
     lines: Vec<[[__m256; 2]; TILE_PANELS]>, // (blocks)
-    odd_weight: __m256i,                    // of sixteen bits
+    odd_factor: __m256i,                    // of sixteen bits
 }
 
 impl Unpacked {
     #[target_feature(enable = "avx2")]
-    fn new(odd_weight: i16) -> Self {
+    fn new(odd_factor: i16) -> Self {
         Self {
-            odd_weight: _mm256_set1_epi16(odd_weight),
+            odd_factor: _mm256_set1_epi16(odd_factor),
             codes: vec![Codes([[_mm256_setzero_si256(); TILE_PANELS]; WORDS]); BLOCKS_AT_ONCE],
             lines: vec![[[_mm256_setzero_ps(); 2]; TILE_PANELS]; BLOCKS_AT_ONCE],
         }
@@ -113,11 +113,11 @@ struct Chunk<'a> {
 
 impl<'a> Chunk<'a> {
     #[target_feature(enable = "avx2")]
-    fn new(pairs: usize, odd_weight: i16) -> Self {
+    fn new(pairs: usize, odd_factor: i16) -> Self {
         let pair = || std::array::from_fn(|_| Panel::new());
         Self {
             pairs: std::iter::repeat_with(pair).take(pairs).collect(),
-            unpacked: Unpacked::new(odd_weight),
+            unpacked: Unpacked::new(odd_factor),
             values: Vec::new(),
         }
     }
@@ -185,7 +185,7 @@ fn rows_times_panels<const N: usize>(
         for row in 0..N {
             for offset in 0..TILE_PANELS {
                 let low = _mm256_madd_epi16(low[row][offset], ones);
-                let high = _mm256_madd_epi16(high[row][offset], weights.odd_weight);
+                let high = _mm256_madd_epi16(high[row][offset], weights.odd_factor);
                 let dot = _mm256_add_epi32(low, high);
                 let (dot, x) = (_mm256_cvtepi32_ps(dot), [tile.scales[row], tile.sums[row]]);
                 values[row][offset] = accumulate(values[row][offset], dot, lines[offset], x);

@@ -11,7 +11,7 @@ use crate::activations::{TILE_ROWS, Tile, WORDS};
 /// Words of a half of a block: its even columns, or its odd ones.
 const HALF_WORDS: usize = WORDS / 2;
 
-/// Products of a block's even columns (`HALF` 0) or odd ones (1), neighbours added, as 16-bit numbers: (rows of x, panels).
+/// Products of a block's even nibbles (`HALF` 0) or odd ones (1), neighbours added, as 16-bit numbers: (rows of x, panels).
 ///
 /// There are N rows of x in two tiles, and P panels. `codes` is asked for their codes once a step, in order, just before its products.
 #[target_feature(enable = "avx2")]

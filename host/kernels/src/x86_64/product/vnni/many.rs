@@ -58,7 +58,7 @@ pub(super) fn many_rows(
             values.resize(rows.len(), Values([[0.0; LANES]; PAIRS]));
             for start in (0..x.blocks).step_by(BLOCKS_AT_ONCE) {
                 let blocks = start..(start + BLOCKS_AT_ONCE).min(x.blocks);
-                unpacked.fill(&pairs, blocks.clone(), weights.odd_weight());
+                unpacked.fill(&pairs, blocks.clone(), weights.bits());
                 let tiles = x.tiles[row / TILE_ROWS * x.blocks..].chunks(x.blocks);
                 for (values, tiles) in values.chunks_mut(TILE_ROWS).zip(tiles) {
                     let tiles = (&tiles[blocks.clone()], x.blocks);
@@ -90,14 +90,15 @@ impl Unpacked {
     }
 
     #[target_feature(enable = "avx512f,avx2")]
-    fn fill(&mut self, pairs: &[Pair<'_>; PAIRS], blocks: Range<usize>, odd_weight: i16) {
+    fn fill(&mut self, pairs: &[Pair<'_>; PAIRS], blocks: Range<usize>, bits: usize) {
         let ahead = Ahead::new(&pairs[0].panels[0], PANELS);
         for (block, (steps, lines)) in blocks.zip(self.codes.iter_mut().zip(&mut self.lines)) {
             for (offset, pair) in pairs.iter().enumerate() {
                 for (step, word) in pair.words(block).into_iter().enumerate() {
                     let [even, mut odd] = unpacked(word);
-                    if odd_weight == 16 {
-                        odd = _mm512_xor_si512(word, even); // where they are, the upper nibbles weigh that
+                    if bits == 8 {
+                        // Where they are, the upper nibbles count sixteen times: 240 at most, of which no sum saturates.
+                        odd = _mm512_xor_si512(word, even);
                     }
                     steps[step][offset] = even;
                     steps[WORDS / 2 + step][offset] = odd;
