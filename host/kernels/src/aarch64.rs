@@ -72,14 +72,13 @@ impl Neon {
         x: &QuantizedRows,
         out: Out<'_>,
     ) {
-        match weights.bits() {
+        if x.rows() == 1 && weights.bits() == 4 {
             // SAFETY: `self` exists, so `detect` saw the features.
-            4 if x.rows() == 1 => unsafe { one_row(weights, panels, x, out) },
-            // SAFETY: as above.
-            4 => unsafe { many_rows(weights, panels, x, Self::dots::<1>(), out) },
-            // SAFETY: as above.
-            _ => unsafe { many_rows(weights, panels, x, Self::dots::<16>(), out) },
+            return unsafe { one_row(weights, panels, x, out) };
         }
+        let way = [Self::dots::<1>(), Self::dots::<16>()][usize::from(weights.bits() == 8)];
+        // SAFETY: as above.
+        unsafe { many_rows(weights, panels, x, way, out) };
     }
 }
 
@@ -422,20 +421,21 @@ fn block_dots<const N: usize, const ODD_FACTOR: i32>(
         add_steps(&mut sums, codes, words);
         return sums;
     }
-    add_steps(&mut sums, &codes[WORDS / 2..], &words[WORDS / 2..]);
+    let (codes, words) = (codes.as_chunks::<{ WORDS / 2 }>().0, words.as_chunks().0);
+    add_steps(&mut sums, &codes[1], &words[1]);
     for sum in sums.as_flattened_mut() {
         *sum = vmulq_n_s32(*sum, ODD_FACTOR);
     }
-    add_steps(&mut sums, &codes[..WORDS / 2], &words[..WORDS / 2]);
+    add_steps(&mut sums, &codes[0], &words[0]);
     sums
 }
 
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
-fn add_steps<const N: usize>(
+fn add_steps<const N: usize, const S: usize>(
     sums: &mut [[int32x4_t; QUADS]; N],
-    codes: &[[int8x16_t; QUADS]],
-    words: &[[i32; TILE_ROWS]],
+    codes: &[[int8x16_t; QUADS]; S],
+    words: &[[i32; TILE_ROWS]; S],
 ) {
     for (codes, words) in codes.iter().zip(words) {
         let four = load_codes(words.first_chunk().expect("a tile has five rows"));

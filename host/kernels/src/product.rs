@@ -21,7 +21,8 @@ pub(crate) type Out<'a> = &'a mut dyn FnMut(usize, usize, &[[f32; PANEL]]);
 /// Rows ahead that memory is asked for: they lie pages apart, too far for the processor to ask by itself.
 #[cfg(target_arch = "x86_64")]
 const AHEAD_ROWS: usize = 8;
-/// Panels of one parallel task: some ten microseconds for a few rows of activations. As many as kernels take together, or hand over at a time.
+/// Panels of one parallel task: some ten microseconds for a few rows of activations. As many as kernels take together, or hand over
+/// at a time.
 pub(crate) const TASK_PANELS: usize = 8;
 
 /// `x` (m, columns) times the transposed weights (rows, columns), into `out` (m, rows), each row with `bias` (rows) added where

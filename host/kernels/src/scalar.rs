@@ -32,10 +32,10 @@ pub(crate) fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
 ///
 /// ```text
 /// value = fma(weight bias, sum of the activations, value)
-/// value = fma(dot, weight scale * activation scale, value)          dot: of the nibbles, an exact integer; odd ones count `odd_factor` times
+/// value = fma(dot, weight scale * activation scale, value)          dot: of the nibbles, an exact integer
 /// ```
 ///
-/// Every kernel rounds in this order, so that all give the same bits.
+/// Odd nibbles count `odd_factor` times. Every kernel rounds in this order, so that all give the same bits.
 pub(crate) fn value(weights: &AffineRows<'_>, row: usize, x: &QuantizedRows, m: usize) -> f32 {
     let mut value = 0f32;
     for block in 0..x.blocks {

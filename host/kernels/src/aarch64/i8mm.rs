@@ -126,20 +126,21 @@ fn block_sums<const P: usize, const ODD_FACTOR: i32>(
         add_steps(&mut sums, codes, words);
         return sums;
     }
-    add_steps(&mut sums, &codes[WORDS / 2..], &words[WORDS / 2..]);
+    let (codes, words) = (codes.as_chunks::<{ WORDS / 2 }>().0, words.as_chunks().0);
+    add_steps(&mut sums, &codes[1], &words[1]);
     for sum in sums.as_flattened_mut().as_flattened_mut() {
         *sum = vmulq_n_s32(*sum, ODD_FACTOR);
     }
-    add_steps(&mut sums, &codes[..WORDS / 2], &words[..WORDS / 2]);
+    add_steps(&mut sums, &codes[0], &words[0]);
     sums
 }
 
 #[target_feature(enable = "neon,i8mm")]
 #[inline]
-fn add_steps<const P: usize>(
+fn add_steps<const P: usize, const S: usize>(
     sums: &mut [[[int32x4_t; 2]; QUADS]; P],
-    codes: &[[int8x16_t; QUADS]],
-    words: &[[i32; TILE_ROWS]],
+    codes: &[[int8x16_t; QUADS]; S],
+    words: &[[i32; TILE_ROWS]; S],
 ) {
     for (codes, words) in codes
         .as_chunks::<2>()
