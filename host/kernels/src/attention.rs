@@ -41,7 +41,7 @@ pub enum Way {
     Alone,
     /// They share tiles of keys: a prompt.
     Tiled,
-    /// In whole numbers of thirteen bits with AVX-512, where every query sees every key of at most 8192 and heads have an even number
+    /// In whole numbers of thirteen bits with AVX2 and AVX-512, where every query sees every key of at most 8192 and heads have an even number
     /// of columns, at most 128: a picture. The same as [`Self::Tiled`] elsewhere.
     Rounded,
 }

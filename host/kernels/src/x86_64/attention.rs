@@ -1,6 +1,7 @@
 //! Attention of one head with AVX2 and FMA. [`crate::attention`] specifies it.
 
 mod alone;
+mod rounded;
 mod wide;
 
 use std::arch::x86_64::*;
@@ -9,7 +10,7 @@ use half::f16;
 
 use super::exp2::{LEAST, ONE_BITS, ROUND, TERMS};
 use super::{Avx2, load_f32};
-use crate::attention::{HalfRows, Head, HeadRows};
+use crate::attention::{HalfRows, Head, HeadRows, Way};
 
 /// Queries of a strip and columns of a panel: 6 x 2 registers of sums, 2 of a panel's row, 1 of a query's value.
 const STRIP: usize = 6;
@@ -21,6 +22,10 @@ const TILE: usize = 64;
 impl Avx2 {
     /// `out(row, values)` once for each query.
     pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
+        if head.way == Way::Rounded && rounded::takes(head) {
+            // SAFETY: `self` exists, so `detect` saw the features.
+            return unsafe { rounded::attend(head, out) };
+        }
         let see = |strip: &mut Strip, packed: &Packed, visible| {
             // SAFETY: `self` exists, so `detect` saw the features.
             unsafe { strip.see(head.head_dim, packed, visible) };
@@ -69,6 +74,13 @@ fn largest(scores: &[f32]) -> f32 {
     for eight in scores.as_chunks::<8>().0 {
         most = _mm256_max_ps(most, load_f32(eight));
     }
+    largest_of(most)
+}
+
+/// The largest lane.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn largest_of(most: __m256) -> f32 {
     let most = _mm_max_ps(
         _mm256_castps256_ps128(most),
         _mm256_extractf128_ps::<1>(most),
@@ -95,17 +107,24 @@ fn weights(scores: &mut [f32], most: f32) -> f32 {
 #[inline]
 fn exp2(x: __m256) -> __m256 {
     let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(LEAST));
+    _mm256_andnot_ps(tiny, powers(&TERMS, x))
+}
+
+/// `2^x` for x up to 0, next to nothing below -126, by the terms of a polynomial from the highest power on, but for the 1.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn powers<const N: usize>(terms: &[f32; N], x: __m256) -> __m256 {
     let x = _mm256_max_ps(_mm256_set1_ps(LEAST), x); // the second operand when either is NaN
     let rounded = _mm256_add_ps(x, _mm256_set1_ps(ROUND));
     let r = _mm256_sub_ps(x, _mm256_sub_ps(rounded, _mm256_set1_ps(ROUND)));
-    let mut value = _mm256_set1_ps(TERMS[0]);
-    for term in &TERMS[1..] {
+    let mut value = _mm256_set1_ps(terms[0]);
+    for term in &terms[1..] {
         value = _mm256_fmadd_ps(value, r, _mm256_set1_ps(*term));
     }
     value = _mm256_fmadd_ps(value, r, _mm256_set1_ps(1.0));
     let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(rounded));
     let power = _mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(ONE_BITS)));
-    _mm256_andnot_ps(tiny, _mm256_mul_ps(value, power))
+    _mm256_mul_ps(value, power)
 }
 
 /// A panel's row, in a cache line of its own: loads that straddle two are twice as slow.

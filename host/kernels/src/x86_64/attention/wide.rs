@@ -4,6 +4,7 @@ mod rounded;
 
 use std::arch::x86_64::*;
 
+use super::rounded::takes;
 use super::{Line, PANEL, Packed, STRIP, Scores, Strip, TILE, many};
 use crate::attention::{Head, Way};
 use crate::x86_64::Avx512;
@@ -16,7 +17,7 @@ const PAIR: usize = 2;
 impl Avx512 {
     /// `out(row, values)` once for each query.
     pub(crate) fn attend(self, head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
-        if head.way == Way::Rounded && rounded::takes(head) {
+        if head.way == Way::Rounded && takes(head) {
             // SAFETY: `self` exists, so `detect` saw the features.
             unsafe { rounded::attend(head, out) };
         } else {

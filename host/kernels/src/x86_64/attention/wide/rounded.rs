@@ -1,6 +1,4 @@
-//! Attention in whole numbers with AVX-512 VNNI: `vpdpwssd` multiplies two pairs of 16 bits a lane where an instruction of f32
-//! multiplies one. A head's keys and values are rounded once, queries and keys row by row, values column by column. A strip of
-//! queries sees all keys before its softmax, so that weights are rounded as finely as their sum allows; sums of products are exact.
+//! AVX2's attention in whole numbers with AVX-512 VNNI: one `vpdpwssd` multiplies two pairs of 16 bits a lane and adds them up.
 //!
 //! Keys come in groups of 32. Weights leave their registers two by two with `vpackssdw`, which puts pairs of neighbours into an order
 //! of its own; values lie in the same order.
@@ -9,44 +7,23 @@ use std::arch::x86_64::*;
 use std::cell::Cell;
 
 use crate::attention::{Head, HeadRows};
+use crate::x86_64::attention::rounded::{
+    AHEAD_ROWS, LARGEST_MIN, STEPS, TERMS, WEIGHT_STEPS, WEIGHTS_STEPS, prefetch_row,
+};
 use crate::x86_64::attention::{PANEL, scale, widen};
 use crate::x86_64::exp2::LEAST;
-use crate::x86_64::prefetch;
 use crate::x86_64::wide::{exp2_of, load, round, store};
 
 /// Queries taken together: with 2 registers of sums each, 2 of keys or values, and 1 of a query.
 const STRIP: usize = 12;
 /// Keys of a group: two registers of scores, sixteen pairs of weights.
 const GROUP: usize = 2 * PANEL;
-/// Steps from 0 to the largest of a row of queries or keys, or of a column of values.
-const STEPS: f32 = 4095.0;
-/// So many columns can be added up: 128 * 4095^2 = 2 146 435 200, and 2^31 - 1 = 2 147 483 647.
-const HEAD_DIM_MAX: usize = 128;
-/// Steps from 0 to the largest weight, at most: what 16 bits hold.
-const WEIGHT_STEPS: f32 = 32767.0;
-/// Steps of all weights of a query, at most. Rounding may add a half for each key: (520 192 + 8192 / 2) * 4095 = 2 146 959 360, and a sum
-/// of f32 may err by a part in 4100 before 2^31 - 1 is passed.
-const WEIGHTS_STEPS: f32 = 520_192.0;
-/// Keys that a query may see, for that.
-const KEYS_MAX: usize = 8192;
-/// What is smaller throughout is zeros: below 1.2e-35 its steps, `STEPS / largest`, would be infinite.
-const LARGEST_MIN: f32 = 1e-30;
-/// Rows ahead that memory is asked for: they lie pages apart, too far for the processor to ask by itself.
-const AHEAD_ROWS: usize = 8;
-
 /// A pair of 16-bit numbers a lane.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Words([i32; PANEL]);
 
 const ZEROS: Words = Words([0; PANEL]);
-
-/// Whether a head can be attended to so: every query sees every key, columns are pairs, and products can be added up.
-pub(super) fn takes(head: &Head<'_>) -> bool {
-    let added_up =
-        (1..=HEAD_DIM_MAX).contains(&head.head_dim) && (1..=KEYS_MAX).contains(&head.count);
-    !head.causal && head.head_dim.is_multiple_of(2) && added_up
-}
 
 /// Memory that every head of a thread uses again, 0.35 MB for a picture: the C library would give so much back after each, and interrupt
 /// the other cores for it.
@@ -62,7 +39,7 @@ thread_local! {
     static MEMORY: Cell<Memory> = Cell::default();
 }
 
-/// `out(row, values)` once for each query of a head that [`takes`] allows.
+/// `out(row, values)` once for each query of a head that AVX2's takes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
 pub(super) fn attend(head: &Head<'_>, out: &mut dyn FnMut(usize, &[f32])) {
     let mut memory = MEMORY.take();
@@ -132,16 +109,6 @@ impl Rounder {
         }
         let pairs = &self.rounded.as_flattened()[..head_dim / 2];
         (pairs, most / STEPS + _mm512_reduce_add_ps(sizes.not_finite))
-    }
-}
-
-/// Asks for a row of f32.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn prefetch_row(rows: &HeadRows<'_>, index: usize, width: usize) {
-    if let HeadRows::F32(data, stride) = rows {
-        let row = data.as_ptr().wrapping_add(index * stride);
-        prefetch(row.cast(), width * size_of::<f32>());
     }
 }
 
@@ -446,7 +413,6 @@ impl Softmax {
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn exp2(x: __m512) -> __m512 {
-    const TERMS: [f32; 4] = [9.582_786e-3, 5.590_628e-2, 0.240_241, 0.693_124_2];
     let x = _mm512_max_ps(_mm512_set1_ps(LEAST), x); // the second operand when either is NaN
     let n = round(x);
     exp2_of(&TERMS, n, _mm512_sub_ps(x, n))
