@@ -8,15 +8,20 @@ use visor_kernels::{
     Activation, AffineRows, Kernel, QuantizedRows, ScaleType, multiply, multiply_activated, on_pool,
 };
 
-/// Rows and columns of the products of a decoder layer, then of a layer of the vision tower, and what follows them.
-const SHAPES: [(usize, usize, Option<Activation>); 7] = [
-    (9216, 3072, None),
-    (3072, 3072, None),
-    (16384, 3072, Some(Activation::SwiGlu)),
-    (3072, 8192, None),
-    (1024, 1024, None),
-    (4096, 1024, Some(Activation::QuickGelu)),
-    (1024, 4096, None),
+/// Rows, columns and bits of the products of a decoder layer, then of a layer of the vision tower, and what follows them. Codes of seven
+/// bits are stored in eight.
+const SHAPES: [(usize, usize, usize, Option<Activation>); 11] = [
+    (9216, 3072, 4, None),
+    (3072, 3072, 4, None),
+    (16384, 3072, 4, Some(Activation::SwiGlu)),
+    (3072, 8192, 4, None),
+    (1024, 1024, 4, None),
+    (4096, 1024, 4, Some(Activation::QuickGelu)),
+    (1024, 4096, 4, None),
+    (1024, 1024, 7, None),
+    (4096, 1024, 7, Some(Activation::QuickGelu)),
+    (1024, 4096, 7, None),
+    (4096, 1024, 8, Some(Activation::QuickGelu)),
 ];
 
 fn main() {
@@ -34,8 +39,8 @@ fn measure() {
         rayon::current_num_threads()
     );
     println!("read bandwidth {:.1} GB/s", read_bandwidth());
-    for (rows, columns, activation) in SHAPES {
-        let weights = Weights::new(rows, columns);
+    for (rows, columns, bits, activation) in SHAPES {
+        let weights = Weights::new(rows, columns, bits);
         for &m in if rows_of.is_empty() {
             &[1, 2, 4, 8, 64, 757][..]
         } else {
@@ -47,12 +52,19 @@ fn measure() {
             let (mut quantized, mut next) = (QuantizedRows::default(), QuantizedRows::default());
             let mut out = vec![0.0; m * rows];
             weights.report(m, "", |view| {
-                quantized.fill(kernel, &x, columns);
+                quantized.fill(kernel, &x, columns, view.activation_steps());
                 multiply(kernel, view, &quantized, None, &mut out);
             });
             if let Some(activation) = activation {
                 weights.report(m, "and activation in eight bits", |view| {
-                    multiply_activated(kernel, (view, None), &quantized, activation, &mut next);
+                    let steps = view.activation_steps();
+                    multiply_activated(
+                        kernel,
+                        (view, None),
+                        &quantized,
+                        (activation, steps),
+                        &mut next,
+                    );
                 });
             }
         }
@@ -63,6 +75,7 @@ fn measure() {
 struct Weights {
     rows: usize,
     columns: usize,
+    bits: usize,
     copies: usize,
     codes: Vec<u8>,
     scales: Vec<u8>,
@@ -70,14 +83,17 @@ struct Weights {
 }
 
 impl Weights {
-    fn new(rows: usize, columns: usize) -> Self {
-        let copies = (200_000_000 / (rows * columns / 2)).max(1);
-        let codes = (0..rows * columns / 2 * copies).map(|index| (index * 2_654_435_761) as u8);
+    fn new(rows: usize, columns: usize, bits: usize) -> Self {
+        let bytes = rows * columns / 8 * bits.next_power_of_two();
+        let copies = (200_000_000 / bytes).max(1);
+        let mask = if bits == 7 { 0x7F } else { 0xFF };
+        let codes = (0..bytes * copies).map(|index| (index * 2_654_435_761) as u8 & mask);
         let mut scales = Vec::new();
         (0..rows * columns / 64 * copies).for_each(|_| ScaleType::F16.put(0.01, &mut scales));
         Self {
             rows,
             columns,
+            bits,
             copies,
             codes: codes.collect(),
             biases: scales.clone(),
@@ -87,16 +103,18 @@ impl Weights {
 
     /// Prints the median time of a product with m rows, one copy after the other.
     fn report(&self, m: usize, what: &str, mut work: impl FnMut(&AffineRows<'_>)) {
-        let (rows, columns) = (self.rows, self.columns);
+        let (rows, columns, bits) = (self.rows, self.columns, self.bits);
+        let stored = bits.next_power_of_two();
+        let bytes = rows * columns / 8 * stored;
         let mut times = Vec::new();
         for run in 0..(self.copies * 4).min(if m > 32 { 4 } else { 64 }) {
-            let bytes = rows * columns / 2;
             let codes = &self.codes[run % self.copies * bytes..][..bytes];
             let groups = rows * columns / 64 * ScaleType::F16.bytes();
             let [scales, biases] = [&self.scales, &self.biases]
                 .map(|all| &all[run % self.copies * groups..][..groups]);
             let parts = [codes, scales, biases];
-            let view = AffineRows::int4(parts, columns, 64, ScaleType::F16).expect("a matrix");
+            let view = AffineRows::new(parts, columns, (stored, 64), ScaleType::F16);
+            let view = view.expect("a matrix");
             let start = Instant::now();
             work(&view);
             times.push(start.elapsed().as_secs_f64());
@@ -104,9 +122,9 @@ impl Weights {
         times.sort_by(f64::total_cmp);
         let seconds = times[times.len() / 2];
         let gop = 2.0 * (rows * columns * m) as f64 / seconds / 1e9;
-        let bytes = rows * columns / 2 + rows * columns / 64 * 4;
+        let bytes = bytes + rows * columns / 64 * 4;
         println!(
-            "{rows:>6} x {columns}, {m:>4} rows: {:8.3} ms  {gop:6.1} Gop/s  {:5.1} GB/s {what}",
+            "{rows:>6} x {columns}, {bits} bits, {m:>4} rows: {:8.3} ms  {gop:6.1} Gop/s  {:5.1} GB/s {what}",
             seconds * 1e3,
             bytes as f64 / seconds / 1e9
         );

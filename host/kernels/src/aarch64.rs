@@ -8,7 +8,8 @@
 //! register t (of 16)   byte 4r..4r+4 = row r, columns 8(t % 8) + {0,2,4,6} + t / 8        one word of activations: t
 //! ```
 //!
-//! Codes up to 15 are the same signed. A block's sum is at most 32 * 255 * 127 = 1036320, of INT8: exact in 32 bits, and as a float.
+//! Codes up to 15 are the same signed; those of INT8 are less by 128, and 128 times the activations' sum is added. A block's sum is at
+//! most 64 * 255 * 64 = 1044480: exact in 32 bits, and as a float.
 
 #![expect(
     unsafe_code,
@@ -18,6 +19,7 @@
 mod activation;
 mod attention;
 mod i8mm;
+mod quantize;
 
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
@@ -52,16 +54,11 @@ impl Neon {
     }
 
     /// Adds a stretch of blocks with products of bytes in 32 bits, four at a time.
-    const fn dots<const ODD_FACTOR: i32>() -> Way {
+    const fn dots<const BITS: usize>() -> Way {
         Way {
-            arrange: |_| {}, // as it is unpacked
-            add_tile: add_tile::<ODD_FACTOR>,
+            arrange: if BITS == 8 { less_128 } else { |_| {} },
+            add_tile: add_tile::<BITS>,
         }
-    }
-
-    pub(crate) fn quantize(self, block: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
-        // SAFETY: `self` exists, so `detect` saw the features.
-        unsafe { quantize(block) }
     }
 
     /// Values of a range of panels for all of `x`.
@@ -76,55 +73,10 @@ impl Neon {
             // SAFETY: `self` exists, so `detect` saw the features.
             return unsafe { one_row(weights, panels, x, out) };
         }
-        let way = [Self::dots::<1>(), Self::dots::<16>()][usize::from(weights.bits() == 8)];
+        let way = [Self::dots::<4>(), Self::dots::<8>()][usize::from(weights.bits() == 8)];
         // SAFETY: as above.
         unsafe { many_rows(weights, panels, x, way, out) };
     }
-}
-
-#[target_feature(enable = "neon")]
-fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
-    let (fours, _) = x.as_chunks::<4>();
-    let values: [float32x4_t; BLOCK / 4] = std::array::from_fn(|index| load_f32(&fours[index]));
-    let mut most = vdupq_n_u32(0);
-    for value in values {
-        most = vmaxq_u32(most, vreinterpretq_u32_f32(vabsq_f32(value)));
-    }
-    let largest = f32::from_bits(vmaxvq_u32(most)); // NaN and infinity have the largest bits
-    if !largest.is_finite() {
-        return ([0; WORDS], f32::NAN, f32::NAN);
-    }
-    if largest < LARGEST_MIN {
-        return ([0; WORDS], 0.0, 0.0);
-    }
-    let inverse = 127.0 / largest;
-    let mut sum = vdupq_n_s32(0);
-    let mut codes = [vdupq_n_s8(0); BLOCK / 16];
-    for (codes, values) in codes.iter_mut().zip(values.as_chunks::<4>().0) {
-        let [a, b, c, d] = values.map(|four| vcvtnq_s32_f32(vmulq_n_f32(four, inverse)));
-        sum = vaddq_s32(sum, vaddq_s32(vaddq_s32(a, b), vaddq_s32(c, d)));
-        *codes = vcombine_s8(narrow(a, b), narrow(c, d));
-    }
-    let [a, b, c, d] = codes; // sixteen columns each
-    let even = [vuzp1q_s8(a, b), vuzp1q_s8(c, d)];
-    let odd = [vuzp2q_s8(a, b), vuzp2q_s8(c, d)];
-    let mut words = [0; WORDS];
-    for (four, codes) in words
-        .as_chunks_mut()
-        .0
-        .iter_mut()
-        .zip(even.into_iter().chain(odd))
-    {
-        *four = store_i32(vreinterpretq_s32_s8(codes));
-    }
-    let scale = largest / 127.0;
-    (words, scale, scale * vaddvq_s32(sum) as f32)
-}
-
-/// Eight 32-bit numbers that fit in a byte.
-#[target_feature(enable = "neon")]
-fn narrow(low: int32x4_t, high: int32x4_t) -> int8x8_t {
-    vmovn_s16(vcombine_s16(vmovn_s32(low), vmovn_s32(high)))
 }
 
 /// Decoding: every weight is used once, and memory is what limits. Rows are read one after the other; a lane is a block.
@@ -247,16 +199,29 @@ impl<'a> Quad<'a> {
     /// One block of all rows, as the module's comment draws it, into place `quad` of each step.
     #[target_feature(enable = "neon")]
     #[inline]
-    fn unpack(&self, block: usize, steps: &mut [[int8x16_t; QUADS]; WORDS], quad: usize) {
+    fn unpack(
+        &self,
+        (block, bits): (usize, usize),
+        steps: &mut [[int8x16_t; QUADS]; WORDS],
+        quad: usize,
+    ) {
         for half in 0..2 {
-            let mut words = [vdupq_n_s32(0); QUAD];
-            for (words, [codes, ..]) in words.iter_mut().zip(&self.rows) {
-                *words = vreinterpretq_s32_u8(load_bytes(&codes.as_chunks().0[2 * block + half]));
+            let mut words = [[vdupq_n_s32(0); QUAD]; 2]; // even columns, odd ones
+            for (row, [codes, ..]) in self.rows.iter().enumerate() {
+                let codes = codes.as_chunks().0;
+                let [even, odd] = if bits == 4 {
+                    nibbles(load_bytes(&codes[2 * block + half]))
+                } else {
+                    let at = 2 * (2 * block + half);
+                    split_bytes(load_bytes(&codes[at]), load_bytes(&codes[at + 1]))
+                };
+                words[0][row] = vreinterpretq_s32_s8(even);
+                words[1][row] = vreinterpretq_s32_s8(odd);
             }
-            for (index, word) in transpose_i32(words).into_iter().enumerate() {
-                let [even, odd] = nibbles(vreinterpretq_u8_s32(word));
-                steps[4 * half + index][quad] = even;
-                steps[WORDS / 2 + 4 * half + index][quad] = odd;
+            for (odd, words) in words.into_iter().enumerate() {
+                for (index, word) in transpose_i32(words).into_iter().enumerate() {
+                    steps[WORDS / 2 * odd + 4 * half + index][quad] = vreinterpretq_s8_s32(word);
+                }
             }
         }
     }
@@ -283,10 +248,10 @@ impl Unpacked {
     }
 
     #[target_feature(enable = "neon")]
-    fn fill(&mut self, quads: &[Quad<'_>; QUADS], blocks: Range<usize>) {
+    fn fill(&mut self, quads: &[Quad<'_>; QUADS], blocks: Range<usize>, bits: usize) {
         for (index, block) in blocks.enumerate() {
             for (offset, quad) in quads.iter().enumerate() {
-                quad.unpack(block, &mut self.codes[index], offset);
+                quad.unpack((block, bits), &mut self.codes[index], offset);
                 self.lines[index][offset] = quad.lines[block];
             }
         }
@@ -325,7 +290,7 @@ unsafe fn many_rows(
         values.fill([vdupq_n_f32(0.0); QUADS]);
         for start in (0..x.blocks).step_by(BLOCKS_AT_ONCE) {
             let end = (start + BLOCKS_AT_ONCE).min(x.blocks);
-            unpacked.fill(&quads, start..end);
+            unpacked.fill(&quads, start..end, weights.bits());
             // SAFETY: the caller has what the way takes.
             unsafe { (way.arrange)(&mut unpacked) };
             for (rows, values) in values.chunks_mut(TILE_ROWS).enumerate() {
@@ -347,23 +312,23 @@ unsafe fn many_rows(
 
 /// Adds a stretch of blocks to the values of a tile's rows.
 #[target_feature(enable = "neon,dotprod")]
-fn add_tile<const ODD_FACTOR: i32>(
+fn add_tile<const BITS: usize>(
     weights: &Unpacked,
     tiles: &[Tile],
     values: &mut [[float32x4_t; QUADS]],
 ) {
     match values.len() {
-        1 => rows_times_quads::<1, ODD_FACTOR>(weights, tiles, values),
-        2 => rows_times_quads::<2, ODD_FACTOR>(weights, tiles, values),
-        3 => rows_times_quads::<3, ODD_FACTOR>(weights, tiles, values),
-        4 => rows_times_quads::<4, ODD_FACTOR>(weights, tiles, values),
-        _ => rows_times_quads::<TILE_ROWS, ODD_FACTOR>(weights, tiles, values),
+        1 => rows_times_quads::<1, BITS>(weights, tiles, values),
+        2 => rows_times_quads::<2, BITS>(weights, tiles, values),
+        3 => rows_times_quads::<3, BITS>(weights, tiles, values),
+        4 => rows_times_quads::<4, BITS>(weights, tiles, values),
+        _ => rows_times_quads::<TILE_ROWS, BITS>(weights, tiles, values),
     }
 }
 
 /// Adds a stretch of blocks to the values of the first N rows of a tile.
 #[target_feature(enable = "neon,dotprod")]
-fn rows_times_quads<const N: usize, const ODD_FACTOR: i32>(
+fn rows_times_quads<const N: usize, const BITS: usize>(
     weights: &Unpacked,
     tiles: &[Tile],
     values: &mut [[float32x4_t; QUADS]],
@@ -372,7 +337,7 @@ fn rows_times_quads<const N: usize, const ODD_FACTOR: i32>(
         .first_chunk_mut::<N>()
         .expect("the caller counted them");
     for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
-        let dots = block_dots::<N, ODD_FACTOR>(codes, &tile.words);
+        let dots = block_dots::<N, BITS>(codes, &tile.words);
         for row in 0..N {
             let x = [tile.scales[row], tile.sums[row]];
             add_block(&mut values[row], &dots[row], lines, x);
@@ -412,31 +377,18 @@ fn accumulate(
 /// Dot products of one block: (rows of x, quads).
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
-fn block_dots<const N: usize, const ODD_FACTOR: i32>(
+fn block_dots<const N: usize, const BITS: usize>(
     codes: &[[int8x16_t; QUADS]; WORDS],
     words: &[[i32; TILE_ROWS]; WORDS],
 ) -> [[int32x4_t; QUADS]; N] {
     let mut sums = [[vdupq_n_s32(0); QUADS]; N];
-    if ODD_FACTOR == 1 {
-        add_steps(&mut sums, codes, words);
-        return sums;
+    if BITS == 8 {
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let codes = words.iter().flat_map(|words| words[row].to_le_bytes());
+            let total: i32 = codes.map(|code| i32::from(code as i8)).sum();
+            *sums = [vdupq_n_s32(128 * total); QUADS];
+        }
     }
-    let (codes, words) = (codes.as_chunks::<{ WORDS / 2 }>().0, words.as_chunks().0);
-    add_steps(&mut sums, &codes[1], &words[1]);
-    for sum in sums.as_flattened_mut() {
-        *sum = vmulq_n_s32(*sum, ODD_FACTOR);
-    }
-    add_steps(&mut sums, &codes[0], &words[0]);
-    sums
-}
-
-#[target_feature(enable = "neon,dotprod")]
-#[inline]
-fn add_steps<const N: usize, const S: usize>(
-    sums: &mut [[int32x4_t; QUADS]; N],
-    codes: &[[int8x16_t; QUADS]; S],
-    words: &[[i32; TILE_ROWS]; S],
-) {
     for (codes, words) in codes.iter().zip(words) {
         let four = load_codes(words.first_chunk().expect("a tile has five rows"));
         let fifth = vreinterpretq_s8_s32(vdupq_n_s32(words[4]));
@@ -447,6 +399,7 @@ fn add_steps<const N: usize, const S: usize>(
         add_row::<3>(sums.get_mut(3), codes, four);
         add_row::<0>(sums.get_mut(4), codes, fifth);
     }
+    sums
 }
 
 /// Adds the products with word WORD of `words`, where there is a row of sums for it.
@@ -496,6 +449,21 @@ fn dot_word<const WORD: usize>(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -
 fn nibbles(bytes: uint8x16_t) -> [int8x16_t; 2] {
     let low = vandq_u8(bytes, vdupq_n_u8(0xF));
     [low, vshrq_n_u8::<4>(bytes)].map(|codes| vreinterpretq_s8_u8(codes))
+}
+
+/// The bytes at even places, and those at odd ones.
+#[target_feature(enable = "neon")]
+#[inline]
+fn split_bytes(a: uint8x16_t, b: uint8x16_t) -> [int8x16_t; 2] {
+    [vuzp1q_u8(a, b), vuzp2q_u8(a, b)].map(|codes| vreinterpretq_s8_u8(codes))
+}
+
+/// Takes 128 of all codes, which signed bytes do not hold above.
+#[target_feature(enable = "neon")]
+fn less_128(unpacked: &mut Unpacked) {
+    for code in unpacked.codes.as_flattened_mut().as_flattened_mut() {
+        *code = veorq_s8(*code, vdupq_n_s8(i8::MIN));
+    }
 }
 
 /// The first four values, zeros behind the last.

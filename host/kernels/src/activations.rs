@@ -4,18 +4,17 @@
 //! weights leave their words (see [`crate::affine`]): first the even columns, then the odd ones.
 //!
 //! ```text
-//! scale = max |x| / 127        code = x / scale, rounded to the nearest, ties to even: -127..=127
+//! scale = max |x| / steps      code = x / scale, rounded to the nearest, ties to even: -steps..=steps
 //! sum   = scale * (sum of the block's codes)
 //! ```
+//!
+//! There are as many steps as leave the products room, see [`crate::AffineRows::activation_steps`].
 //!
 //! A block of zeros, or of values too small to divide by, has scale 0. A block with an infinity or a NaN has scale NaN, and so
 //! has every product with it: nothing that broke upstream comes out looking sound.
 
-use std::borrow::Cow;
-
 use rayon::prelude::*;
 
-use crate::affine::AffineRows;
 use crate::kernel::Kernel;
 
 /// Columns of a block.
@@ -38,35 +37,6 @@ pub(crate) struct Tile {
     pub(crate) sums: [f32; TILE_ROWS],
 }
 
-impl Tile {
-    /// The first 32 columns and the last, each twice.
-    fn by_nibble(&self) -> [Self; 2] {
-        let mut halves = [Self::default(); 2];
-        for row in 0..TILE_ROWS {
-            for (half, out) in halves.iter_mut().enumerate() {
-                let mut sum = 0;
-                for word in 0..WORDS / 4 {
-                    let at = half * (WORDS / 4) + word;
-                    let (even, odd) = (self.words[at][row], self.words[WORDS / 2 + at][row]);
-                    let (even, odd) = (even.to_le_bytes(), odd.to_le_bytes());
-                    for two in 0..2 {
-                        let [a, b] = [even[2 * two], even[2 * two + 1]];
-                        let [c, d] = [odd[2 * two], odd[2 * two + 1]];
-                        let four = [a, c, b, d];
-                        sum += four.iter().map(|&code| i32::from(code as i8)).sum::<i32>();
-                        let four = i32::from_le_bytes(four);
-                        out.words[2 * word + two][row] = four;
-                        out.words[WORDS / 2 + 2 * word + two][row] = four;
-                    }
-                }
-                out.scales[row] = self.scales[row];
-                out.sums[row] = self.scales[row] * sum as f32;
-            }
-        }
-        halves
-    }
-}
-
 /// Eight blocks of one row; zeros where there are fewer.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Eight {
@@ -83,16 +53,17 @@ pub struct QuantizedRows {
     pub(crate) few: Vec<Eight>,
     pub(crate) blocks: usize,
     rows: usize,
+    steps: u8,
 }
 
 impl QuantizedRows {
-    /// Quantizes rows of `columns` values.
+    /// Quantizes rows of `columns` values to so many steps on either side of zero, at most 127.
     ///
     /// # Panics
     /// When `columns` is not a positive multiple of [`BLOCK`], or `x` not whole rows.
-    pub fn new(kernel: Kernel, x: &[f32], columns: usize) -> Self {
+    pub fn new(kernel: Kernel, x: &[f32], columns: usize, steps: u8) -> Self {
         let mut out = Self::default();
-        out.fill(kernel, x, columns);
+        out.fill(kernel, x, columns, steps);
         out
     }
 
@@ -100,16 +71,16 @@ impl QuantizedRows {
     ///
     /// # Panics
     /// As [`Self::new`].
-    pub fn fill(&mut self, kernel: Kernel, x: &[f32], columns: usize) {
+    pub fn fill(&mut self, kernel: Kernel, x: &[f32], columns: usize, steps: u8) {
         assert!(
             columns > 0 && columns.is_multiple_of(BLOCK) && x.len().is_multiple_of(columns),
             "whole rows of whole blocks"
         );
-        self.reshape(x.len() / columns, columns);
+        self.reshape(x.len() / columns, columns, steps);
         let each = |(tiles, rows): (&mut [Tile], &[f32])| {
             for (block, tile) in tiles.iter_mut().enumerate() {
                 let rows = rows.chunks_exact(columns);
-                kernel.quantize(rows.map(|row| &row.as_chunks().0[block]), tile);
+                kernel.quantize(rows.map(|row| &row.as_chunks().0[block]), steps, tile);
             }
         };
         if self.rows <= TILE_ROWS {
@@ -122,9 +93,10 @@ impl QuantizedRows {
     }
 
     /// Gives the rows a shape; what they hold afterwards means nothing.
-    pub(crate) fn reshape(&mut self, rows: usize, columns: usize) {
+    pub(crate) fn reshape(&mut self, rows: usize, columns: usize, steps: u8) {
         self.blocks = columns / BLOCK;
         self.rows = rows;
+        self.steps = steps;
         let tiles = rows.div_ceil(TILE_ROWS) * self.blocks;
         self.tiles.resize(tiles, Tile::default());
     }
@@ -153,30 +125,6 @@ impl QuantizedRows {
         eight
     }
 
-    /// The rows as a matrix is multiplied with them: as they are, or by nibble.
-    pub(crate) fn facing(&self, weights: &AffineRows<'_>) -> Cow<'_, Self> {
-        if weights.bits() == 8 {
-            Cow::Owned(self.by_nibble())
-        } else {
-            Cow::Borrowed(self)
-        }
-    }
-
-    /// The rows for weights of eight bits, twice as many blocks, which only kernels for many rows read: each has 32 columns, in their
-    /// order, and has them once for the lower nibbles and once for the upper ones.
-    fn by_nibble(&self) -> Self {
-        let mut out = Self::default();
-        out.reshape(self.rows, 2 * self.columns());
-        let pairs = out.tiles.as_chunks_mut().0;
-        let each = |(pair, tile): (&mut [Tile; 2], &Tile)| *pair = tile.by_nibble();
-        if self.rows <= TILE_ROWS {
-            pairs.iter_mut().zip(&self.tiles).for_each(each);
-        } else {
-            pairs.par_iter_mut().zip(&self.tiles).for_each(each);
-        }
-        out
-    }
-
     /// Tiles of the first rows and of the last: all there are of at most two tiles of rows, twice the same of one.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn first_and_last_tiles(&self) -> [&[Tile]; 2] {
@@ -193,39 +141,9 @@ impl QuantizedRows {
     pub fn columns(&self) -> usize {
         self.blocks * BLOCK
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Column by column: both nibbles of a byte meet the column's activation, and a half's sum is of its own columns.
-    #[test]
-    fn by_nibble_every_column_is_where_its_byte_is() {
-        let (rows, columns) = (7, 2 * BLOCK);
-        let value = |row: usize, column: usize| ((row * 31 + column * 17) % 253) as f32 - 126.0;
-        let mut x = Vec::new();
-        for row in 0..rows {
-            x.extend((0..columns).map(|column| match column % BLOCK {
-                0 => 127.0, // the scale is 1, and a code its value
-                _ => value(row, column),
-            }));
-        }
-        let plain = QuantizedRows::new(Kernel::Scalar, &x, columns);
-        let faced = plain.by_nibble();
-        assert_eq!((faced.rows, faced.blocks), (rows, 2 * plain.blocks));
-        for (row, x) in x.chunks_exact(columns).enumerate() {
-            for (block, x) in x.chunks_exact(BLOCK / 2).enumerate() {
-                let tile = &faced.tiles[row / TILE_ROWS * faced.blocks + block];
-                let place = row % TILE_ROWS;
-                let codes: Vec<i8> = (tile.words.iter())
-                    .flat_map(|word| word[place].to_le_bytes().map(u8::cast_signed))
-                    .collect();
-                let want: Vec<i8> = x.iter().map(|value| *value as i8).collect();
-                assert_eq!(codes, [&want[..], &want].concat(), "{row} {block}");
-                assert_eq!(tile.scales[place], 1.0);
-                assert_eq!(tile.sums[place], x.iter().sum::<f32>(), "{row} {block}");
-            }
-        }
+    /// Steps on either side of zero.
+    pub fn steps(&self) -> u8 {
+        self.steps
     }
 }

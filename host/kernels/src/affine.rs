@@ -25,9 +25,6 @@
 //! value(row, column) = scales[row, column / group] * code + biases[row, column / group]
 //! ```
 //!
-//! To the integer kernels every row is nibbles, in blocks of 64. A row of INT8 has twice as many, of which the odd ones, the upper
-//! halves of bytes, count sixteen times; both nibbles of a byte meet the same activation (`QuantizedRows::by_nibble`).
-//!
 //! The group is 64 by default (32 and 128 exist) and is always a multiple of 8, so a word never straddles two groups.
 //! Scales may be negative. `P.biases` (plural) is part of the format; `P.bias` (singular) is the layer's own.
 //! Source: `mx.quantize` / `mx.dequantize`, ml-explore/mlx v0.32 `mlx/ops.cpp`, mode `affine`.
@@ -198,30 +195,32 @@ impl<'a> AffineRows<'a> {
         self.group.is_multiple_of(BLOCK)
     }
 
-    /// Blocks of 64 nibbles that a row has.
+    /// Steps that activations are rounded to before they meet these weights, on either side of zero.
+    ///
+    /// AVX2 adds neighbours' products in 16 bits. Those of INT4 leave room for all that a byte of activations holds; a pair of INT8's
+    /// is 2 * 255 * 64 = 32640, of 32767 that fit. Whatever the kernel: results do not depend on the processor.
+    pub fn activation_steps(&self) -> u8 {
+        if self.bits == 4 { 127 } else { 64 }
+    }
+
+    /// Blocks of 64 columns that a row has.
     pub(crate) fn blocks(&self) -> usize {
-        self.columns / BLOCK * self.nibbles()
+        self.columns / BLOCK
     }
 
-    /// Blocks of 64 nibbles that share a scale and a bias.
+    /// Blocks that share a scale and a bias.
     pub(crate) fn blocks_per_group(&self) -> usize {
-        self.group / BLOCK * self.nibbles()
+        self.group / BLOCK
     }
 
-    /// How often an odd nibble of a block counts: it is a column, or the upper half of one.
-    pub(crate) fn odd_factor(&self) -> i16 {
-        if self.bits == 4 { 1 } else { 16 }
+    /// Bytes of a block's codes: two columns a byte or one.
+    pub(crate) fn block_bytes(&self) -> usize {
+        BLOCK / 8 * self.bits
     }
 
-    /// Nibbles of a code.
-    fn nibbles(&self) -> usize {
-        self.bits / 4
-    }
-
-    /// A row's block of 64 nibbles, and the scale and bias of its group.
+    /// A row's block, and the scale and bias of its group.
     pub(crate) fn block(&self, row: usize, block: usize) -> (&'a [u8], f32, f32) {
-        let columns = BLOCK / self.nibbles();
-        self.codes(row, block * columns..(block + 1) * columns)
+        self.codes(row, block * BLOCK..(block + 1) * BLOCK)
     }
 
     /// The parts of one row: its codes, its scales and its biases.
@@ -280,7 +279,7 @@ impl<'a> AffineRows<'a> {
         let [codes, ..] = self.row(row);
         for (index, (values, codes)) in out
             .chunks_exact_mut(self.group)
-            .zip(codes.chunks_exact(self.group / 2 * self.nibbles()))
+            .zip(codes.chunks_exact(self.group / 8 * self.bits))
             .enumerate()
         {
             let scale = self.scale_type.get(self.scales, row * groups + index);
@@ -364,7 +363,7 @@ mod tests {
         let rows = AffineRows::new(parts, 128, (8, 64), ScaleType::F16).unwrap();
         assert_eq!(
             (rows.rows(), rows.blocks(), rows.blocks_per_group()),
-            (2, 4, 2)
+            (2, 2, 1)
         );
         let mut out = [f32::NAN; 128];
         rows.dequantize_row(1, &mut out);

@@ -104,7 +104,7 @@ impl Kernel {
         }
     }
 
-    /// Values of a range of panels of eight weight rows, each once. `x` faces the weights ([`QuantizedRows::facing`]).
+    /// Values of a range of panels of eight weight rows, each once.
     pub(crate) fn multiply(
         self,
         weights: &AffineRows<'_>,
@@ -112,7 +112,7 @@ impl Kernel {
         x: &QuantizedRows,
         out: Out<'_>,
     ) {
-        assert_eq!(x.blocks, weights.blocks(), "rows that face these weights");
+        assert_eq!(x.blocks, weights.blocks(), "one activation per column");
         match self {
             Self::Scalar => {
                 for (index, panel) in panels.enumerate() {
@@ -166,17 +166,19 @@ impl Kernel {
     pub(crate) fn quantize<'a>(
         self,
         rows: impl Iterator<Item = &'a [f32; BLOCK]>,
+        steps: u8,
         tile: &mut Tile,
     ) {
+        let steps = f32::from(steps);
         match self {
-            Self::Scalar => quantize_each(rows, tile, scalar::quantize),
+            Self::Scalar => quantize_each(rows, tile, |block| scalar::quantize(block, steps)),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2(avx2) => quantize_each(rows, tile, |block| avx2.quantize(block)),
+            Self::Avx2(avx2) => quantize_each(rows, tile, |block| avx2.quantize(block, steps)),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512(avx512) => avx512.quantize(rows, tile),
+            Self::Avx512(avx512) => avx512.quantize(rows, steps, tile),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(neon) | Self::I8mm(I8mm { neon }) => {
-                quantize_each(rows, tile, |block| neon.quantize(block));
+                quantize_each(rows, tile, |block| neon.quantize(block, steps));
             }
         }
     }
@@ -235,8 +237,7 @@ impl Sample {
         let parts: [&[u8]; 3] = [&self.codes, &self.scales, &self.scales];
         let bits_and_group = (self.bits, BLOCK);
         let weights = AffineRows::new(parts, self.columns, bits_and_group, self.scale_type).ok()?;
-        let x = QuantizedRows::new(kernel, x, self.columns);
-        let x = x.facing(&weights);
+        let x = QuantizedRows::new(kernel, x, self.columns, weights.activation_steps());
         let mut values = Vec::new();
         let start = panels.start;
         kernel.multiply(&weights, panels, &x, &mut |first, row, panels| {

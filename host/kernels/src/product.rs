@@ -29,7 +29,7 @@ pub(crate) const TASK_PANELS: usize = 8;
 /// there is one. `scalar.rs` says what a value is, to the bit, whatever the kernel, the number of rows and the number of threads.
 ///
 /// # Panics
-/// When columns differ, groups are not whole blocks of 64 columns, or `bias` or `out` has another size.
+/// When columns or steps differ, groups are not whole blocks of 64 columns, or `bias` or `out` has another size.
 pub fn multiply(
     kernel: Kernel,
     weights: &AffineRows<'_>,
@@ -38,7 +38,6 @@ pub fn multiply(
     out: &mut [f32],
 ) {
     check(weights, bias, x);
-    let x = &*x.facing(weights);
     assert_eq!(
         out.len(),
         x.rows() * weights.rows(),
@@ -70,6 +69,7 @@ pub fn multiply(
 /// Panics where sizes do not fit.
 fn check(weights: &AffineRows<'_>, bias: Option<&[f32]>, x: &QuantizedRows) {
     assert_eq!(weights.columns(), x.columns(), "one activation per column");
+    assert_eq!(weights.activation_steps(), x.steps(), "made for these bits");
     assert!(weights.is_blocked(), "groups of whole blocks");
     assert!(
         bias.is_none_or(|bias| bias.len() == weights.rows()),

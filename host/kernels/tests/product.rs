@@ -36,8 +36,15 @@ impl Matrix {
         (bits, group): (usize, usize),
         scale_type: ScaleType,
     ) -> Self {
+        // Of seven bits in bytes, but for the last row: where a kernel asks whether all codes are, both answers are there.
+        let seven = if bits == 7 {
+            rows.max(2) / 2 * columns
+        } else {
+            0
+        };
+        let bits = usize::next_power_of_two(bits);
         let weight = (0..rows * columns / 8 * bits)
-            .map(|_| random.next() as u8)
+            .map(|index| random.next() as u8 & if index < seven { 0x7F } else { 0xFF })
             .collect();
         let mut line = |size: f32| {
             let mut out = Vec::new();
@@ -64,7 +71,7 @@ impl Matrix {
 }
 
 fn product(kernel: Kernel, weights: &AffineRows<'_>, x: &[f32]) -> Vec<f32> {
-    let x = QuantizedRows::new(kernel, x, weights.columns());
+    let x = QuantizedRows::new(kernel, x, weights.columns(), weights.activation_steps());
     let mut out = vec![f32::NAN; x.rows() * weights.rows()];
     multiply(kernel, weights, &x, None, &mut out);
     out
@@ -128,8 +135,8 @@ fn every_kernel_gives_the_bits_of_the_specification() {
     );
     for scale_type in [ScaleType::F16, ScaleType::Bf16, ScaleType::F32] {
         let forms = match scale_type {
-            ScaleType::F16 => &[(4, 64), (4, 128), (8, 64), (8, 128)][..],
-            ScaleType::Bf16 => &[(4, 64), (4, 128), (8, 64)],
+            ScaleType::F16 => &[(4, 64), (4, 128), (7, 64), (8, 64), (8, 128)][..],
+            ScaleType::Bf16 => &[(4, 64), (4, 128), (7, 64), (8, 64)],
             ScaleType::F32 => &[(4, 64), (4, 128)],
         };
         for &form in forms {
@@ -181,14 +188,16 @@ fn quantized_activations_are_the_same_to_the_bit() {
                 .for_each(|value| *value *= 10f32.powi(block as i32 - 30)),
         }
     }
-    let want = format!("{:?}", QuantizedRows::new(Kernel::Scalar, &x, 64 * 8));
-    for kernel in Kernel::available() {
-        assert_eq!(
-            format!("{:?}", QuantizedRows::new(kernel, &x, 64 * 8)),
-            want,
-            "{}",
-            kernel.name()
-        );
+    for steps in [127, 64] {
+        let quantized = |kernel| format!("{:?}", QuantizedRows::new(kernel, &x, 64 * 8, steps));
+        for kernel in Kernel::available() {
+            assert_eq!(
+                quantized(kernel),
+                quantized(Kernel::Scalar),
+                "{} {steps}",
+                kernel.name()
+            );
+        }
     }
 }
 
@@ -242,7 +251,12 @@ fn extreme_codes_do_not_overflow() {
         let biases = vec![0; scales.len()];
         let x = vec![sign * 127.0; m * columns];
         let nibbles = f32::from(code >> 4) + f32::from(code & 0xF);
-        for (bits, per_column) in [(4, nibbles / 2.0), (8, f32::from(code))] {
+        for (bits, code) in [(4, code), (8, code), (8, code & 0x7F)] {
+            let per_column = if bits == 4 {
+                nibbles / 2.0
+            } else {
+                f32::from(code)
+            };
             let weight = vec![code; 16 * columns / 8 * bits];
             let parts: [&[u8]; 3] = [&weight, &scales, &biases];
             let weights = AffineRows::new(parts, columns, (bits, 64), ScaleType::F16).unwrap();
@@ -300,13 +314,18 @@ fn an_activation_between_products_changes_no_bit() {
         .map(|shape| (bits, shape))
     }) {
         let matrix = Matrix::random(&mut random, (rows, columns), (bits, 64), ScaleType::F16);
+        // The layer behind has other weights than this one.
+        let (steps, next) = (
+            matrix.view().activation_steps(),
+            if bits == 4 { 64 } else { 127 },
+        );
         let values: Vec<f32> = (0..m * columns).map(|_| random.unit()).collect();
         let bias: Vec<f32> = (0..rows).map(|_| random.unit() * 100.0).collect();
         for (kernel, bias) in Kernel::available()
             .into_iter()
             .flat_map(|kernel| [(kernel, None), (kernel, Some(&bias[..]))])
         {
-            let x = QuantizedRows::new(kernel, &values, columns);
+            let x = QuantizedRows::new(kernel, &values, columns, steps);
             let mut product = vec![f32::NAN; m * rows];
             multiply(kernel, &matrix.view(), &x, bias, &mut product);
             let gated = product.chunks_exact(rows).flat_map(|row| {
@@ -314,15 +333,15 @@ fn an_activation_between_products_changes_no_bit() {
                 kernel.swiglu(gate, up, &mut out);
                 out
             });
-            let gated = QuantizedRows::new(kernel, &gated.collect::<Vec<_>>(), rows / 2);
+            let gated = QuantizedRows::new(kernel, &gated.collect::<Vec<_>>(), rows / 2, next);
             kernel.quick_gelu(&mut product);
-            let plain = QuantizedRows::new(kernel, &product, rows);
+            let plain = QuantizedRows::new(kernel, &product, rows, next);
             // Memory that was used for something larger.
-            let mut got = QuantizedRows::new(kernel, &vec![1.0; 99 * 512], 512);
+            let mut got = QuantizedRows::new(kernel, &vec![1.0; 99 * 512], 512, 1);
             for (activation, want) in [(Activation::SwiGlu, gated), (Activation::QuickGelu, plain)]
             {
                 let weights = (&matrix.view(), bias);
-                multiply_activated(kernel, weights, &x, activation, &mut got);
+                multiply_activated(kernel, weights, &x, (activation, next), &mut got);
                 assert!(got == want, "{} {activation:?} {rows} {m}", kernel.name());
             }
         }
@@ -341,7 +360,7 @@ fn a_bias_is_added_behind_the_product() {
             for row in want.chunks_mut(rows) {
                 row.iter_mut().zip(&bias).for_each(|(x, b)| *x += b);
             }
-            let x = QuantizedRows::new(kernel, &values, 128);
+            let x = QuantizedRows::new(kernel, &values, 128, 127);
             let mut got = vec![f32::NAN; m * rows];
             multiply(kernel, &matrix.view(), &x, Some(&bias), &mut got);
             assert_eq!(bits(&got), bits(&want), "{} {rows} {m}", kernel.name());
@@ -349,7 +368,8 @@ fn a_bias_is_added_behind_the_product() {
     }
 }
 
-/// Eight bits of activations cost less than a hundredth of the product, on weights and activations as layers have them.
+/// Activations in 127 steps cost about half a hundredth of the product, in 64 a hundredth, on weights and activations as layers have
+/// them.
 #[test]
 fn eight_bits_are_near_the_floats() {
     let mut random = Random(5);
@@ -360,10 +380,16 @@ fn eight_bits_are_near_the_floats() {
             .collect()
     };
     let (weights, x) = (normal(rows * columns), normal(m * columns));
-    for (bits, group) in [(4, 64), (8, 64), (8, 128)] {
+    for (bits, group, most) in [
+        (4, 64, 0.006),
+        (7, 64, 0.012),
+        (8, 64, 0.012),
+        (8, 128, 0.012),
+    ] {
         let form = (bits, group);
         let encoded = visor_kernels::encode_rows(&weights, columns, form, ScaleType::F16).unwrap();
         let parts: [&[u8]; 3] = [&encoded.weight, &encoded.scales, &encoded.biases];
+        let form = (bits.next_power_of_two(), group);
         let view = AffineRows::new(parts, columns, form, ScaleType::F16).unwrap();
         let got = product(Kernel::Scalar, &view, &x);
         let (mut error, mut size) = (0.0, 0.0);
@@ -378,7 +404,7 @@ fn eight_bits_are_near_the_floats() {
             }
         }
         let relative = (error / size).sqrt();
-        println!("{form:?}: relative error {relative:.5}");
-        assert!(relative < 0.01, "{form:?}: {relative}");
+        println!("{bits} {group}: relative error {relative:.5}");
+        assert!(relative < most, "{bits} {group}: {relative}");
     }
 }

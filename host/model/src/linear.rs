@@ -204,7 +204,7 @@ impl Linear {
             LinearWeight::Stored(_, Some(kernel)) => {
                 let (mut quantized, mut out) = (Quantized::default(), Rows::default());
                 let rows = Rows::of(x)?;
-                quantized.set(*kernel, &rows);
+                quantized.set(*kernel, &rows, &[self]);
                 self.forward_rows(&rows, &quantized, &mut out)?;
                 return out.to_tensor();
             }
@@ -217,22 +217,46 @@ impl Linear {
     }
 }
 
-/// The eight-bit form of rows, for all the layers that take them.
+/// The eight-bit forms of rows that the layers take which they are for.
 #[derive(Default)]
 pub(crate) struct Quantized {
-    rows: QuantizedRows,
-    whole: bool,
+    /// In front, those that hold these rows; behind them memory to use again.
+    forms: Vec<QuantizedRows>,
+    count: usize,
 }
 
 impl Quantized {
-    /// Rows of a width that is no whole number of blocks have none, and no layer asks for it.
-    pub(crate) fn set(&mut self, kernel: Kernel, rows: &Rows) {
-        self.whole = rows
-            .columns
-            .is_multiple_of(visor_kernels::activations::BLOCK);
-        if self.whole {
-            self.rows.fill(kernel, &rows.values, rows.columns);
+    /// What each of the layers takes: one form, more where their weights have different bits, none where these are floats.
+    pub(crate) fn set(&mut self, kernel: Kernel, rows: &Rows, layers: &[&Linear]) {
+        self.count = 0;
+        for layer in layers {
+            let Some((weights, _)) = layer.integer() else {
+                continue;
+            };
+            if self.of(&weights).is_none() {
+                self.next().fill(
+                    kernel,
+                    &rows.values,
+                    rows.columns,
+                    weights.activation_steps(),
+                );
+            }
         }
+    }
+
+    /// Memory for one more form.
+    fn next(&mut self) -> &mut QuantizedRows {
+        if self.count == self.forms.len() {
+            self.forms.push(QuantizedRows::default());
+        }
+        self.count += 1;
+        &mut self.forms[self.count - 1]
+    }
+
+    /// The form that these weights take.
+    fn of(&self, weights: &AffineRows<'_>) -> Option<&QuantizedRows> {
+        let mut forms = self.forms[..self.count].iter();
+        forms.find(|form| form.steps() == weights.activation_steps())
     }
 }
 
@@ -253,9 +277,10 @@ impl Linear {
         out: &mut Rows,
     ) -> candle_core::Result<()> {
         match (self.integer(), &self.weight) {
-            (Some(weights), _) if quantized.whole => {
-                assert_eq!(x.count(), quantized.rows.rows(), "two forms of one thing");
-                self.forward_quantized(weights, &quantized.rows, out)?;
+            (Some((weights, kernel)), _) => {
+                let quantized = quantized.of(&weights).expect("set for this layer");
+                assert_eq!(x.count(), quantized.rows(), "two forms of one thing");
+                self.forward_quantized((weights, kernel), quantized, out)?;
             }
             (_, LinearWeight::Stored(matrix, _)) => {
                 *out = Rows::of(&matrix.multiply(&x.to_tensor()?)?)?;
@@ -290,7 +315,9 @@ impl Linear {
 pub(crate) struct Between {
     wide: Rows,
     activated: Rows,
-    quantized: Quantized,
+    forms: Quantized,
+    /// What the kernel makes of both.
+    quantized: QuantizedRows,
 }
 
 /// Two layers and the activation between them, on plain rows. Where both are the kernel's, what is between them becomes eight bits as
@@ -302,18 +329,20 @@ pub(crate) fn feed_forward(
     out: &mut Rows,
 ) -> candle_core::Result<()> {
     match (first.integer(), second.integer()) {
-        (Some((weights, kernel)), Some(next)) if quantized.whole => {
+        (Some((weights, kernel)), Some(next)) => {
             let bias = first.bias()?;
-            let (weights, between) = ((&weights, bias.as_deref()), &mut s.quantized.rows);
-            let x = &quantized.rows;
+            let x = quantized.of(&weights).expect("set for this layer");
+            let activation = (activation, next.0.activation_steps());
+            let weights = (&weights, bias.as_deref());
+            let between = &mut s.quantized;
             visor_kernels::multiply_activated(kernel, weights, x, activation, between);
             second.forward_quantized(next, between, out)
         }
         _ => {
             first.forward_rows(x, quantized, &mut s.wide)?;
             s.activated.set_activated(&s.wide, activation, kernel);
-            s.quantized.set(kernel, &s.activated);
-            second.forward_rows(&s.activated, &s.quantized, out)
+            s.forms.set(kernel, &s.activated, &[second]);
+            second.forward_rows(&s.activated, &s.forms, out)
         }
     }
 }

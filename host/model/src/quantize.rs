@@ -29,7 +29,7 @@ use writer::write_tensor;
 pub use compare::{Comparison, StageError, compare};
 pub use kept::{QuantizedCache, quantized_facts};
 pub(crate) use partial::Partial;
-pub(crate) use plan::{Action, Planned};
+pub(crate) use plan::{Action, Planned, code_bits};
 pub(crate) use writer::Writer;
 
 /// Weights that share a scale and a bias.
@@ -40,7 +40,7 @@ pub const GROUP: usize = 64;
 pub enum Precision {
     /// Four bits, a scale and a bias for 64 weights.
     Int4,
-    /// Eight bits, the same.
+    /// Eight bits, the same; codes of the tower and the projector use seven of them.
     Int8,
     /// The float type of what is not quantized.
     Float,
@@ -68,8 +68,8 @@ pub struct QuantizeOptions {
     pub float_type: FloatType,
 }
 
-/// The language model in four bits; the vision tower, which published INT4 conversions leave in floats, in eight: half the memory, the
-/// integer kernels, and an error of half a hundredth of its weights.
+/// The language model in four bits; the vision tower, which published INT4 conversions leave in floats, in eight, of which codes use
+/// seven: half the memory, the integer kernels, and an error of a hundredth of its weights.
 impl Default for QuantizeOptions {
     fn default() -> Self {
         Self {
@@ -136,7 +136,7 @@ impl From<FloatType> for ScaleType {
 pub struct ModuleError {
     /// As the checkpoint names it, without `.weight`.
     pub module: String,
-    /// Of a code.
+    /// Of a code: four, seven (stored in eight) or eight.
     pub bits: usize,
     /// Output values.
     pub rows: usize,
@@ -202,7 +202,9 @@ fn write_checkpoint(
     let steps = plan(checkpoint, options)?;
     let report = write_weights(checkpoint, (&steps, folder), options, progress)?;
     if let Some(source) = checkpoint.dir() {
-        let eight_bits = steps.iter().filter_map(Step::eight_bit_module);
+        let eight_bits = steps
+            .iter()
+            .filter_map(|step| step.planned().eight_bit_module());
         write_config(source, folder, &eight_bits.collect::<Vec<_>>())?;
         copy_companions(source, folder)?;
     }

@@ -1,8 +1,8 @@
 //! Checkpoints of a given shape with weights drawn at random: what a model of that shape costs can be measured without its
 //! weights.
 //!
-//! The files are those of MLX's converters of 2024: every matrix in INT4, groups of 64 with scales and biases in f16, the
-//! tower's among them, everything else in f16. Only tensors that the model reads are written. A matrix keeps the variance of
+//! The files are as [`crate::quantize()`] writes them, groups of 64 with scales and biases in f16, everything else in f16; with the tower
+//! in INT4, as MLX's converters of 2024 did. Only tensors that the model reads are written. A matrix keeps the variance of
 //! what it is multiplied with and norms are near one, so that activations stay finite through any number of layers; what
 //! comes out means nothing. The same config gives the same bytes.
 
@@ -17,7 +17,8 @@ use crate::config::{ModelConfig, PATCH_SIDE_PX, parse_json};
 use crate::error::ModelError;
 use crate::progress::{LoadProgress, LoadStage};
 use crate::quantize::{
-    Action, GROUP, Partial, Planned, Writer, write_file, write_quantized_config,
+    Action, GROUP, Partial, Planned, Precision, QuantizeOptions, Writer, code_bits, write_file,
+    write_quantized_config,
 };
 use crate::table::{self, Entry, Form};
 
@@ -26,23 +27,19 @@ pub const PHI35_VISION_CONFIG: &[u8] =
     include_bytes!("../../../tests/golden/real/config.reconstructed.json");
 
 /// Goes up when the same config gives other bytes.
-const REVISION: u32 = 1;
+const REVISION: u32 = 2;
 const FLOAT: ScaleType = ScaleType::F16;
 /// Bytes drawn and written at a time.
 const BLOCK_BYTES: usize = 16 << 20;
 /// Bytes of a block that one thread draws.
 const TASK_BYTES: usize = 1 << 20;
-/// The standard deviation of codes 0 to 15, all equally likely: `sqrt((16^2 - 1) / 12)`.
-const CODE_DEVIATION: f32 = 4.609_772;
-/// Their mean.
-const CODE_MEAN: f32 = 7.5;
 /// Of biases, separators and the class token.
 const VECTOR_DEVIATION: f32 = 0.02;
 /// Of norm weights around one.
 const NORM_DEVIATION: f32 = 0.05;
 
-/// Writes `target`, a folder that does not exist: a checkpoint of the shape that `config`, a `config.json`, describes. It
-/// opens and serves as any other. `name` is the config's, for messages.
+/// Writes `target`, a folder that does not exist: a checkpoint of the shape that `config`, a `config.json`, describes, with `vision` for
+/// the tower and the projector. It opens and serves as any other. `name` is the config's, for messages.
 ///
 /// `progress` hears of the bytes that are written and answers whether to go on.
 ///
@@ -51,13 +48,34 @@ const NORM_DEVIATION: f32 = 0.05;
 /// target is left then.
 pub fn write_random(
     (name, config): (&str, &[u8]),
+    vision: Precision,
     target: &Path,
     progress: &mut dyn FnMut(LoadProgress) -> bool,
 ) -> Result<(), ModelError> {
     let entries = table::tensors(&ModelConfig::parse(config, name)?);
     let partial = Partial::create(target)?;
-    write_weights(&entries, &partial.path.join("model.safetensors"), progress)?;
-    write_quantized_config(parse_json(config, name)?, &partial.path, &[])?;
+    let options = QuantizeOptions {
+        vision,
+        ..QuantizeOptions::default()
+    };
+    let forms: Vec<_> = entries
+        .iter()
+        .map(|entry| stored(entry, &options))
+        .collect();
+    let tensors = entries.iter().zip(&forms);
+    let planned: Vec<Planned<'_>> = tensors
+        .map(|(entry, (shape, action))| Planned {
+            name: &entry.name,
+            shape,
+            action: *action,
+        })
+        .collect();
+    write_weights(&planned, &partial.path.join("model.safetensors"), progress)?;
+    let eight_bits: Vec<_> = planned
+        .iter()
+        .filter_map(Planned::eight_bit_module)
+        .collect();
+    write_quantized_config(parse_json(config, name)?, &partial.path, &eight_bits)?;
     for (name, bytes) in [
         ("preprocessor_config.json", PREPROCESSOR_CONFIG),
         ("tokenizer.json", PHI3_TOKENIZER),
@@ -68,30 +86,21 @@ pub fn write_random(
     partial.finish(target)
 }
 
-/// What a config's checkpoint may be kept under: 16 hex digits, other ones when the same config would give other bytes.
-pub fn digest(config: &[u8]) -> String {
+/// What a config's checkpoint may be kept under: 16 hex digits, other ones when the same would give other bytes.
+pub fn digest(config: &[u8], vision: Precision) -> String {
     let mut hasher = Sha256::new();
     hasher.update(REVISION.to_le_bytes());
+    hasher.update(format!("{vision:?}"));
     hasher.update(config);
     hex(&hasher.finalize()[..8])
 }
 
 fn write_weights(
-    entries: &[Entry],
+    planned: &[Planned<'_>],
     path: &Path,
     progress: &mut dyn FnMut(LoadProgress) -> bool,
 ) -> Result<(), ModelError> {
-    let forms: Vec<(Vec<usize>, Action)> = entries.iter().map(stored).collect();
-    let planned: Vec<Planned<'_>> = entries
-        .iter()
-        .zip(&forms)
-        .map(|(entry, (shape, action))| Planned {
-            name: &entry.name,
-            shape,
-            action: *action,
-        })
-        .collect();
-    let writer = Writer::create(path, &planned, FLOAT)?;
+    let writer = Writer::create(path, planned, FLOAT)?;
     let mut drawing = Drawing {
         bytes_total: writer.tensor_bytes,
         writer,
@@ -99,26 +108,32 @@ fn write_weights(
         bytes_done: 0,
         progress,
     };
-    for tensor in &planned {
+    for tensor in planned {
         match tensor.action {
-            Action::Affine { rows, columns, .. } => drawing.int4(rows, columns)?,
+            Action::Affine {
+                rows,
+                columns,
+                bits,
+            } => drawing.affine(rows, columns, bits)?,
             Action::Float | Action::ChannelsLast => drawing.floats(tensor)?,
         }
     }
     drawing.writer.finish().map(|_| ())
 }
 
-/// How the file has a tensor: INT4 wherever the groups fit, as a converter decides.
-fn stored(entry: &Entry) -> (Vec<usize>, Action) {
+/// How the file has a tensor: codes wherever the groups fit, as a converter decides.
+fn stored(entry: &Entry, options: &QuantizeOptions) -> (Vec<usize>, Action) {
     match &entry.form {
         &Form::Matrix { rows, columns } => {
-            let int4 = Action::Affine {
-                rows,
-                columns,
-                bits: 4,
+            let action = match code_bits(&entry.name, options) {
+                Some(bits) if columns.is_multiple_of(GROUP) => Action::Affine {
+                    rows,
+                    columns,
+                    bits,
+                },
+                _ => Action::Float,
             };
-            let fits = columns.is_multiple_of(GROUP);
-            (vec![rows, columns], if fits { int4 } else { Action::Float })
+            (vec![rows, columns], action)
         }
         Form::Floats(shape) => (shape.clone(), Action::Float),
         &Form::Patches { out } => (
@@ -139,22 +154,28 @@ struct Drawing<'a> {
 
 impl Drawing<'_> {
     /// Codes, scales and biases of a matrix whose weights have mean 0 and deviation `1 / sqrt(columns)`.
-    fn int4(&mut self, rows: usize, columns: usize) -> Result<(), ModelError> {
-        let code_bytes = rows * columns / 2;
+    fn affine(&mut self, rows: usize, columns: usize, bits: usize) -> Result<(), ModelError> {
+        let code_bytes = rows * columns / 8 * bits.next_power_of_two();
+        // Codes of seven bits are bytes without their highest.
+        let mask = if bits == 7 { 0x7F } else { 0xFF };
         let mut block = vec![0; BLOCK_BYTES.min(code_bytes)];
         for start in (0..code_bytes).step_by(BLOCK_BYTES) {
             let block = &mut block[..BLOCK_BYTES.min(code_bytes - start)];
             self.random.fill(block);
+            block.iter_mut().for_each(|byte| *byte &= mask);
             self.put(block)?;
         }
-        let scale = 1.0 / (CODE_DEVIATION * (columns as f32).sqrt());
+        // Of codes from 0 up, all equally likely.
+        let count = (1 << bits) as f32;
+        let (mean, deviation) = ((count - 1.0) / 2.0, ((count * count - 1.0) / 12.0).sqrt());
+        let scale = 1.0 / (deviation * (columns as f32).sqrt());
         let groups = rows * columns / GROUP;
         let (mut scales, mut biases) = (Vec::new(), Vec::new());
         for _ in 0..groups {
             // Every group has its own scale, within a quarter.
             let scale = FLOAT.rounded(scale * (1.0 + 0.5 * self.random.centred()));
             FLOAT.put(scale, &mut scales);
-            FLOAT.put(-CODE_MEAN * scale, &mut biases);
+            FLOAT.put(-mean * scale, &mut biases);
         }
         self.put(&scales)?;
         self.put(&biases)

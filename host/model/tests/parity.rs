@@ -445,22 +445,21 @@ fn verify_runs_a_given_checkpoint_in_the_cases_it_fits() {
 }
 
 /// How far activations of eight bits may take a trained INT4 model from its float path, stage by stage, as relative errors.
-/// A product is within a hundredth (`visor-kernels`, `eight_bits_are_near_the_floats`); errors of layers add up as they come.
+/// A product is within a hundredth and a bit (`visor-kernels`, `eight_bits_are_near_the_floats`); errors of layers add up as they come.
 #[test]
 fn eight_bit_activations_stay_near_the_floats() {
     let demo = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("demo");
-    check_eight_bit_activations(&demo);
-    // The same with the tower in INT8.
+    // Measured 0.021 behind tower and projector, 0.021 behind the decoder; wrong scales or columns are above 0.5.
+    check_eight_bit_activations(&demo, 0.04);
+    // The same with the tower in INT8, whose activations have half as many steps: 0.043 and 0.028.
     let folder = tempfile::tempdir().unwrap();
     let mixed = folder.path().join("mixed");
     let options = visor_model::QuantizeOptions::default();
     visor_model::quantize(&demo.join("float"), &mixed, &options, &mut |_| true).unwrap();
-    check_eight_bit_activations(&mixed);
+    check_eight_bit_activations(&mixed, 0.06);
 }
 
-fn check_eight_bit_activations(checkpoint: &Path) {
-    // Measured 0.024 behind tower and projector, 0.020 behind the decoder; wrong scales or columns are above 0.5.
-    const ERROR_MAX: f32 = 0.04;
+fn check_eight_bit_activations(checkpoint: &Path, error_max: f32) {
     let checkpoint = Checkpoint::open(checkpoint).unwrap();
     let picture = std::fs::read(golden().join("../photos/cat.png")).unwrap();
     let image = decode(&picture, &ImageLimits::default(), false).unwrap();
@@ -489,8 +488,8 @@ fn check_eight_bit_activations(checkpoint: &Path) {
     );
     println!("relative error: features {features:.4}, hidden state {hidden:.4}");
     assert!(features > 0.0 && hidden > 0.0, "the kernel was used");
-    assert!(features < ERROR_MAX, "features {features}");
-    assert!(hidden < ERROR_MAX, "hidden state {hidden}");
+    assert!(features < error_max, "features {features}");
+    assert!(hidden < error_max, "hidden state {hidden}");
 }
 
 /// Keys and values of the eight-bit path lie in memory that grows: what was decoded one by one, across several growths, must

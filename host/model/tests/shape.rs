@@ -7,7 +7,7 @@ use std::sync::Arc;
 use safetensors::{Dtype, SafeTensors};
 use visor_model::image::PixelValues;
 use visor_model::shape::write_random;
-use visor_model::{Activations, Checkpoint, DeviceKind, ModelError, Phi3V, Prompt};
+use visor_model::{Activations, Checkpoint, DeviceKind, ModelError, Phi3V, Precision, Prompt};
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/ckpt_mha_int4")
@@ -17,7 +17,8 @@ fn golden() -> PathBuf {
 fn written(folder: &Path, name: &str) -> PathBuf {
     let config = std::fs::read(golden().join("config.json")).unwrap();
     let target = folder.join(name);
-    write_random(("config.json", &config), &target, &mut |_| true).unwrap();
+    let config = ("config.json", &config[..]);
+    write_random(config, Precision::Int4, &target, &mut |_| true).unwrap();
     target
 }
 
@@ -55,7 +56,16 @@ fn the_same_config_gives_the_same_bytes() {
 #[test]
 fn logits_are_finite_and_differ() {
     let folder = tempfile::tempdir().unwrap();
-    let checkpoint = Checkpoint::open(&written(folder.path(), "a")).unwrap();
+    for vision in [Precision::Int4, Precision::Int8] {
+        let target = folder.path().join(format!("{vision:?}"));
+        let config = std::fs::read(golden().join("config.json")).unwrap();
+        write_random(("config.json", &config), vision, &target, &mut |_| true).unwrap();
+        check_logits(&target);
+    }
+}
+
+fn check_logits(folder: &Path) {
+    let checkpoint = Checkpoint::open(folder).unwrap();
     assert_eq!(checkpoint.facts().quantization, "int4 group 64");
     assert!(checkpoint.tokenizer().is_ok());
     let pixels = PixelValues {
@@ -91,7 +101,8 @@ fn a_cancelled_run_leaves_nothing() {
     let config = std::fs::read(golden().join("config.json")).unwrap();
     let target = folder.path().join("a");
     let mut asked = 0;
-    let stopped = write_random(("config.json", &config), &target, &mut |progress| {
+    let config = ("config.json", &config[..]);
+    let stopped = write_random(config, Precision::Int8, &target, &mut |progress| {
         asked += 1;
         assert!(progress.bytes_done <= progress.bytes_total);
         asked < 5

@@ -233,6 +233,9 @@ struct BenchArgs {
     /// Measure every stage with random weights of a shape, whatever model is configured: phi-3.5-vision, or a config.json
     #[arg(long, value_name = "SHAPE", conflicts_with_all = ["image", "max_tokens", "requests"])]
     shape: Option<String>,
+    /// With --shape, how the vision tower and the projector are stored: int8 as `visor quantize` does, int4 or float
+    #[arg(long, value_name = "FORM", default_value = "int8", requires = "shape")]
+    vision: quantize::Form,
     /// Where such weights are kept [default: visor/bench in the user's cache folder]
     #[arg(long, value_name = "DIR", requires = "shape")]
     shape_folder: Option<PathBuf>,

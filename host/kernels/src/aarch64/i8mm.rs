@@ -1,5 +1,5 @@
-//! The tile of many rows with the matrix products of Armv8.6 (Apple M2, Graviton 3, Cortex-X2 and later): one `smmla` multiplies
-//! two rows of weights with two of activations, eight columns each, into four sums. Twice the work of a `sdot`.
+//! The tile of many rows with the matrix products of Armv8.6 (Apple M2, Graviton 3, Cortex-X2 and later): one `usmmla` multiplies
+//! two rows of weights, unsigned, with two of activations, eight columns each, into four sums. Twice the work of a `sdot`.
 //!
 //! ```text
 //! weights of a pair of rows     [row 0: words t, t + 1] [row 1: words t, t + 1]        activations of a pair alike
@@ -25,13 +25,6 @@ pub struct I8mm {
 }
 
 impl I8mm {
-    const fn products<const ODD_FACTOR: i32>() -> Way {
-        Way {
-            arrange: pair_up,
-            add_tile: add_tile::<ODD_FACTOR>,
-        }
-    }
-
     pub(crate) fn detect() -> Option<Self> {
         Neon::detect()
             .filter(|_| is_aarch64_feature_detected!("i8mm"))
@@ -46,12 +39,12 @@ impl I8mm {
         x: &QuantizedRows,
         out: Out<'_>,
     ) {
-        if x.rows() == 1 {
+        if x.rows() == 1 && weights.bits() == 4 {
             return self.neon.multiply(weights, panels, x, out);
         }
-        let way = match weights.bits() {
-            4 => Self::products::<1>(),
-            _ => Self::products::<16>(),
+        let way = Way {
+            arrange: pair_up,
+            add_tile,
         };
         // SAFETY: `self` exists, so `detect` saw the features.
         unsafe { many_rows(weights, panels, x, way, out) };
@@ -80,27 +73,23 @@ fn zipped(a: int8x16_t, b: int8x16_t) -> [int8x16_t; 2] {
 
 /// Adds a stretch of blocks to the values of a tile's rows.
 #[target_feature(enable = "neon,i8mm")]
-fn add_tile<const ODD_FACTOR: i32>(
-    weights: &Unpacked,
-    tiles: &[Tile],
-    values: &mut [[float32x4_t; QUADS]],
-) {
+fn add_tile(weights: &Unpacked, tiles: &[Tile], values: &mut [[float32x4_t; QUADS]]) {
     match values.len() {
-        1 | 2 => rows_times_quads::<1, ODD_FACTOR>(weights, tiles, values),
-        3 | 4 => rows_times_quads::<2, ODD_FACTOR>(weights, tiles, values),
-        _ => rows_times_quads::<PAIRS, ODD_FACTOR>(weights, tiles, values),
+        1 | 2 => rows_times_quads::<1>(weights, tiles, values),
+        3 | 4 => rows_times_quads::<2>(weights, tiles, values),
+        _ => rows_times_quads::<PAIRS>(weights, tiles, values),
     }
 }
 
 /// Adds a stretch of blocks to the values of the first P pairs of a tile's rows.
 #[target_feature(enable = "neon,i8mm")]
-fn rows_times_quads<const P: usize, const ODD_FACTOR: i32>(
+fn rows_times_quads<const P: usize>(
     weights: &Unpacked,
     tiles: &[Tile],
     values: &mut [[float32x4_t; QUADS]],
 ) {
     for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
-        let sums = block_sums::<P, ODD_FACTOR>(codes, &tile.words);
+        let sums = block_sums::<P>(codes, &tile.words);
         for (row, values) in values.iter_mut().enumerate() {
             let mut dots = [vdupq_n_s32(0); QUADS];
             for (dots, [low, high]) in dots.iter_mut().zip(&sums[row / 2]) {
@@ -117,31 +106,11 @@ fn rows_times_quads<const P: usize, const ODD_FACTOR: i32>(
 /// Sums of one block: (pairs of rows of x, quads, pairs of a quad's rows).
 #[target_feature(enable = "neon,i8mm")]
 #[inline]
-fn block_sums<const P: usize, const ODD_FACTOR: i32>(
+fn block_sums<const P: usize>(
     codes: &[[int8x16_t; QUADS]; WORDS],
     words: &[[i32; TILE_ROWS]; WORDS],
 ) -> [[[int32x4_t; 2]; QUADS]; P] {
     let mut sums = [[[vdupq_n_s32(0); 2]; QUADS]; P];
-    if ODD_FACTOR == 1 {
-        add_steps(&mut sums, codes, words);
-        return sums;
-    }
-    let (codes, words) = (codes.as_chunks::<{ WORDS / 2 }>().0, words.as_chunks().0);
-    add_steps(&mut sums, &codes[1], &words[1]);
-    for sum in sums.as_flattened_mut().as_flattened_mut() {
-        *sum = vmulq_n_s32(*sum, ODD_FACTOR);
-    }
-    add_steps(&mut sums, &codes[0], &words[0]);
-    sums
-}
-
-#[target_feature(enable = "neon,i8mm")]
-#[inline]
-fn add_steps<const P: usize, const S: usize>(
-    sums: &mut [[[int32x4_t; 2]; QUADS]; P],
-    codes: &[[int8x16_t; QUADS]; S],
-    words: &[[i32; TILE_ROWS]; S],
-) {
     for (codes, words) in codes
         .as_chunks::<2>()
         .0
@@ -161,15 +130,16 @@ fn add_steps<const P: usize, const S: usize>(
             }
         }
     }
+    sums
 }
 
-/// Adds the products of two rows of eight bytes of `a` with two of `b`: `vmmlaq_s32`, which is not stable.
+/// Adds the products of two rows of eight bytes of `a`, unsigned, with two of `b`: `vusmmlaq_s32`, which is not stable.
 #[target_feature(enable = "neon,i8mm")]
 #[inline]
 fn add_products(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
     // SAFETY: the instruction is of a feature of this function, and touches nothing but these registers.
     unsafe {
-        asm!("smmla {sum:v}.4s, {a:v}.16b, {b:v}.16b",
+        asm!("usmmla {sum:v}.4s, {a:v}.16b, {b:v}.16b",
             sum = inout(vreg) sum, a = in(vreg) a, b = in(vreg) b,
             options(pure, nomem, nostack, preserves_flags));
     }

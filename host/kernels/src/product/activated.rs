@@ -23,27 +23,26 @@ thread_local! {
     static BETWEEN: Cell<Vec<[f32; BLOCK]>> = Cell::default();
 }
 
-/// `activation` of what [`super::multiply`] gives, in eight bits: to the bit as one after the other.
+/// `activation` of what [`super::multiply`] gives, in eight bits with so many steps: to the bit as one after the other.
 ///
 /// # Panics
-/// When columns differ, groups are not whole blocks of 64 columns, what the activation gives is not whole blocks, or `bias` has another
+/// When columns or steps differ, groups are not whole blocks of 64 columns, what the activation gives is not whole blocks, or `bias` has another
 /// size than there are rows of weights.
 pub fn multiply_activated(
     kernel: Kernel,
     (weights, bias): (&AffineRows<'_>, Option<&[f32]>),
     x: &QuantizedRows,
-    activation: Activation,
+    (activation, steps): (Activation, u8),
     out: &mut QuantizedRows,
 ) {
     super::check(weights, bias, x);
-    let x = &*x.facing(weights);
     let parts = activation.parts();
     let columns = weights.rows() / parts;
     assert!(
         weights.rows().is_multiple_of(parts * BLOCK),
         "whole blocks of columns"
     );
-    out.reshape(x.rows(), columns);
+    out.reshape(x.rows(), columns, steps);
     if x.rows() == 0 {
         return out.fill_few();
     }
@@ -74,7 +73,7 @@ pub fn multiply_activated(
             }
             // SAFETY: no other task has this block.
             let tile = unsafe { tiles.part(index * blocks + block, 1) };
-            kernel.quantize(rows.iter(), &mut tile[0]);
+            kernel.quantize(rows.iter(), steps, &mut tile[0]);
         }
         between.truncate(KEPT_ROWS);
         between.shrink_to(KEPT_ROWS);

@@ -1,4 +1,4 @@
-//! INT4 weights times eight-bit activations with AVX2, and those of INT8 by nibble. `scalar.rs` specifies a value to the bit.
+//! INT4 and INT8 weights times eight-bit activations with AVX2. `scalar.rs` specifies a value to the bit.
 //!
 //! Eight rows of weights make a panel. Of a panel's block of 64 columns, eight words a row are transposed, so that a register
 //! holds one word of each row; its low nibbles are four even columns of each row, its high ones the four odd columns beside
@@ -9,8 +9,8 @@
 //! register t (of 16)   byte 4r..4r+4 = row r, columns 8(t % 8) + {0,2,4,6} + t / 8        one word of activations: t
 //! ```
 //!
-//! 16-bit sums: a pair is at most 2 * 15 * 127 = 3810, eight of them 30480: they fit in 32767, and only then become 32 bits. Those
-//! of INT8's odd nibbles count sixteen times there: 2 * 16 * 30480 = 975360 a lane.
+//! 16-bit sums: a pair is at most 2 * 15 * 127 = 3810, eight of them 30480: they fit in 32767, and only then become 32 bits. `many.rs`
+//! has those of INT8.
 
 mod many;
 mod several;
@@ -30,6 +30,8 @@ use crate::product::{Out, PANEL};
 
 /// Panels that are multiplied with a tile of activations: 10 sums, 2 codes, a word and a product are 14 of 16 registers.
 const TILE_PANELS: usize = 2;
+/// Bytes of a row's codes that are read at a time.
+const RUN: usize = BLOCK / 2;
 /// How far ahead of a row's codes memory is asked for when decoding, into the second-level cache: so many rows, and not nearer than
 /// so many bytes. Into the first level it comes a fifth slower.
 const CODES_AHEAD_ROWS: usize = 5;
@@ -75,6 +77,8 @@ struct Panel<'a> {
     rows: [[&'a [u8]; 3]; PANEL], // codes, scales, biases
     /// Blocks that each of the rows has.
     blocks: usize,
+    /// Runs of 32 bytes of codes that each of the rows has: a block is one, of INT8 two.
+    runs: usize,
     lines: Vec<[__m256; 2]>, // (blocks): scale and bias of each row
 }
 
@@ -83,6 +87,7 @@ impl<'a> Panel<'a> {
         Self {
             rows: [[&[]; 3]; PANEL],
             blocks: 0,
+            runs: 0,
             lines: Vec::new(),
         }
     }
@@ -94,7 +99,8 @@ impl<'a> Panel<'a> {
             *row = weights.row((panel * PANEL + index).min(last));
         }
         self.blocks = weights.blocks();
-        let bytes = self.blocks * BLOCK / 2;
+        self.runs = self.blocks * weights.block_bytes() / RUN;
+        let bytes = self.runs * RUN;
         let whole = self.rows.iter().all(|[codes, ..]| codes.len() >= bytes);
         assert!(whole, "a row is whole blocks");
     }
@@ -136,23 +142,23 @@ impl<'a> Panel<'a> {
         }
     }
 
-    /// A block of a row.
+    /// A run of codes of a row.
     #[inline]
-    fn codes(&self, row: usize, block: usize) -> &[u8; BLOCK / 2] {
+    fn codes(&self, row: usize, run: usize) -> &[u8; RUN] {
         // Not a look at the row's length: with that this was a twentieth of the product of eight activations.
-        assert!(block < self.blocks, "inside the rows");
-        // SAFETY: `find` saw that every row has that many blocks, and the place is inside one of them.
-        let place = unsafe { self.rows[row][0].as_ptr().add(block * (BLOCK / 2)) };
+        assert!(run < self.runs, "inside the rows");
+        // SAFETY: `find` saw that every row has that many runs, and the place is inside one of them.
+        let place = unsafe { self.rows[row][0].as_ptr().add(run * RUN) };
         // SAFETY: as many bytes are there for as long as the row is borrowed.
         unsafe { &*place.cast() }
     }
 
-    /// One block of all rows: of the eight words of a row, one in each register.
+    /// One run of all rows: of the eight words of a row, one in each register.
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn words(&self, block: usize) -> [__m256i; PANEL] {
-        let codes = |row: usize, half: usize| -> &[u8; BLOCK / 4] {
-            let halves = self.codes(row, block).as_chunks().0;
+    fn words(&self, run: usize) -> [__m256i; PANEL] {
+        let codes = |row: usize, half: usize| -> &[u8; RUN / 2] {
+            let halves = self.codes(row, run).as_chunks().0;
             &halves[half]
         };
         let mut words = [_mm256_setzero_si256(); PANEL];
@@ -166,7 +172,7 @@ impl<'a> Panel<'a> {
         words
     }
 
-    /// One block of all rows, as the module's comment draws it, into place `offset` of each step.
+    /// One block of INT4 of all rows, as the module's comment draws it, into place `offset` of each step.
     #[target_feature(enable = "avx2")]
     #[inline]
     fn unpack(&self, block: usize, steps: &mut [[__m256i; TILE_PANELS]; WORDS], offset: usize) {
@@ -176,6 +182,36 @@ impl<'a> Panel<'a> {
             steps[t][offset] = _mm256_and_si256(words[t], nibble);
             steps[8 + t][offset] = _mm256_and_si256(_mm256_srli_epi16::<4>(words[t]), nibble);
         }
+    }
+
+    /// The same of a block of INT8, whose steps are the same columns. Returns the bits that any code has.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn unpack_bytes(
+        &self,
+        block: usize,
+        steps: &mut [[__m256i; TILE_PANELS]; WORDS],
+        offset: usize,
+    ) -> __m256i {
+        let evens_first = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+            0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15,
+        ));
+        let mut any = _mm256_setzero_si256();
+        for half in 0..2 {
+            let words = self.words(2 * block + half);
+            for (t, two) in words.as_chunks::<2>().0.iter().enumerate() {
+                any = _mm256_or_si256(any, _mm256_or_si256(two[0], two[1]));
+                let first = _mm256_shuffle_epi8(two[0], evens_first);
+                let second = _mm256_shuffle_epi8(two[1], evens_first);
+                let (low, high) = (
+                    _mm256_srli_epi32::<16>(first),
+                    _mm256_slli_epi32::<16>(second),
+                );
+                steps[4 * half + t][offset] = _mm256_blend_epi16::<0xAA>(first, high);
+                steps[8 + 4 * half + t][offset] = _mm256_blend_epi16::<0xAA>(low, second);
+            }
+        }
+        any
     }
 }
 
@@ -321,7 +357,8 @@ fn accumulate(value: __m256, dot: __m256, [scale, bias]: [__m256; 2], x: [f32; 2
 struct Ahead {
     starts: [*const u8; 3], // of codes, scales, biases
     panels: usize,
-    scale_bytes: usize, // of scales or biases that a block of a panel has
+    code_bytes: usize,  // of codes that a block of a panel has
+    scale_bytes: usize, // of scales or biases
 }
 
 impl Ahead {
@@ -329,16 +366,17 @@ impl Ahead {
         Self {
             starts: first.rows[0].map(|row| row.as_ptr().wrapping_add(row.len() * PANEL * panels)),
             panels,
+            code_bytes: first.runs / first.blocks * RUN * PANEL,
             scale_bytes: first.rows[0][1].len() * PANEL / first.blocks,
         }
     }
 
-    /// Asks for a line of a block's share of codes, of which each panel has four. Between products, one by one: a core has few places
+    /// Asks for a line of a block's share of codes, of which a panel of INT4 has four. Between products, one by one: a core has few places
     /// for lines on their way, and when a burst takes them all, its loads wait.
     #[target_feature(enable = "avx2")]
     #[inline]
     fn prefetch_codes(&self, block: usize, line: usize) {
-        let at = block * self.panels * (BLOCK / 2 * PANEL) + 64 * line;
+        let at = block * self.panels * self.code_bytes + 64 * line;
         _mm_prefetch::<_MM_HINT_T1>(self.starts[0].wrapping_add(at).cast());
     }
 
@@ -360,7 +398,7 @@ impl Ahead {
     #[target_feature(enable = "avx2")]
     #[inline]
     fn prefetch_all(&self, block: usize) {
-        for line in 0..4 * self.panels {
+        for line in 0..self.panels * self.code_bytes / 64 {
             self.prefetch_codes(block, line);
         }
         self.prefetch_scales::<_MM_HINT_T1>(block);

@@ -8,14 +8,14 @@ use super::{Avx2, load_f32};
 use crate::activations::{BLOCK, LARGEST_MIN, WORDS};
 
 impl Avx2 {
-    pub(crate) fn quantize(self, block: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
+    pub(crate) fn quantize(self, block: &[f32; BLOCK], steps: f32) -> ([i32; WORDS], f32, f32) {
         // SAFETY: `self` exists, so `detect` saw the features.
-        unsafe { quantize(block) }
+        unsafe { quantize(block, steps) }
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
+fn quantize(x: &[f32; BLOCK], steps: f32) -> ([i32; WORDS], f32, f32) {
     let (eights, _) = x.as_chunks::<8>();
     let values: [__m256; 8] = std::array::from_fn(|index| load_f32(&eights[index]));
     let magnitude = _mm256_set1_epi32(0x7FFF_FFFF);
@@ -39,14 +39,14 @@ fn quantize(x: &[f32; BLOCK]) -> ([i32; WORDS], f32, f32) {
     if largest < LARGEST_MIN {
         return ([0; WORDS], 0.0, 0.0);
     }
-    let inverse = _mm256_set1_ps(127.0 / largest);
+    let inverse = _mm256_set1_ps(steps / largest);
     let whole: [__m256i; 8] =
         std::array::from_fn(|index| _mm256_cvtps_epi32(_mm256_mul_ps(values[index], inverse)));
     let mut sum = whole[0];
     for &eight in &whole[1..] {
         sum = _mm256_add_epi32(sum, eight);
     }
-    let scale = largest / 127.0;
+    let scale = largest / steps;
     let [[even0, odd0], [even1, odd1]] = [split_bytes(&whole[..4]), split_bytes(&whole[4..])];
     let mut words = [0; WORDS];
     for (four, bytes) in words.chunks_exact_mut(4).zip([even0, even1, odd0, odd1]) {

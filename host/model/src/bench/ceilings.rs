@@ -112,7 +112,7 @@ fn int4_product(kernel: Kernel) -> f64 {
     let mut quantized = QuantizedRows::default();
     let mut out = vec![0.0; m * rows];
     let seconds = best(PRODUCTS, || {
-        quantized.fill(kernel, &x, columns);
+        quantized.fill(kernel, &x, columns, weights.activation_steps());
         multiply(kernel, &weights, &quantized, None, &mut out);
     });
     gop_per_s(seconds)

@@ -18,7 +18,7 @@ use crate::error::ModelError;
 use crate::progress::{LoadProgress, LoadStage};
 
 /// Goes up when the same weights and options give other bytes.
-const REVISION: u32 = 3;
+const REVISION: u32 = 4;
 /// Between two looks at what another process is writing.
 const LOOK: Duration = Duration::from_millis(200);
 /// A folder without its marker is about to get its name, within an instant; after this its process ended in that instant.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use visor_kernels::{EncodeError, ScaleType, SquaredError, encode_rows};
 
-use super::plan::{Action, Planned, Step, module};
+use super::plan::{Action, Planned, Step, module, stored_bits};
 use super::{GROUP, ModuleError, cannot_write};
 use crate::error::ModelError;
 use crate::weights::StoredTensor;
@@ -118,7 +118,7 @@ impl Header {
                 bits,
             } => {
                 let module = module(name);
-                self.add(name, ("U32", 4), &[rows, columns / 32 * bits]);
+                self.add(name, ("U32", 4), &[rows, columns / 32 * stored_bits(bits)]);
                 for part in ["scales", "biases"] {
                     self.add(&format!("{module}.{part}"), float, &[rows, columns / GROUP]);
                 }

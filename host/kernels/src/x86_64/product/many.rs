@@ -1,18 +1,19 @@
-//! A product with many rows of activations, what a prompt or a picture is: weights are unpacked once for a chunk of rows.
+//! A product with many rows of activations, what a prompt or a picture is: weights are unpacked once for a chunk of rows. With INT8 any
+//! number of rows is.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::sums::pair_sums;
+use super::sums::{byte_dots, pair_sums};
 use super::{Ahead, Panel, TILE_PANELS, accumulate};
 use crate::activations::{QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::affine::AffineRows;
 use crate::product::{Out, PANEL, TASK_PANELS};
 use crate::x86_64::store;
 
-/// Rows of activations whose values are gathered at a time, whole tiles: with a stretch of blocks 141 KB, their values 15 KB for
-/// a pair of panels, in the second-level cache.
-const ROWS_AT_ONCE: usize = 48 * TILE_ROWS;
+/// Rows of activations whose values are gathered at a time, whole tiles, half of a picture's: those of a stretch of blocks are 334 KB,
+/// their values 19 KB for a pair of panels, in a second-level cache of 512.
+const ROWS_AT_ONCE: usize = 58 * TILE_ROWS;
 /// Pairs of panels that a chunk of rows meets before the next stretch of blocks: a task's.
 const PAIRS_AT_ONCE: usize = TASK_PANELS / TILE_PANELS;
 /// Up to this many rows, pairs of panels are taken one by one.
@@ -35,7 +36,7 @@ pub(super) fn many_rows(
     } else {
         1
     };
-    let mut chunk = Chunk::new(pairs_at_once, weights.odd_factor());
+    let mut chunk = Chunk::new(pairs_at_once, weights.bits());
     for first in panels.clone().step_by(TILE_PANELS * pairs_at_once) {
         let end = panels.end.min(first + TILE_PANELS * pairs_at_once);
         let pairs = chunk.find_pairs(weights, first..end);
@@ -61,18 +62,33 @@ pub(super) fn many_rows(
 #[repr(align(64))]
 struct Codes([[__m256i; TILE_PANELS]; WORDS]);
 
+/// What unpacked codes are, which says how many of their products fit in 16 bits.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// INT4.
+    Nibbles,
+    /// INT8 without a code above 127, as `visor quantize` writes it.
+    SevenBits,
+    /// INT8.
+    EightBits,
+}
+
 /// A stretch of blocks of a few panels, unpacked.
 struct Unpacked {
     codes: Vec<Codes>,                      // (blocks)
     lines: Vec<[[__m256; 2]; TILE_PANELS]>, // (blocks)
-    odd_factor: __m256i,                    // of sixteen bits
+    kind: Kind,
 }
 
 impl Unpacked {
     #[target_feature(enable = "avx2")]
-    fn new(odd_factor: i16) -> Self {
+    fn new(bits: usize) -> Self {
         Self {
-            odd_factor: _mm256_set1_epi16(odd_factor),
+            kind: if bits == 4 {
+                Kind::Nibbles
+            } else {
+                Kind::EightBits
+            },
             codes: vec![Codes([[_mm256_setzero_si256(); TILE_PANELS]; WORDS]); BLOCKS_AT_ONCE],
             lines: vec![[[_mm256_setzero_ps(); 2]; TILE_PANELS]; BLOCKS_AT_ONCE],
         }
@@ -81,12 +97,24 @@ impl Unpacked {
     #[target_feature(enable = "avx2")]
     fn fill(&mut self, panels: &[Panel<'_>; TILE_PANELS], blocks: Range<usize>) {
         let ahead = Ahead::new(&panels[0], TILE_PANELS);
+        let mut any = _mm256_setzero_si256();
         for (index, block) in blocks.enumerate() {
             for (offset, panel) in panels.iter().enumerate() {
-                panel.unpack(block, &mut self.codes[index].0, offset);
+                let steps = &mut self.codes[index].0;
+                if self.kind == Kind::Nibbles {
+                    panel.unpack(block, steps, offset);
+                } else {
+                    any = _mm256_or_si256(any, panel.unpack_bytes(block, steps, offset));
+                }
                 self.lines[index][offset] = panel.lines[block];
             }
             ahead.prefetch_all(block);
+        }
+        if self.kind != Kind::Nibbles {
+            self.kind = match _mm256_movemask_epi8(any) {
+                0 => Kind::SevenBits,
+                _ => Kind::EightBits,
+            };
         }
     }
 }
@@ -113,11 +141,11 @@ struct Chunk<'a> {
 
 impl<'a> Chunk<'a> {
     #[target_feature(enable = "avx2")]
-    fn new(pairs: usize, odd_factor: i16) -> Self {
+    fn new(pairs: usize, bits: usize) -> Self {
         let pair = || std::array::from_fn(|_| Panel::new());
         Self {
             pairs: std::iter::repeat_with(pair).take(pairs).collect(),
-            unpacked: Unpacked::new(odd_factor),
+            unpacked: Unpacked::new(bits),
             values: Vec::new(),
         }
     }
@@ -159,17 +187,17 @@ impl<'a> Chunk<'a> {
 #[inline(never)]
 fn add_tile(weights: &Unpacked, tiles: &[Tile], values: &mut [[__m256; TILE_PANELS]]) {
     match values.len() {
-        1 => rows_times_panels::<1>(weights, tiles, values),
-        2 => rows_times_panels::<2>(weights, tiles, values),
-        3 => rows_times_panels::<3>(weights, tiles, values),
-        4 => rows_times_panels::<4>(weights, tiles, values),
-        _ => rows_times_panels::<TILE_ROWS>(weights, tiles, values),
+        1 => add_rows::<1>(weights, tiles, values),
+        2 => add_rows::<2>(weights, tiles, values),
+        3 => add_rows::<3>(weights, tiles, values),
+        4 => add_rows::<4>(weights, tiles, values),
+        _ => add_rows::<TILE_ROWS>(weights, tiles, values),
     }
 }
 
 /// Adds a stretch of blocks to the values of the first N rows of a tile.
 #[target_feature(enable = "avx2,fma")]
-fn rows_times_panels<const N: usize>(
+fn add_rows<const N: usize>(
     weights: &Unpacked,
     tiles: &[Tile],
     values: &mut [[__m256; TILE_PANELS]],
@@ -177,19 +205,64 @@ fn rows_times_panels<const N: usize>(
     let values = values
         .first_chunk_mut::<N>()
         .expect("the caller counted them");
-    let ones = _mm256_set1_epi16(1);
-    for ((codes, lines), tile) in weights.codes.iter().zip(&weights.lines).zip(tiles) {
-        let (low, high) = codes.0.split_at(WORDS / 2);
-        let low = pair_sums::<N, TILE_PANELS, 0>(|step| low[step], [tile; 2]);
-        let high = pair_sums::<N, TILE_PANELS, 1>(|step| high[step], [tile; 2]);
-        for row in 0..N {
-            for offset in 0..TILE_PANELS {
-                let low = _mm256_madd_epi16(low[row][offset], ones);
-                let high = _mm256_madd_epi16(high[row][offset], weights.odd_factor);
-                let dot = _mm256_add_epi32(low, high);
-                let (dot, x) = (_mm256_cvtepi32_ps(dot), [tile.scales[row], tile.sums[row]]);
-                values[row][offset] = accumulate(values[row][offset], dot, lines[offset], x);
+    let blocks = weights.codes.iter().zip(&weights.lines).zip(tiles);
+    match weights.kind {
+        Kind::Nibbles => {
+            for ((codes, lines), tile) in blocks {
+                add_nibbles(values, codes, lines, tile);
             }
+        }
+        Kind::SevenBits => add_bytes::<N, true>(values, blocks),
+        Kind::EightBits => add_bytes::<N, false>(values, blocks),
+    }
+}
+
+/// Adds a block of INT4 to the values of N rows.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn add_nibbles<const N: usize>(
+    values: &mut [[__m256; TILE_PANELS]; N],
+    codes: &Codes,
+    lines: &[[__m256; 2]; TILE_PANELS],
+    tile: &Tile,
+) {
+    let ones = _mm256_set1_epi16(1);
+    let (low, high) = codes.0.split_at(WORDS / 2);
+    let low = pair_sums::<N, TILE_PANELS, 0>(|step| low[step], [tile; 2]);
+    let high = pair_sums::<N, TILE_PANELS, 1>(|step| high[step], [tile; 2]);
+    for row in 0..N {
+        for offset in 0..TILE_PANELS {
+            let low = _mm256_madd_epi16(low[row][offset], ones);
+            let high = _mm256_madd_epi16(high[row][offset], ones);
+            let dot = _mm256_cvtepi32_ps(_mm256_add_epi32(low, high));
+            let x = [tile.scales[row], tile.sums[row]];
+            values[row][offset] = accumulate(values[row][offset], dot, lines[offset], x);
+        }
+    }
+}
+
+/// Adds a stretch of blocks of INT8, panel by panel: a row's products need two registers beside its sum and its value.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn add_bytes<'a, const N: usize, const SEVEN_BITS: bool>(
+    values: &mut [[__m256; TILE_PANELS]; N],
+    blocks: impl Iterator<Item = ((&'a Codes, &'a [[__m256; 2]; TILE_PANELS]), &'a Tile)> + Clone,
+) {
+    for offset in 0..TILE_PANELS {
+        let mut panel = [_mm256_setzero_ps(); N];
+        for row in 0..N {
+            panel[row] = values[row][offset];
+        }
+        for ((codes, lines), tile) in blocks.clone() {
+            let dots = byte_dots::<N, SEVEN_BITS>(|step| codes.0[step][offset], tile);
+            for row in 0..N {
+                let dot = _mm256_cvtepi32_ps(dots[row]);
+                let x = [tile.scales[row], tile.sums[row]];
+                panel[row] = accumulate(panel[row], dot, lines[offset], x);
+            }
+        }
+        for row in 0..N {
+            values[row][offset] = panel[row];
         }
     }
 }

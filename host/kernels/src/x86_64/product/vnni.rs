@@ -96,18 +96,18 @@ impl<'a> Pair<'a> {
         }
     }
 
-    /// One block of all rows: of the eight words of a row, one in each register, a lane for each row.
+    /// One run of all rows, a block of INT4: of the eight words of a row, one in each register, a lane for each row.
     #[target_feature(enable = "avx512f,avx2")]
     #[inline]
-    fn words(&self, block: usize) -> [__m512i; PANEL] {
-        join_words(self.half(0, block), self.half(1, block))
+    fn words(&self, run: usize) -> [__m512i; PANEL] {
+        join_words(self.half(0, run), self.half(1, run))
     }
 
-    /// One block of a panel's rows.
+    /// One run of a panel's rows.
     #[target_feature(enable = "avx512f,avx2")]
     #[inline]
-    fn half(&self, panel: usize, block: usize) -> [__m512i; 4] {
-        half_by_word(|row| self.panels[panel].codes(row, block))
+    fn half(&self, panel: usize, run: usize) -> [__m512i; 4] {
+        half_by_word(|row| self.panels[panel].codes(row, run))
     }
 }
 

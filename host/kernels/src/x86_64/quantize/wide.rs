@@ -10,19 +10,20 @@ impl Avx512 {
     pub(crate) fn quantize<'a>(
         self,
         rows: impl Iterator<Item = &'a [f32; BLOCK]>,
+        steps: f32,
         tile: &mut Tile,
     ) {
         // SAFETY: `self` exists, so `detect` saw the features.
-        unsafe { quantize(rows, tile) }
+        unsafe { quantize(rows, steps, tile) }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw")]
-fn quantize<'a>(rows: impl Iterator<Item = &'a [f32; BLOCK]>, tile: &mut Tile) {
+fn quantize<'a>(rows: impl Iterator<Item = &'a [f32; BLOCK]>, steps: f32, tile: &mut Tile) {
     let mut words = [_mm512_setzero_si512(); TILE_ROWS];
     (tile.scales, tile.sums) = Default::default();
     for (row, block) in rows.enumerate() {
-        (words[row], tile.scales[row], tile.sums[row]) = quantize_block(block);
+        (words[row], tile.scales[row], tile.sums[row]) = quantize_block(block, steps);
     }
     interleave(&words, &mut tile.words);
 }
@@ -66,7 +67,7 @@ fn interleave(rows: &[__m512i; TILE_ROWS], words: &mut [[i32; TILE_ROWS]; WORDS]
 
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
-fn quantize_block(x: &[f32; BLOCK]) -> (__m512i, f32, f32) {
+fn quantize_block(x: &[f32; BLOCK], steps: f32) -> (__m512i, f32, f32) {
     let [a, b, c, d] = x.as_chunks().0 else {
         unreachable!("four registers are a block")
     };
@@ -84,16 +85,16 @@ fn quantize_block(x: &[f32; BLOCK]) -> (__m512i, f32, f32) {
     if largest < LARGEST_MIN {
         return (_mm512_setzero_si512(), 0.0, 0.0);
     }
-    let inverse = _mm512_set1_ps(127.0 / largest);
+    let inverse = _mm512_set1_ps(steps / largest);
     let whole = values.map(|value| {
-        let steps = _mm512_mul_ps(value, inverse);
-        _mm512_cvtps_epi32(steps)
+        let scaled = _mm512_mul_ps(value, inverse);
+        _mm512_cvtps_epi32(scaled)
     });
     let sum = _mm512_add_epi32(
         _mm512_add_epi32(whole[0], whole[1]),
         _mm512_add_epi32(whole[2], whole[3]),
     );
-    let scale = largest / 127.0;
+    let scale = largest / steps;
     let sum = scale * _mm512_reduce_add_epi32(sum) as f32;
     (words(whole), scale, sum)
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::json;
 use visor_model::bench::{self, BenchOptions, BenchReport, Ceilings};
 use visor_model::shape::{self, PHI35_VISION_CONFIG};
-use visor_model::{Activations, Checkpoint, DeviceKind, ModelError};
+use visor_model::{Activations, Checkpoint, DeviceKind, ModelError, Precision};
 
 use super::print_peak;
 use crate::cli::progress::{self, Loading};
@@ -60,7 +60,9 @@ pub(super) fn run(shape: &str, args: &BenchArgs) -> Result<u8, Failure> {
             }
         },
     };
-    let folder = folder.join(format!("{}-{}", shape.name, shape::digest(&shape.config)));
+    let vision = args.vision.into();
+    let digest = shape::digest(&shape.config, vision);
+    let folder = folder.join(format!("{}-{digest}", shape.name));
     let stop = stop_signal()?;
     let keep_going = || !stop.is_cancelled();
     let options = BenchOptions {
@@ -70,7 +72,8 @@ pub(super) fn run(shape: &str, args: &BenchArgs) -> Result<u8, Failure> {
         say: &|stage| progress::line(&format!("measuring {stage}")),
         keep_going: &keep_going,
     };
-    let told = made(&shape, &folder, &keep_going).and_then(|()| measured(shape, &folder, &options));
+    let told = made((&shape, vision), &folder, &keep_going)
+        .and_then(|()| measured(shape, &folder, &options));
     match told {
         Ok(told) => tell(&told, args.json),
         Err(ModelError::Cancelled) => {
@@ -78,7 +81,7 @@ pub(super) fn run(shape: &str, args: &BenchArgs) -> Result<u8, Failure> {
             Ok(EXIT_STOPPED)
         }
         Err(error @ ModelError::Write { .. }) => Err(Failure::start(anyhow::anyhow!(
-            "{error}; weights of a shape are kept there: make room for them (2.3 GB for {PUBLISHED}), or name another folder with --shape-folder"
+            "{error}; weights of a shape are kept there: make room for them (2.5 GB for {PUBLISHED}), or name another folder with --shape-folder"
         ))),
         Err(error) => Err(Failure::start(error)),
     }
@@ -108,7 +111,11 @@ impl Shape {
 }
 
 /// Makes the checkpoint unless an earlier run did.
-fn made(shape: &Shape, folder: &Path, keep_going: &dyn Fn() -> bool) -> Result<(), ModelError> {
+fn made(
+    (shape, vision): (&Shape, Precision),
+    folder: &Path,
+    keep_going: &dyn Fn() -> bool,
+) -> Result<(), ModelError> {
     if folder.exists() {
         return Checkpoint::open(folder)
             .map(|_| ())
@@ -119,7 +126,8 @@ fn made(shape: &Shape, folder: &Path, keep_going: &dyn Fn() -> bool) -> Result<(
     }
     progress::line(&format!("making random weights in {}", folder.display()));
     let bar = Loading::by_command();
-    shape::write_random((&shape.file, &shape.config), folder, &mut |done| {
+    let config = (shape.file.as_str(), &shape.config[..]);
+    shape::write_random(config, vision, folder, &mut |done| {
         bar.step(done);
         keep_going()
     })

@@ -89,23 +89,52 @@ impl Unpacked {
         self.lines.resize(BLOCKS_AT_ONCE, [[lines; 2]; PAIRS]);
     }
 
-    #[target_feature(enable = "avx512f,avx2")]
+    #[target_feature(enable = "avx512f,avx512bw,avx2")]
     fn fill(&mut self, pairs: &[Pair<'_>; PAIRS], blocks: Range<usize>, bits: usize) {
         let ahead = Ahead::new(&pairs[0].panels[0], PANELS);
         for (block, (steps, lines)) in blocks.zip(self.codes.iter_mut().zip(&mut self.lines)) {
             for (offset, pair) in pairs.iter().enumerate() {
-                for (step, word) in pair.words(block).into_iter().enumerate() {
-                    let [even, mut odd] = unpacked(word);
-                    if bits == 8 {
-                        // Where they are, the upper nibbles count sixteen times: 240 at most, of which no sum saturates.
-                        odd = _mm512_xor_si512(word, even);
+                if bits == 4 {
+                    for (step, word) in pair.words(block).into_iter().enumerate() {
+                        let [even, odd] = unpacked(word);
+                        steps[step][offset] = even;
+                        steps[WORDS / 2 + step][offset] = odd;
                     }
-                    steps[step][offset] = even;
-                    steps[WORDS / 2 + step][offset] = odd;
+                } else {
+                    unpack_bytes(pair, block, steps, offset);
                 }
                 lines[offset] = pair.lines[block];
             }
             ahead.prefetch_all(block);
+        }
+    }
+}
+
+/// A block of INT8 of a pair into place `offset` of each step, whose columns are those of INT4's.
+#[target_feature(enable = "avx512f,avx512bw,avx2")]
+#[inline]
+fn unpack_bytes(
+    pair: &Pair<'_>,
+    block: usize,
+    steps: &mut [[__m512i; PAIRS]; WORDS],
+    offset: usize,
+) {
+    const SECOND: __mmask32 = 0xAAAA_AAAA;
+    let evens_first = _mm512_broadcast_i32x4(_mm_setr_epi8(
+        0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15,
+    ));
+    for half in 0..2 {
+        let words = pair.words(2 * block + half);
+        for (t, two) in words.as_chunks::<2>().0.iter().enumerate() {
+            let first = _mm512_shuffle_epi8(two[0], evens_first);
+            let second = _mm512_shuffle_epi8(two[1], evens_first);
+            let (low, high) = (
+                _mm512_srli_epi32::<16>(first),
+                _mm512_slli_epi32::<16>(second),
+            );
+            let step = WORDS / 4 * half + t;
+            steps[step][offset] = _mm512_mask_blend_epi16(SECOND, first, high);
+            steps[WORDS / 2 + step][offset] = _mm512_mask_blend_epi16(SECOND, low, second);
         }
     }
 }
