@@ -25,7 +25,7 @@ use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 use std::ops::Range;
 
-use crate::activations::{BLOCK, LARGEST_MIN, QuantizedRows, TILE_ROWS, Tile, WORDS};
+use crate::activations::{BLOCK, QuantizedRows, TILE_ROWS, Tile, WORDS};
 use crate::affine::{AffineRows, ScaleType};
 use crate::product::{Out, PANEL};
 
@@ -261,7 +261,7 @@ impl Unpacked {
 /// How a tile of rows meets unpacked weights; unsafe for the features it takes.
 #[derive(Clone, Copy)]
 struct Way {
-    /// Puts unpacked weights into the order that `add_tile` reads.
+    /// Puts unpacked weights into the form and the order that `add_tile` reads.
     arrange: unsafe fn(&mut Unpacked),
     /// Adds a stretch of blocks to the values of a tile's rows, at most [`TILE_ROWS`].
     add_tile: unsafe fn(&Unpacked, &[Tile], &mut [[float32x4_t; QUADS]]),
@@ -383,9 +383,7 @@ fn block_dots<const N: usize, const BITS: usize>(
 ) -> [[int32x4_t; QUADS]; N] {
     let mut sums = [[vdupq_n_s32(0); QUADS]; N];
     if BITS == 8 {
-        for (row, sums) in sums.iter_mut().enumerate() {
-            let codes = words.iter().flat_map(|words| words[row].to_le_bytes());
-            let total: i32 = codes.map(|code| i32::from(code as i8)).sum();
+        for (sums, total) in sums.iter_mut().zip(row_totals(words)) {
             *sums = [vdupq_n_s32(128 * total); QUADS];
         }
     }
@@ -400,6 +398,22 @@ fn block_dots<const N: usize, const BITS: usize>(
         add_row::<0>(sums.get_mut(4), codes, fifth);
     }
     sums
+}
+
+/// Sums of the codes of each row of a tile's block; zeros behind the last.
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+fn row_totals(words: &[[i32; TILE_ROWS]; WORDS]) -> impl Iterator<Item = i32> {
+    let ones = vdupq_n_s8(1);
+    let mut totals = [vdupq_n_s32(0); 2]; // of rows 0 to 3, of row 4
+    for words in words {
+        let four = load_codes(words.first_chunk().expect("a tile has five rows"));
+        let fifth = vreinterpretq_s8_s32(vdupq_n_s32(words[4]));
+        totals[0] = dot(totals[0], four, ones);
+        totals[1] = dot(totals[1], fifth, ones);
+    }
+    let [four, fifth] = [store_i32(totals[0]), store_i32(totals[1])];
+    four.into_iter().chain([fifth[0]])
 }
 
 /// Adds the products with word WORD of `words`, where there is a row of sums for it.

@@ -57,10 +57,10 @@ pub struct QuantizedRows {
 }
 
 impl QuantizedRows {
-    /// Quantizes rows of `columns` values to so many steps on either side of zero, at most 127.
+    /// Quantizes rows of `columns` values to so many steps on either side of zero.
     ///
     /// # Panics
-    /// When `columns` is not a positive multiple of [`BLOCK`], or `x` not whole rows.
+    /// When `columns` is not a positive multiple of [`BLOCK`], `x` not whole rows, or there are no steps or more than 127.
     pub fn new(kernel: Kernel, x: &[f32], columns: usize, steps: u8) -> Self {
         let mut out = Self::default();
         out.fill(kernel, x, columns, steps);
@@ -94,6 +94,7 @@ impl QuantizedRows {
 
     /// Gives the rows a shape; what they hold afterwards means nothing.
     pub(crate) fn reshape(&mut self, rows: usize, columns: usize, steps: u8) {
+        assert!((1..=127).contains(&steps), "steps that a byte holds");
         self.blocks = columns / BLOCK;
         self.rows = rows;
         self.steps = steps;

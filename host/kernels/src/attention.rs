@@ -41,8 +41,8 @@ pub enum Way {
     Alone,
     /// They share tiles of keys: a prompt.
     Tiled,
-    /// In whole numbers of thirteen bits with AVX2 and AVX-512, where every query sees every key of at most 8192 and heads have an even number
-    /// of columns, at most 128: a picture. The same as [`Self::Tiled`] elsewhere.
+    /// In whole numbers of thirteen bits on x86-64, where every query sees every key of at most 8192 and heads have an even number of
+    /// columns, at most 128: a picture. The same as [`Self::Tiled`] elsewhere.
     Rounded,
 }
 

@@ -108,7 +108,8 @@ pub struct EncodedRows {
 /// none above 127: a bit less exact, and with AVX2 multiplied in less time.
 ///
 /// # Errors
-/// [`EncodeError`] when there are other than four, seven or eight bits, rows are not whole groups of a multiple of 8, or a value does not fit.
+/// [`EncodeError`] when there are other than four, seven or eight bits, rows are not whole groups of a multiple of 8, or a value does
+/// not fit.
 pub fn encode_rows(
     values: &[f32],
     columns: usize,
@@ -123,7 +124,7 @@ pub fn encode_rows(
         && values.len().is_multiple_of(columns);
     if !whole {
         return Err(EncodeError::Shape(ShapeError(format!(
-            "{} values are not rows of {columns} in INT{bits} groups of {group}",
+            "{} values are not rows of {columns} in groups of {group} with codes of {bits} bits",
             values.len()
         ))));
     }

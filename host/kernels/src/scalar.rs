@@ -38,7 +38,6 @@ fn column(position: usize) -> usize {
 /// value = fma(weight bias, sum of the activations, value)
 /// value = fma(dot, weight scale * activation scale, value)          dot: of the codes, an exact integer
 /// ```
-///
 /// Every kernel rounds in this order, so that all give the same bits.
 pub(crate) fn value(weights: &AffineRows<'_>, row: usize, x: &QuantizedRows, m: usize) -> f32 {
     let mut value = 0f32;
@@ -50,10 +49,9 @@ pub(crate) fn value(weights: &AffineRows<'_>, row: usize, x: &QuantizedRows, m: 
         };
         let (tile, m) = (&x.tiles[m / TILE_ROWS * x.blocks + block], m % TILE_ROWS);
         let mut dot = 0;
-        for (word, four) in tile.words.iter().enumerate() {
-            for (byte, code) in four[m].to_le_bytes().into_iter().enumerate() {
-                dot += i32::from(weight(column(4 * word + byte))) * i32::from(code as i8);
-            }
+        let codes = tile.words.iter().flat_map(|four| four[m].to_le_bytes());
+        for (position, code) in codes.enumerate() {
+            dot += i32::from(weight(column(position))) * i32::from(code as i8);
         }
         value = bias.mul_add(tile.sums[m], value);
         value = (dot as f32).mul_add(scale * tile.scales[m], value);

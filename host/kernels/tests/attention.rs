@@ -459,6 +459,41 @@ fn rounding_loses_no_broken_numbers_and_divides_by_no_zero() {
     }
 }
 
+/// Memory that a thread used for other keys, and queries beside one that is broken, change no bit.
+#[test]
+fn what_was_rounded_before_or_beside_is_not_seen() {
+    const DIM: usize = 64;
+    let (queries, keys, values) = (
+        numbers(7 * DIM, 1),
+        numbers(100 * DIM, 2),
+        numbers(100 * DIM, 3),
+    );
+    let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let one_thread = one_thread.unwrap();
+    for kernel in kernels() {
+        let run = |queries: &[f32], keys: &[f32], values: &[f32]| {
+            let given = [queries, keys, values];
+            one_thread.install(|| one_head(kernel, (Way::Rounded, false), DIM, given))
+        };
+        let fewer = 97 * DIM;
+        let first = run(&queries, &keys[..fewer], &values[..fewer]);
+        let mut broken = keys.clone();
+        broken[99 * DIM..].fill(f32::NAN);
+        let lost = run(&queries, &broken, &values);
+        assert!(lost.iter().all(|value| value.is_nan()), "{}", kernel.name());
+        let again = run(&queries, &keys[..fewer], &values[..fewer]);
+        assert_eq!(again, first, "{}", kernel.name());
+        broken.clone_from(&queries);
+        broken[3 * DIM + 5] = f32::NAN;
+        let one = run(&broken, &keys[..fewer], &values[..fewer]);
+        for (row, (got, want)) in one.chunks(DIM).zip(first.chunks(DIM)).enumerate() {
+            let is_as_before = row != 3 && got == want;
+            let is_lost = row == 3 && got.iter().all(|value| value.is_nan());
+            assert!(is_as_before || is_lost, "{} {row}", kernel.name());
+        }
+    }
+}
+
 /// All columns and weights at their largest, as many as may be: what is added up does not overflow. With more keys nothing is rounded.
 #[test]
 fn the_largest_of_everything_can_be_added_up() {

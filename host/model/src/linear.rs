@@ -495,6 +495,88 @@ mod tests {
         Weights::embedded("test", Vec::leak(bytes)).unwrap()
     }
 
+    /// Matrices `four`, `eight` and `floats`, 64 x 64.
+    fn of_each_kind() -> Weights {
+        const SIDE: usize = 64;
+        let codes = |bytes: usize| (0..bytes).map(|index| (index * 37 % 251) as u8);
+        let halves = |value: f32| half::f16::from_f32(value).to_le_bytes().repeat(SIDE);
+        let floats = (0..SIDE * SIDE).flat_map(|index| (index as f32 % 7.0 - 3.0).to_le_bytes());
+        let tensors: [(&str, &str, usize, Vec<u8>); 7] = [
+            (
+                "four.weight",
+                "U32",
+                SIDE / 8,
+                codes(SIDE * SIDE / 2).collect(),
+            ),
+            ("four.scales", "F16", 1, halves(0.01)),
+            ("four.biases", "F16", 1, halves(-0.08)),
+            (
+                "eight.weight",
+                "U32",
+                SIDE / 4,
+                codes(SIDE * SIDE).collect(),
+            ),
+            ("eight.scales", "F16", 1, halves(0.001)),
+            ("eight.biases", "F16", 1, halves(-0.1)),
+            ("floats.weight", "F32", SIDE, floats.collect()),
+        ];
+        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+        for (name, dtype, columns, bytes) in tensors {
+            let span = [data.len(), data.len() + bytes.len()];
+            let entry = serde_json::json!({
+                "dtype": dtype, "shape": [SIDE, columns], "data_offsets": span
+            });
+            header.insert(name.to_owned(), entry);
+            data.extend(bytes);
+        }
+        let header = serde_json::Value::Object(header).to_string();
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.extend_from_slice(&data);
+        Weights::embedded("test", Vec::leak(bytes)).unwrap()
+    }
+
+    /// Layers that share an input may be stored in different ways: each takes the form it needs, also where it was made before for others.
+    #[test]
+    fn layers_of_any_kind_take_the_same_rows() {
+        let weights = of_each_kind();
+        let kernel = Kernel::detect().unwrap_or(Kernel::Scalar);
+        let layer = |name: &str| {
+            let matrix = WeightMatrix::find(&weights, &format!("{name}.weight"), 64, 64).unwrap();
+            let weight = LinearWeight::Stored(Box::new(matrix), Some(kernel));
+            Linear { weight, bias: None }
+        };
+        let (four, eight, floats) = (layer("four"), layer("eight"), layer("floats"));
+        let mut quantized = Quantized::default();
+        let (mut out, mut between) = (Rows::default(), Between::default());
+        for (seed, layers) in [
+            (1, &[&four, &eight, &floats][..]),
+            (2, &[&eight]),
+            (3, &[&floats]),
+            (4, &[&floats, &eight, &four]),
+        ] {
+            let values = (0..9 * 64).map(|index| (index * seed % 23) as f32 - 11.0);
+            let x = Rows {
+                values: values.collect(),
+                columns: 64,
+            };
+            quantized.set(kernel, &x, layers);
+            for first in layers {
+                first.forward_rows(&x, &quantized, &mut out).unwrap();
+                let alone = first.forward(&x.to_tensor().unwrap()).unwrap();
+                assert_eq!(out, Rows::of(&alone).unwrap(), "{seed}");
+                for second in [&four, &eight, &floats] {
+                    let mut wide = Rows::default();
+                    wide.set_activated(&Rows::of(&alone).unwrap(), Activation::QuickGelu, kernel);
+                    let want = second.forward(&wide.to_tensor().unwrap()).unwrap();
+                    let layers = (*first, Activation::QuickGelu, second);
+                    feed_forward(layers, (kernel, &x, &quantized), &mut between, &mut out).unwrap();
+                    assert_eq!(out, Rows::of(&want).unwrap(), "{seed}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn rows_multiply_alike_alone_and_in_a_block() {
         const { assert!(ROWS * COLUMNS > 2 * BLOCK_VALUES) };

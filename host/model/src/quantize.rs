@@ -29,7 +29,7 @@ use writer::write_tensor;
 pub use compare::{Comparison, StageError, compare};
 pub use kept::{QuantizedCache, quantized_facts};
 pub(crate) use partial::Partial;
-pub(crate) use plan::{Action, Planned, code_bits};
+pub(crate) use plan::{Action, Planned, planned_bits, stored_bits};
 pub(crate) use writer::Writer;
 
 /// Weights that share a scale and a bias.
@@ -44,6 +44,16 @@ pub enum Precision {
     Int8,
     /// The float type of what is not quantized.
     Float,
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Int4 => "int4",
+            Self::Int8 => "int8",
+            Self::Float => "float",
+        })
+    }
 }
 
 impl Precision {

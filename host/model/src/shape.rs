@@ -1,10 +1,10 @@
 //! Checkpoints of a given shape with weights drawn at random: what a model of that shape costs can be measured without its
 //! weights.
 //!
-//! The files are as [`crate::quantize()`] writes them, groups of 64 with scales and biases in f16, everything else in f16; with the tower
-//! in INT4, as MLX's converters of 2024 did. Only tensors that the model reads are written. A matrix keeps the variance of
+//! Every matrix is in INT4, those of the tower and the projector as asked for, position embeddings among them: in INT4, too, the files are
+//! those of MLX's converters of 2024. Groups are of 64, scales, biases and everything else in f16. Only tensors that the model reads are written. A matrix keeps the variance of
 //! what it is multiplied with and norms are near one, so that activations stay finite through any number of layers; what
-//! comes out means nothing. The same config gives the same bytes.
+//! comes out means nothing. The same config and form give the same bytes.
 
 use std::path::Path;
 
@@ -17,8 +17,8 @@ use crate::config::{ModelConfig, PATCH_SIDE_PX, parse_json};
 use crate::error::ModelError;
 use crate::progress::{LoadProgress, LoadStage};
 use crate::quantize::{
-    Action, GROUP, Partial, Planned, Precision, QuantizeOptions, Writer, code_bits, write_file,
-    write_quantized_config,
+    Action, GROUP, Partial, Planned, Precision, QuantizeOptions, Writer, planned_bits, stored_bits,
+    write_file, write_quantized_config,
 };
 use crate::table::{self, Entry, Form};
 
@@ -125,7 +125,7 @@ fn write_weights(
 fn stored(entry: &Entry, options: &QuantizeOptions) -> (Vec<usize>, Action) {
     match &entry.form {
         &Form::Matrix { rows, columns } => {
-            let action = match code_bits(&entry.name, options) {
+            let action = match planned_bits(&entry.name, options) {
                 Some(bits) if columns.is_multiple_of(GROUP) => Action::Affine {
                     rows,
                     columns,
@@ -155,9 +155,9 @@ struct Drawing<'a> {
 impl Drawing<'_> {
     /// Codes, scales and biases of a matrix whose weights have mean 0 and deviation `1 / sqrt(columns)`.
     fn affine(&mut self, rows: usize, columns: usize, bits: usize) -> Result<(), ModelError> {
-        let code_bytes = rows * columns / 8 * bits.next_power_of_two();
+        let code_bytes = rows * columns / 8 * stored_bits(bits);
         // Codes of seven bits are bytes without their highest.
-        let mask = if bits == 7 { 0x7F } else { 0xFF };
+        let mask = 0xFF >> (stored_bits(bits) - bits);
         let mut block = vec![0; BLOCK_BYTES.min(code_bytes)];
         for start in (0..code_bytes).step_by(BLOCK_BYTES) {
             let block = &mut block[..BLOCK_BYTES.min(code_bytes - start)];

@@ -60,7 +60,26 @@ fn logits_are_finite_and_differ() {
         let target = folder.path().join(format!("{vision:?}"));
         let config = std::fs::read(golden().join("config.json")).unwrap();
         write_random(("config.json", &config), vision, &target, &mut |_| true).unwrap();
+        check_tower(&target, vision);
         check_logits(&target);
+    }
+}
+
+/// INT8 has a byte a weight, none above 127, as `visor quantize` writes it.
+fn check_tower(folder: &Path, vision: Precision) {
+    let bytes = std::fs::read(folder.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let tower = |name: &str| name.ends_with("fc1.weight");
+    let mut fc1 = tensors.iter().filter(|(name, _)| tower(name)).peekable();
+    assert!(fc1.peek().is_some());
+    for (name, tensor) in fc1 {
+        let scales = name.replace(".weight", ".scales");
+        let groups = tensors.tensor(&scales).unwrap().shape()[1];
+        let is_int8 = vision == Precision::Int8;
+        let words = groups * 64 / if is_int8 { 4 } else { 8 };
+        assert_eq!(tensor.shape()[1], words, "{name}");
+        let seven = tensor.data().iter().all(|code| *code < 128);
+        assert_eq!(seven, is_int8, "{name}");
     }
 }
 

@@ -26,8 +26,8 @@ thread_local! {
 /// `activation` of what [`super::multiply`] gives, in eight bits with so many steps: to the bit as one after the other.
 ///
 /// # Panics
-/// When columns or steps differ, groups are not whole blocks of 64 columns, what the activation gives is not whole blocks, or `bias` has another
-/// size than there are rows of weights.
+/// When columns or steps differ, groups are not whole blocks of 64 columns, what the activation gives is not whole blocks, `bias` has
+/// another size than there are rows of weights, or there are no steps or more than 127.
 pub fn multiply_activated(
     kernel: Kernel,
     (weights, bias): (&AffineRows<'_>, Option<&[f32]>),

@@ -9,8 +9,8 @@
 //! register t (of 16)   byte 4r..4r+4 = row r, columns 8(t % 8) + {0,2,4,6} + t / 8        one word of activations: t
 //! ```
 //!
-//! 16-bit sums: a pair is at most 2 * 15 * 127 = 3810, eight of them 30480: they fit in 32767, and only then become 32 bits. `many.rs`
-//! has those of INT8.
+//! 16-bit sums: a pair is at most 2 * 15 * 127 = 3810, eight of them 30480: they fit in 32767, and only then become 32 bits. INT8 goes
+//! through `many.rs`, and `sums.rs` has its bounds.
 
 mod many;
 mod several;

@@ -8,8 +8,8 @@ use crate::error::ModelError;
 use crate::table::{self, Form, VISION};
 use crate::weights::{StoredTensor, StoredType};
 
-/// Bits of a code of the tower and the projector in INT8. Products of seven with activations take a fifth less time than of eight with AVX2
-/// (`kernels/src/x86_64/product/sums.rs`), and a picture's take most of its time.
+/// Bits of a code of the tower and the projector in INT8. With AVX2 products of seven with activations take a seventh less time than of
+/// eight (`kernels/src/x86_64/product/sums.rs`), and a picture's take most of its time.
 const VISION_INT8_BITS: usize = 7;
 
 /// One tensor of the source and what is written of it.
@@ -51,7 +51,7 @@ impl<'a> Planned<'a> {
 }
 
 /// Bits that a code of so many takes in its file.
-pub(super) fn stored_bits(bits: usize) -> usize {
+pub(crate) fn stored_bits(bits: usize) -> usize {
     bits.next_power_of_two()
 }
 
@@ -102,8 +102,8 @@ pub(super) fn plan<'a>(
     Ok(steps)
 }
 
-/// Bits of a code of the matrix of this name; of floats none.
-pub(crate) fn code_bits(name: &str, options: &QuantizeOptions) -> Option<usize> {
+/// Bits that a code of the matrix of this name gets; floats have none.
+pub(crate) fn planned_bits(name: &str, options: &QuantizeOptions) -> Option<usize> {
     if name.starts_with(VISION) && !name.contains(".wte.") {
         options.vision.bits().map(|bits| match bits {
             8 => VISION_INT8_BITS,
@@ -117,7 +117,7 @@ pub(crate) fn code_bits(name: &str, options: &QuantizeOptions) -> Option<usize> 
 }
 
 fn action(tensor: &StoredTensor, form: Option<&Form>, options: &QuantizeOptions) -> Action {
-    let bits = code_bits(&tensor.name, options);
+    let bits = planned_bits(&tensor.name, options);
     match (bits, form, tensor.shape.as_slice()) {
         // The last tower layer is not in the table, and is stored as the others are.
         (Some(bits), Some(Form::Matrix { .. }) | None, &[rows, columns])

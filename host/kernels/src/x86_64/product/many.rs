@@ -67,7 +67,7 @@ struct Codes([[__m256i; TILE_PANELS]; WORDS]);
 enum Kind {
     /// INT4.
     Nibbles,
-    /// INT8 without a code above 127, as `visor quantize` writes it.
+    /// INT8 without a code above 127, as `visor quantize` writes the vision tower's.
     SevenBits,
     /// INT8.
     EightBits,

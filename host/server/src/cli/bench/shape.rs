@@ -32,6 +32,7 @@ struct Shape {
 /// Everything that is told.
 struct Told {
     shape: String,
+    vision: Precision,
     activations: Activations,
     prefill_chunk_tokens: usize,
     ceilings: Ceilings,
@@ -73,7 +74,7 @@ pub(super) fn run(shape: &str, args: &BenchArgs) -> Result<u8, Failure> {
         keep_going: &keep_going,
     };
     let told = made((&shape, vision), &folder, &keep_going)
-        .and_then(|()| measured(shape, &folder, &options));
+        .and_then(|()| measured((shape, vision), &folder, &options));
     match told {
         Ok(told) => tell(&told, args.json),
         Err(ModelError::Cancelled) => {
@@ -133,13 +134,18 @@ fn made(
     })
 }
 
-fn measured(shape: Shape, folder: &Path, options: &BenchOptions<'_>) -> Result<Told, ModelError> {
+fn measured(
+    (shape, vision): (Shape, Precision),
+    folder: &Path,
+    options: &BenchOptions<'_>,
+) -> Result<Told, ModelError> {
     (options.say)("what this machine can do at best");
     let ceilings = Ceilings::measure(options.activations)?;
     Memory::forget_peak();
     let report = bench::measure(folder, &ceilings, options)?;
     Ok(Told {
         shape: shape.name,
+        vision,
         activations: options.activations,
         prefill_chunk_tokens: options.prefill_chunk_tokens,
         ceilings,
@@ -153,6 +159,7 @@ fn tell(told: &Told, as_json: bool) -> Result<u8, Failure> {
     if as_json {
         let document = json!({
             "shape": told.shape,
+            "vision": told.vision.to_string(),
             "activations": told.activations.to_string(),
             "prefill_chunk_tokens": told.prefill_chunk_tokens,
             "ceilings": told.ceilings,
@@ -170,9 +177,10 @@ fn print(out: &mut impl Write, told: &Told) -> std::io::Result<()> {
     let (ceilings, report) = (&told.ceilings, &told.report);
     writeln!(
         out,
-        "shape        {}, random weights, {}, {:.2} GB, {} activations",
+        "shape        {}, random weights, {}, vision {}, {:.2} GB, {} activations",
         told.shape,
         report.quantization,
+        told.vision,
         gb(report.weight_bytes),
         told.activations
     )?;

@@ -18,6 +18,7 @@ use crate::x86_64::wide::{exp2_of, load, round, store};
 const STRIP: usize = 12;
 /// Keys of a group: two registers of scores, sixteen pairs of weights.
 const GROUP: usize = 2 * PANEL;
+
 /// A pair of 16-bit numbers a lane.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
