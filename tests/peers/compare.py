@@ -31,10 +31,10 @@ def visor(binary):
         "decode_tokens_per_s": measured["decode"]["tokens_per_s"],
         "batch_tokens_per_s": measured["batches"][-1]["tokens_per_s"],
         "seconds_per_crop": measured["vision"][0]["tower_seconds_per_crop"],
-        "first_token_s": measured["first_token"]["seconds"],
+        "first_token_s": measured["first_tokens"][0]["seconds"],
         "peak_bytes": told["peak_resident_mib"] * 2**20,
-        "crops": measured["first_token"]["crops"],
-        "prompt_tokens": measured["first_token"]["prompt_tokens"],
+        "crops": measured["first_tokens"][0]["crops"],
+        "prompt_tokens": measured["first_tokens"][0]["prompt_tokens"],
         "read_share": measured["decode"]["read_share"],
         "prefill_share": next(p["product_share"] for p in measured["prefill"] if p["tokens"] == 757),
     }

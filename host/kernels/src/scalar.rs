@@ -23,8 +23,7 @@ pub(crate) fn quantize(x: &[f32; BLOCK], steps: f32) -> ([i32; WORDS], f32, f32)
         }))
     });
     let sum: i32 = (0..BLOCK).map(|column| i32::from(code(column))).sum();
-    let scale = largest / steps;
-    (words, scale, scale * sum as f32)
+    (words, largest / steps, largest / steps * sum as f32)
 }
 
 /// The column of a block whose code has this place in its words: even ones come first.

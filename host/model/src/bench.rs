@@ -28,6 +28,8 @@ use work::{Work, step_weights};
 
 /// Sides of the grids that are encoded: an overview and one crop, an overview and four.
 const GRIDS: [u32; 2] = [1, 2];
+/// Of those that are asked about: four crops, and when asked for sixteen.
+const QUESTION_GRIDS: [u32; 2] = [2, 4];
 /// Prompts that are run; the last takes its time and is run when asked for.
 const PROMPTS: [usize; 3] = [128, 757, 2509];
 /// The prompt that decoding goes on from: an image of four crops has as many tokens.
@@ -50,7 +52,7 @@ pub struct BenchOptions<'a> {
     pub activations: Activations,
     /// Prompt positions computed at a time.
     pub prefill_chunk_tokens: usize,
-    /// The longest prompt too.
+    /// The longest prompt and the largest picture too.
     pub long: bool,
     /// Hears what is measured next.
     pub say: &'a dyn Fn(&str),
@@ -79,8 +81,8 @@ pub struct BenchReport {
     pub batches: Vec<Batch>,
     /// One token with drafts behind it, as short a prompt before it.
     pub drafts: Vec<Drafts>,
-    /// A question about an image of four crops.
-    pub first_token: FirstToken,
+    /// Questions about an image of four crops, and of sixteen.
+    pub first_tokens: Vec<FirstToken>,
 }
 
 /// Encoding one image: tower and projector, the median of a few runs.
@@ -197,6 +199,9 @@ pub fn measure(
     let vision = GRIDS.map(|side| bench.vision(side));
     let vision = vision.into_iter().collect::<Result<_, _>>()?;
     let (prefill, decode) = bench.text()?;
+    let grids = QUESTION_GRIDS
+        .into_iter()
+        .take(1 + usize::from(options.long));
     let facts = checkpoint.facts();
     Ok(BenchReport {
         quantization: facts.quantization,
@@ -208,7 +213,9 @@ pub fn measure(
         decode,
         batches: bench.batches()?,
         drafts: bench.drafts()?,
-        first_token: bench.first_token()?,
+        first_tokens: grids
+            .map(|side| bench.first_token(side))
+            .collect::<Result<_, _>>()?,
     })
 }
 
@@ -387,8 +394,8 @@ impl Bench<'_> {
         })
     }
 
-    fn first_token(&self) -> Result<FirstToken, ModelError> {
-        let pixels = picture(GRIDS[1]);
+    fn first_token(&self, side: u32) -> Result<FirstToken, ModelError> {
+        let pixels = picture(side);
         (self.options.say)(&format!("first token, {} crops", pixels.crop_count));
         let [before, behind] = QUESTION_TOKENS;
         let mut ids = self.text_ids(before);

@@ -239,7 +239,7 @@ struct BenchArgs {
     /// Where such weights are kept [default: visor/bench in the user's cache folder]
     #[arg(long, value_name = "DIR", requires = "shape")]
     shape_folder: Option<PathBuf>,
-    /// With --shape, run a prompt of 2509 tokens too
+    /// With --shape, run a prompt of 2509 tokens and a picture of sixteen crops too
     #[arg(long, requires = "shape")]
     long: bool,
     /// One JSON document instead of text

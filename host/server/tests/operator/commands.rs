@@ -348,16 +348,22 @@ fn a_shape_is_made_once_and_measured_stage_by_stage() {
         ".measured.prefill.tokens_per_s",
         ".measured.decode.read_gb_per_s",
         ".measured.decode.read_share",
-        ".measured.first_token.seconds",
+        ".measured.first_tokens.seconds",
     ] {
         assert!(found.iter().any(|(key, _)| key == stage), "no {stage}");
     }
-    assert_eq!(report["measured"]["first_token"]["prompt_tokens"], 775);
+    assert_eq!(report["measured"]["first_tokens"][0]["prompt_tokens"], 775);
 
     let out = bench("--long");
     assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
     assert!(!text(&out.stderr).contains("making"), "it was kept");
-    assert!(text(&out.stdout).contains("prefill      2509 tokens"));
+    for told in [
+        "prefill      2509 tokens",
+        "17 crops in",
+        "2527 prompt tokens",
+    ] {
+        assert!(text(&out.stdout).contains(told), "no {told}");
+    }
 }
 
 #[test]

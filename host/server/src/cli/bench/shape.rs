@@ -196,12 +196,13 @@ fn print(out: &mut impl Write, told: &Told) -> std::io::Result<()> {
     )?;
     print_products(out, report)?;
     print_decode(out, report)?;
-    let first = &report.first_token;
-    writeln!(
-        out,
-        "first token  {:.2} s: {} crops in {:.2} s, {} prompt tokens in {:.2} s",
-        first.seconds, first.crops, first.vision_s, first.prompt_tokens, first.prefill_s
-    )?;
+    for first in &report.first_tokens {
+        writeln!(
+            out,
+            "first token  {:.2} s: {} crops in {:.2} s, {} prompt tokens in {:.2} s",
+            first.seconds, first.crops, first.vision_s, first.prompt_tokens, first.prefill_s
+        )?;
+    }
     print_peak(out, told.peak_mib)
 }
 
