@@ -17,13 +17,14 @@ use crate::device::{Activations, DeviceKind};
 use crate::error::ModelError;
 use crate::image::{CROP_SIDE_PX, PixelValues};
 use crate::model::{ImageFeatures, Phi3V};
+use crate::quantize::Precision;
 use crate::sequence::SequenceState;
 use crate::step::StepPart;
 use crate::tokenizer::Prompt;
 use crate::weights::StoredTensor;
 
-pub use ceilings::Ceilings;
 use ceilings::Reader;
+pub use ceilings::{Ceilings, IntegerProducts, Products};
 use work::{Work, step_weights};
 
 /// Sides of the grids that are encoded: an overview and one crop, an overview and four.
@@ -50,6 +51,8 @@ const QUESTION_TOKENS: [usize; 2] = [4, 14];
 pub struct BenchOptions<'a> {
     /// What INT4 and INT8 weights are multiplied with.
     pub activations: Activations,
+    /// How the tower and the projector are stored; the language model is in INT4.
+    pub vision: Precision,
     /// Prompt positions computed at a time.
     pub prefill_chunk_tokens: usize,
     /// The longest prompt and the largest picture too.
@@ -60,7 +63,8 @@ pub struct BenchOptions<'a> {
     pub keep_going: &'a (dyn Fn() -> bool + Sync),
 }
 
-/// What was measured. A share is of what bounds the stage: the product rate of [`Ceilings`], or what memory gave beside it.
+/// What was measured. A share is of what bounds the stage: the rate of its weights' products of [`Ceilings`], or what memory gave beside
+/// it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BenchReport {
     /// `int4 group 64`, `int8 group 64`, `bf16`, `f16` or `f32`.
@@ -251,13 +255,14 @@ impl Bench<'_> {
             self.model.project(&patches, &pixels).map(|_| ())
         })?;
         let gop = self.work.vision(crops, pixels.image_tokens()) / 1e9;
+        let rate = self.ceilings.products.of(self.options.vision);
         Ok(Vision {
             crops,
             seconds,
             seconds_per_crop: seconds / f64::from(crops),
             tower_seconds_per_crop: median(tower) / f64::from(crops),
             gop,
-            product_share: gop / seconds / self.ceilings.product_gop_per_s,
+            product_share: gop / seconds / rate,
         })
     }
 
@@ -277,12 +282,13 @@ impl Bench<'_> {
                 Ok(())
             })?;
             let gop = self.work.prefill(tokens) / 1e9;
+            let rate = self.ceilings.products.of(Precision::Int4);
             prefill.push(Prefill {
                 tokens,
                 seconds,
                 tokens_per_s: tokens as f64 / seconds,
                 gop,
-                product_share: gop / seconds / self.ceilings.product_gop_per_s,
+                product_share: gop / seconds / rate,
             });
             if let (DECODED_AFTER, Some((state, logits))) = (tokens, last) {
                 decode = Some(self.decode(state, logits)?);

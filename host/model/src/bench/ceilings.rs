@@ -9,7 +9,7 @@ use visor_kernels::{AffineRows, Kernel, QuantizedRows, ScaleType, multiply};
 
 use crate::device::Activations;
 use crate::error::ModelError;
-use crate::quantize::GROUP;
+use crate::quantize::{GROUP, Precision, stored_bits};
 
 /// Bytes read at a time: more than caches hold.
 const READ_BYTES: usize = 256 << 20;
@@ -27,14 +27,32 @@ pub struct Ceilings {
     pub threads: usize,
     /// All threads reading memory, 10^9 bytes a second.
     pub read_gb_per_s: f64,
-    /// What `product_gop_per_s` was measured with.
-    pub product: String,
-    /// One large product, 10^9 operations a second: two for a multiplication and its addition.
-    pub product_gop_per_s: f64,
+    /// Large products, 10^9 operations a second: two for a multiplication and its addition.
+    pub products: Products,
+}
+
+/// What weights of each kind are multiplied at.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Products {
+    /// Of floats.
+    pub f32_gop_per_s: f64,
+    /// Of codes, with activations of eight bits; where activations are floats, codes are multiplied as floats are.
+    pub integer: Option<IntegerProducts>,
+}
+
+/// What a kernel multiplies codes at.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct IntegerProducts {
+    /// Its name.
+    pub kernel: &'static str,
+    /// INT4.
+    pub int4_gop_per_s: f64,
+    /// INT8 as [`crate::quantize()`] writes it for the tower.
+    pub int8_gop_per_s: f64,
 }
 
 impl Ceilings {
-    /// Takes a second or two.
+    /// Takes a few seconds.
     ///
     /// # Errors
     /// [`ModelError::Forward`] when there is no memory.
@@ -43,19 +61,30 @@ impl Ceilings {
             Activations::Int8 => Kernel::detect(),
             Activations::Float => None,
         };
-        let (product, product_gop_per_s) = match kernel {
-            Some(kernel) => (
-                format!("INT4 weights, eight-bit activations, {}", kernel.name()),
-                int4_product(kernel),
-            ),
-            None => ("f32".to_owned(), float_product()?),
-        };
+        let integer = kernel.map(|kernel| IntegerProducts {
+            kernel: kernel.name(),
+            int4_gop_per_s: integer_product(kernel, 4),
+            int8_gop_per_s: integer_product(kernel, 7),
+        });
         Ok(Self {
             threads: rayon::current_num_threads(),
             read_gb_per_s: read(),
-            product,
-            product_gop_per_s,
+            products: Products {
+                f32_gop_per_s: float_product()?,
+                integer,
+            },
         })
+    }
+}
+
+impl Products {
+    /// The rate of weights that are stored so.
+    pub(super) fn of(&self, precision: Precision) -> f64 {
+        match (precision, &self.integer) {
+            (Precision::Int4, Some(integer)) => integer.int4_gop_per_s,
+            (Precision::Int8, Some(integer)) => integer.int8_gop_per_s,
+            _ => self.f32_gop_per_s,
+        }
     }
 }
 
@@ -99,15 +128,19 @@ fn xor(bytes: &[u8]) -> u64 {
     words.fold(0, |xor, word| xor ^ u64::from_le_bytes(*word))
 }
 
-fn int4_product(kernel: Kernel) -> f64 {
+/// Of codes of so many bits.
+fn integer_product(kernel: Kernel, bits: usize) -> f64 {
     let [m, columns, rows] = PRODUCT;
-    let codes: Vec<u8> = (0..rows * columns / 2)
-        .map(|index| ((index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8)
+    let stored = stored_bits(bits);
+    let mask = 0xFF >> (stored - bits);
+    let codes: Vec<u8> = (0..rows * columns / 8 * stored)
+        .map(|index| ((index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8 & mask)
         .collect();
     let mut scales = Vec::new();
     (0..rows * columns / GROUP).for_each(|_| ScaleType::F16.put(0.01, &mut scales));
-    let weights = AffineRows::int4([&codes, &scales, &scales], columns, GROUP, ScaleType::F16)
-        .expect("whole groups");
+    let parts: [&[u8]; 3] = [&codes, &scales, &scales];
+    let weights = AffineRows::new(parts, columns, (stored, GROUP), ScaleType::F16);
+    let weights = weights.expect("whole groups");
     let x: Vec<f32> = (0..m * columns).map(|index| (index % 251) as f32).collect();
     let mut quantized = QuantizedRows::default();
     let mut out = vec![0.0; m * rows];

@@ -340,7 +340,7 @@ fn a_shape_is_made_once_and_measured_stage_by_stage() {
     }
     for stage in [
         ".ceilings.read_gb_per_s",
-        ".ceilings.product_gop_per_s",
+        ".ceilings.products.f32_gop_per_s",
         ".measured.load_s",
         ".measured.warm_load_s",
         ".measured.vision.seconds_per_crop",

@@ -68,13 +68,14 @@ pub(super) fn run(shape: &str, args: &BenchArgs) -> Result<u8, Failure> {
     let keep_going = || !stop.is_cancelled();
     let options = BenchOptions {
         activations: config.model.activations,
+        vision,
         prefill_chunk_tokens: config.model.prefill_chunk_tokens,
         long: args.long,
         say: &|stage| progress::line(&format!("measuring {stage}")),
         keep_going: &keep_going,
     };
     let told = made((&shape, vision), &folder, &keep_going)
-        .and_then(|()| measured((shape, vision), &folder, &options));
+        .and_then(|()| measured(shape, &folder, &options));
     match told {
         Ok(told) => tell(&told, args.json),
         Err(ModelError::Cancelled) => {
@@ -134,18 +135,14 @@ fn made(
     })
 }
 
-fn measured(
-    (shape, vision): (Shape, Precision),
-    folder: &Path,
-    options: &BenchOptions<'_>,
-) -> Result<Told, ModelError> {
+fn measured(shape: Shape, folder: &Path, options: &BenchOptions<'_>) -> Result<Told, ModelError> {
     (options.say)("what this machine can do at best");
     let ceilings = Ceilings::measure(options.activations)?;
     Memory::forget_peak();
     let report = bench::measure(folder, &ceilings, options)?;
     Ok(Told {
         shape: shape.name,
-        vision,
+        vision: options.vision,
         activations: options.activations,
         prefill_chunk_tokens: options.prefill_chunk_tokens,
         ceilings,
@@ -184,10 +181,18 @@ fn print(out: &mut impl Write, told: &Told) -> std::io::Result<()> {
         gb(report.weight_bytes),
         told.activations
     )?;
+    let f32 = ceilings.products.f32_gop_per_s;
+    let products = match &ceilings.products.integer {
+        Some(integer) => format!(
+            "{:.0} Gop/s in INT4, {:.0} in INT8 ({}), {f32:.0} in f32",
+            integer.int4_gop_per_s, integer.int8_gop_per_s, integer.kernel
+        ),
+        None => format!("{f32:.0} Gop/s in f32"),
+    };
     writeln!(
         out,
-        "ceilings     {} threads read {:.1} GB/s and multiply {:.0} Gop/s ({})",
-        ceilings.threads, ceilings.read_gb_per_s, ceilings.product_gop_per_s, ceilings.product
+        "ceilings     {} threads read {:.1} GB/s and multiply {products}",
+        ceilings.threads, ceilings.read_gb_per_s
     )?;
     writeln!(
         out,
