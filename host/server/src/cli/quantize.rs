@@ -15,7 +15,7 @@ use super::{EXIT_DONE, EXIT_STOPPED, Failure, QuantizeArgs};
 pub(super) const HELP: &str = "\
 TARGET is MLX's affine format, groups of 64 weights with a scale and a bias: the language model in four bits, the vision
 tower and the projector in eight, which config.json says module by module, as mlx-vlm reads it. Of these eight bits
-codes use seven: pictures take less time with AVX2, and answers about the test suite's were as right as with floats.
+codes use seven, with which pictures take less time on processors with AVX2.
 The scale and bias of a group are searched for the least squared error; the table tells the relative error of every
 module, and what it had been with MLX's own choice. Then a picture and a text run through both checkpoints, and the
 relative error behind every layer is told; its memory does not grow with the model.
