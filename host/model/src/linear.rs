@@ -213,10 +213,10 @@ impl Linear {
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let out = match &self.weight {
             LinearWeight::Stored(matrix, None) => matrix.multiply(x)?,
-            LinearWeight::Stored(_, Some(kernel)) => {
+            LinearWeight::Stored(_, Some(_)) => {
                 let (mut quantized, mut out) = (Quantized::default(), Rows::default());
                 let rows = Rows::of(x)?;
-                quantized.set(*kernel, &rows, &[self]);
+                quantized.set(&rows, &[self]);
                 self.forward_rows(&rows, &quantized, &mut out)?;
                 return out.to_tensor();
             }
@@ -356,10 +356,23 @@ fn unlisted(name: &str) -> ModelError {
 
 #[cfg(test)]
 mod tests {
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
+
     use super::*;
 
     const ROWS: usize = 70_001;
     const COLUMNS: usize = 64;
+
+    /// A weight file with some matrices.
+    pub(super) fn embedded(matrices: &[(&str, Dtype, [usize; 2], Vec<u8>)]) -> Weights {
+        let views = matrices.iter().map(|(name, dtype, shape, bytes)| {
+            let view = TensorView::new(*dtype, shape.to_vec(), bytes);
+            (*name, view.unwrap())
+        });
+        let file = safetensors::serialize(views, None).unwrap();
+        Weights::embedded("test", Vec::leak(file)).unwrap()
+    }
 
     /// A weight file with one f32 matrix of more than two blocks, small integers so that every sum is exact.
     fn weights() -> Weights {
@@ -367,14 +380,7 @@ mod tests {
         let data: Vec<u8> = (0..ROWS * COLUMNS)
             .flat_map(|index| value(index).to_le_bytes())
             .collect();
-        let header = format!(
-            "{{\"m.weight\":{{\"dtype\":\"F32\",\"shape\":[{ROWS},{COLUMNS}],\"data_offsets\":[0,{}]}}}}",
-            data.len()
-        );
-        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-        bytes.extend_from_slice(header.as_bytes());
-        bytes.extend_from_slice(&data);
-        Weights::embedded("test", Vec::leak(bytes)).unwrap()
+        embedded(&[("m.weight", Dtype::F32, [ROWS, COLUMNS], data)])
     }
 
     #[test]

@@ -62,19 +62,19 @@ impl Tower {
     ) -> candle_core::Result<()> {
         layer.norm1.set(&mut s.normed, hidden)?;
         let layers = [&layer.query, &layer.key, &layer.value];
-        s.quantized.set(kernel, &s.normed, &layers);
+        s.quantized.set(&s.normed, &layers);
         let (x, quantized) = (&s.normed, &s.quantized);
         layer.query.forward_rows(x, quantized, &mut s.query)?;
         layer.key.forward_rows(x, quantized, &mut s.key)?;
         layer.value.forward_rows(x, quantized, &mut s.value)?;
         self.attend_rows(kernel, [&s.query, &s.key, &s.value], &mut s.normed);
-        s.quantized.set(kernel, &s.normed, &[&layer.output]);
+        s.quantized.set(&s.normed, &[&layer.output]);
         layer
             .output
             .forward_rows(&s.normed, &s.quantized, &mut s.out)?;
         hidden.add(&s.out);
         layer.norm2.set(&mut s.normed, hidden)?;
-        s.quantized.set(kernel, &s.normed, &[&layer.fc1]);
+        s.quantized.set(&s.normed, &[&layer.fc1]);
         let layers = (&layer.fc1, Activation::QuickGelu, &layer.fc2);
         let x = (kernel, &s.normed, &s.quantized);
         feed_forward(layers, x, &mut s.between, &mut s.out)?;

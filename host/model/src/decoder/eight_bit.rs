@@ -59,7 +59,7 @@ impl Decoder {
         let (layer, s) = (&self.layers[index], scratch);
         s.normed
             .set_rms_norm(hidden, &layer.input_norm.to_vec1()?, self.eps);
-        s.quantized.set(kernel, &s.normed, &[&layer.qkv]);
+        s.quantized.set(&s.normed, &[&layer.qkv]);
         layer
             .qkv
             .forward_rows(&s.normed, &s.quantized, &mut s.wide)?;
@@ -76,7 +76,7 @@ impl Decoder {
             self.attend_run(kernel, (index, run), (qkv, s.wide.columns), mixed);
             first = rows.end;
         }
-        s.quantized.set(kernel, &s.mixed, &[&layer.output]);
+        s.quantized.set(&s.mixed, &[&layer.output]);
         layer
             .output
             .forward_rows(&s.mixed, &s.quantized, &mut s.out)?;
@@ -128,7 +128,7 @@ impl Decoder {
     ) -> candle_core::Result<()> {
         s.normed
             .set_rms_norm(hidden, &layer.post_norm.to_vec1()?, self.eps);
-        s.quantized.set(kernel, &s.normed, &[&layer.gate_up]);
+        s.quantized.set(&s.normed, &[&layer.gate_up]);
         let layers = (&layer.gate_up, Activation::SwiGlu, &layer.down);
         let x = (kernel, &s.normed, &s.quantized);
         feed_forward(layers, x, &mut s.between, &mut s.out)?;

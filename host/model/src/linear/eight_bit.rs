@@ -15,10 +15,10 @@ pub(crate) struct Quantized {
 
 impl Quantized {
     /// What each of the layers takes: one form, more where their weights have different bits, none where these are floats.
-    pub(crate) fn set(&mut self, kernel: Kernel, rows: &Rows, layers: &[&Linear]) {
+    pub(crate) fn set(&mut self, rows: &Rows, layers: &[&Linear]) {
         self.count = 0;
         for layer in layers {
-            let Some((weights, _)) = layer.integer() else {
+            let Some((weights, kernel)) = layer.integer() else {
                 continue;
             };
             if self.of(&weights).is_none() {
@@ -117,7 +117,7 @@ pub(crate) fn feed_forward(
         _ => {
             first.forward_rows(x, quantized, &mut s.wide)?;
             s.activated.set_activated(&s.wide, activation, kernel);
-            s.forms.set(kernel, &s.activated, &[second]);
+            s.forms.set(&s.activated, &[second]);
             second.forward_rows(&s.activated, &s.forms, out)
         }
     }
@@ -125,49 +125,29 @@ pub(crate) fn feed_forward(
 
 #[cfg(test)]
 mod tests {
+    use safetensors::Dtype;
+
     use super::*;
     use crate::linear::WeightMatrix;
+    use crate::linear::tests::embedded;
     use crate::weights::Weights;
 
     /// Matrices `four`, `eight` and `floats`, 64 x 64.
     fn of_each_kind() -> Weights {
         const SIDE: usize = 64;
-        let codes = |bytes: usize| (0..bytes).map(|index| (index * 37 % 251) as u8);
+        let codes = |bytes: usize| (0..bytes).map(|index| (index * 37 % 251) as u8).collect();
         let halves = |value: f32| half::f16::from_f32(value).to_le_bytes().repeat(SIDE);
         let floats = (0..SIDE * SIDE).flat_map(|index| (index as f32 % 7.0 - 3.0).to_le_bytes());
-        let tensors: [(&str, &str, usize, Vec<u8>); 7] = [
-            (
-                "four.weight",
-                "U32",
-                SIDE / 8,
-                codes(SIDE * SIDE / 2).collect(),
-            ),
-            ("four.scales", "F16", 1, halves(0.01)),
-            ("four.biases", "F16", 1, halves(-0.08)),
-            (
-                "eight.weight",
-                "U32",
-                SIDE / 4,
-                codes(SIDE * SIDE).collect(),
-            ),
-            ("eight.scales", "F16", 1, halves(0.001)),
-            ("eight.biases", "F16", 1, halves(-0.1)),
-            ("floats.weight", "F32", SIDE, floats.collect()),
-        ];
-        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
-        for (name, dtype, columns, bytes) in tensors {
-            let span = [data.len(), data.len() + bytes.len()];
-            let entry = serde_json::json!({
-                "dtype": dtype, "shape": [SIDE, columns], "data_offsets": span
-            });
-            header.insert(name.to_owned(), entry);
-            data.extend(bytes);
-        }
-        let header = serde_json::Value::Object(header).to_string();
-        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-        bytes.extend_from_slice(header.as_bytes());
-        bytes.extend_from_slice(&data);
-        Weights::embedded("test", Vec::leak(bytes)).unwrap()
+        let matrix = |name, dtype, columns, bytes| (name, dtype, [SIDE, columns], bytes);
+        embedded(&[
+            matrix("four.weight", Dtype::U32, SIDE / 8, codes(SIDE * SIDE / 2)),
+            matrix("four.scales", Dtype::F16, 1, halves(0.01)),
+            matrix("four.biases", Dtype::F16, 1, halves(-0.08)),
+            matrix("eight.weight", Dtype::U32, SIDE / 4, codes(SIDE * SIDE)),
+            matrix("eight.scales", Dtype::F16, 1, halves(0.001)),
+            matrix("eight.biases", Dtype::F16, 1, halves(-0.1)),
+            matrix("floats.weight", Dtype::F32, SIDE, floats.collect()),
+        ])
     }
 
     /// Layers that share an input may be stored in different ways: each takes the form it needs, also where it was made before for others.
@@ -194,7 +174,7 @@ mod tests {
                 values: values.collect(),
                 columns: 64,
             };
-            quantized.set(kernel, &x, layers);
+            quantized.set(&x, layers);
             for first in layers {
                 first.forward_rows(&x, &quantized, &mut out).unwrap();
                 let alone = first.forward(&x.to_tensor().unwrap()).unwrap();

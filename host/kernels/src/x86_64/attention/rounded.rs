@@ -227,10 +227,10 @@ impl Values {
     }
 }
 
-/// The first key of pair `pair` of a group, in the order in which `vpackssdw` leaves them: of each four lanes of both registers two
-/// pairs of the first, then two of the second.
-fn packed_key(pair: usize) -> usize {
-    4 * (pair / 4) + LANES * (pair / 2 % 2) + 2 * (pair % 2)
+/// The first key of pair `pair` of a group, in the order in which `vpackssdw` leaves two registers of so many lanes: of each four lanes
+/// of both two pairs of the first, then two of the second.
+pub(super) fn packed_key(pair: usize, lanes: usize) -> usize {
+    4 * (pair / 4) + lanes * (pair / 2 % 2) + 2 * (pair % 2)
 }
 
 /// Rounds eight columns, in pairs of keys; what a step of each column is worth.
@@ -248,7 +248,7 @@ fn round_columns(
     let inverse = _mm256_and_ps(large, _mm256_div_ps(_mm256_set1_ps(STEPS), sizes.most));
     for (group, words) in groups.iter_mut().enumerate() {
         for (pair, words) in words.iter_mut().enumerate() {
-            let first = GROUP * group + packed_key(pair);
+            let first = GROUP * group + packed_key(pair, LANES);
             let whole = |key: usize| _mm256_cvtps_epi32(_mm256_mul_ps(values(key), inverse));
             let low = _mm256_and_si256(whole(first), _mm256_set1_epi32(0xFFFF));
             let high = _mm256_slli_epi32::<16>(whole(first + 1));

@@ -171,16 +171,15 @@ fn add_two_steps<const SEVEN_BITS: bool, const STEP: usize, const ROW: usize>(
 ) {
     const { assert!(STEP + 1 < WORDS && ROW < TILE_ROWS, "inside a tile") };
     let (words, ones) = (tile.words.as_ptr(), _mm256_set1_epi16(1));
-    if SEVEN_BITS {
-        // SAFETY: the function has AVX2, the assertion keeps what is read inside `tile.words`, and nothing is written.
-        unsafe {
+    /// The products of both steps in `x` and `y`, and what becomes one number a lane of them in `x`.
+    macro_rules! add_products {
+        ($($become_one:literal),*) => {
             asm!(
                 "vpbroadcastd {x}, dword ptr [{words} + {at}]",
                 "vpbroadcastd {y}, dword ptr [{words} + {next}]",
                 "vpmaddubsw {x}, {first}, {x}",
                 "vpmaddubsw {y}, {second}, {y}",
-                "vpaddw {x}, {x}, {y}",
-                "vpmaddwd {x}, {x}, {ones}",
+                $($become_one,)*
                 "vpaddd {sum}, {sum}, {x}",
                 x = out(ymm_reg) _,
                 y = out(ymm_reg) _,
@@ -192,30 +191,19 @@ fn add_two_steps<const SEVEN_BITS: bool, const STEP: usize, const ROW: usize>(
                 ones = in(ymm_reg) ones,
                 sum = inout(ymm_reg) *sum,
                 options(readonly, nostack, preserves_flags)
-            );
-        }
+            )
+        };
+    }
+    if SEVEN_BITS {
+        // SAFETY: the function has AVX2, the assertion keeps what is read inside `tile.words`, and nothing is written.
+        unsafe { add_products!("vpaddw {x}, {x}, {y}", "vpmaddwd {x}, {x}, {ones}") };
     } else {
         // SAFETY: as above.
         unsafe {
-            asm!(
-                "vpbroadcastd {x}, dword ptr [{words} + {at}]",
-                "vpbroadcastd {y}, dword ptr [{words} + {next}]",
-                "vpmaddubsw {x}, {first}, {x}",
-                "vpmaddubsw {y}, {second}, {y}",
+            add_products!(
                 "vpmaddwd {x}, {x}, {ones}",
                 "vpmaddwd {y}, {y}, {ones}",
-                "vpaddd {x}, {x}, {y}",
-                "vpaddd {sum}, {sum}, {x}",
-                x = out(ymm_reg) _,
-                y = out(ymm_reg) _,
-                words = in(reg) words,
-                at = const size_of::<i32>() * (STEP * TILE_ROWS + ROW),
-                next = const size_of::<i32>() * ((STEP + 1) * TILE_ROWS + ROW),
-                first = in(ymm_reg) first,
-                second = in(ymm_reg) second,
-                ones = in(ymm_reg) ones,
-                sum = inout(ymm_reg) *sum,
-                options(readonly, nostack, preserves_flags)
+                "vpaddd {x}, {x}, {y}"
             );
         }
     }

@@ -181,13 +181,13 @@ fn print(out: &mut impl Write, told: &Told) -> std::io::Result<()> {
         gb(report.weight_bytes),
         told.activations
     )?;
-    let f32 = ceilings.products.f32_gop_per_s;
+    let floats = ceilings.products.f32_gop_per_s;
     let products = match &ceilings.products.integer {
         Some(integer) => format!(
-            "{:.0} Gop/s in INT4, {:.0} in INT8 ({}), {f32:.0} in f32",
+            "{:.0} Gop/s in INT4, {:.0} in INT8 ({}), {floats:.0} in f32",
             integer.int4_gop_per_s, integer.int8_gop_per_s, integer.kernel
         ),
-        None => format!("{f32:.0} Gop/s in f32"),
+        None => format!("{floats:.0} Gop/s in f32"),
     };
     writeln!(
         out,

@@ -8,7 +8,7 @@ use std::cell::Cell;
 
 use crate::attention::{Head, HeadRows};
 use crate::x86_64::attention::rounded::{
-    AHEAD_ROWS, LARGEST_MIN, STEPS, TERMS, WEIGHT_STEPS, WEIGHTS_STEPS, prefetch_row,
+    AHEAD_ROWS, LARGEST_MIN, STEPS, TERMS, WEIGHT_STEPS, WEIGHTS_STEPS, packed_key, prefetch_row,
 };
 use crate::x86_64::attention::{PANEL, scale, widen};
 use crate::x86_64::exp2::LEAST;
@@ -192,12 +192,6 @@ impl Values {
     }
 }
 
-/// The first key of pair `pair` of a group, in the order in which `vpackssdw` leaves them: of each four lanes of both registers two
-/// pairs of the first, then two of the second.
-fn packed_key(pair: usize) -> usize {
-    4 * (pair / 4) + PANEL * (pair / 2 % 2) + 2 * (pair % 2)
-}
-
 /// Rounds a panel of columns, in pairs of keys; what a step of each column is worth.
 #[target_feature(enable = "avx512f")]
 #[inline]
@@ -213,7 +207,7 @@ fn round_columns(
     let inverse = _mm512_maskz_div_ps(large, _mm512_set1_ps(STEPS), sizes.most);
     for (group, words) in groups.iter_mut().enumerate() {
         for (pair, words) in words.iter_mut().enumerate() {
-            let first = GROUP * group + packed_key(pair);
+            let first = GROUP * group + packed_key(pair, PANEL);
             let [low, high] = [first, first + 1].map(|key| {
                 let value = _mm512_mul_ps(values(key), inverse);
                 _mm512_cvtps_epi32(value)
